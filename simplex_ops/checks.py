@@ -1,0 +1,167 @@
+"""The one input check that eager, fake and compiled calls share.
+
+Each rule raises before any kernel starts, with the argument, the rule and what came.
+Values of tensors are never read: that would synchronise with the device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMS = ("trilinear", "determinant", "strassen")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_attn(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: Any = None,
+    w2: Any = None,
+    *,
+    form: str = "trilinear",
+    kv_bounds: Tensor | None = None,
+    q_start: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Raise unless the arguments of simplex::attn are well formed.
+
+    Raises:
+        TypeError: a dtype that attention cannot take, or tensors of different dtypes.
+        ValueError: a wrong rank, shape, window or form.
+        RuntimeError: tensors on different devices.
+    """
+    tensors = {"q": q, "k1": k1, "k2": k2, "v1": v1, "v2": v2}
+    _check_dtypes(tensors)
+    _check_devices({**tensors, "kv_bounds": kv_bounds, "q_start": q_start})
+    for name, tensor in tensors.items():
+        _check_rank(name, tensor)
+    _check_shapes(q, k1, k2, v1, v2)
+    _check_window("w1", w1)
+    _check_window("w2", w2)
+    torch._check_value(form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+    batch, _, seq, _ = q.shape
+    if kv_bounds is not None:
+        _check_positions("kv_bounds", kv_bounds, "[batch, queries, 2]", (batch, seq, 2))
+    if q_start is not None:
+        _check_positions("q_start", q_start, "[batch]", (batch,))
+
+
+def check_attn_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    w1: Any = None,
+    w2: Any = None,
+    **options: Any,
+) -> None:
+    """Raise unless the arguments of simplex::attn_backward are well formed; see `check_attn`."""
+    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
+    shape = (*q.shape[:3], v1.shape[3])
+    for name, tensor, expected in (
+        ("out", out, shape),
+        ("dout", dout, shape),
+        ("lse", lse, shape[:3]),
+        ("dlse", dlse, shape[:3]),
+    ):
+        if tensor is not None:
+            _check_shape(name, tensor, expected)
+    _check_devices({"q": q, "out": out, "dout": dout, "lse": lse, "dlse": dlse})
+
+
+def _check_dtypes(tensors: dict[str, Tensor]) -> None:
+    q = tensors["q"]
+    for name, tensor in tensors.items():
+        torch._check_type(
+            tensor.dtype in _FLOATS,
+            lambda name=name, tensor=tensor: (
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            ),
+        )
+        torch._check_type(
+            tensor.dtype == q.dtype,
+            lambda name=name, tensor=tensor: (
+                f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}"
+            ),
+        )
+
+
+def _check_devices(tensors: dict[str, Tensor | None]) -> None:
+    q = tensors["q"]
+    assert q is not None
+    for name, tensor in tensors.items():
+        torch._check(
+            tensor is None or tensor.device == q.device,
+            lambda name=name, tensor=tensor: (
+                f"{name} must be on the device of q, {q.device}, got {tensor.device}"
+            ),
+        )
+
+
+def _check_rank(name: str, tensor: Tensor) -> None:
+    torch._check_value(
+        tensor.dim() == 4,
+        lambda: (
+            f"{name} must have 4 dimensions [batch, heads, seq, head_dim], "
+            f"got {tensor.dim()} of shape {list(tensor.shape)}"
+        ),
+    )
+
+
+def _check_shapes(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> None:
+    batch, heads, _, head_dim = q.shape
+    kv_heads, value_dim = k1.shape[1], v1.shape[3]
+    torch._check_value(head_dim >= 1, lambda: f"q must have head_dim at least 1, got {head_dim}")
+    torch._check_value(value_dim >= 1, lambda: f"v1 must have head_dim at least 1, got {value_dim}")
+    torch._check_value(
+        kv_heads >= 1, lambda: f"k1 must have at least 1 key-value head, got {kv_heads}"
+    )
+    torch._check_value(
+        heads % kv_heads == 0,
+        lambda: (
+            f"q must have a multiple of k1's key-value heads, got {heads} heads in q "
+            f"and {kv_heads} in k1"
+        ),
+    )
+    _check_shape("k1", k1, (batch, kv_heads, k1.shape[2], head_dim))
+    _check_shape("v1", v1, (batch, kv_heads, k1.shape[2], value_dim))
+    _check_shape("k2", k2, (batch, kv_heads, k2.shape[2], head_dim))
+    _check_shape("v2", v2, (batch, kv_heads, k2.shape[2], value_dim))
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
+    torch._check_value(
+        tensor.dim() == len(expected)
+        and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
+        lambda: f"{name} must have shape {list(expected)}, got {list(tensor.shape)}",
+    )
+
+
+def _check_window(name: str, window: Any) -> None:
+    torch._check_value(
+        window is None or window >= 1,
+        lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
+    )
+
+
+def _check_positions(name: str, tensor: Tensor, meaning: str, expected: tuple[Any, ...]) -> None:
+    torch._check_type(
+        tensor.dtype == torch.int32,
+        lambda: f"{name} must be int32, got {tensor.dtype}",
+    )
+    torch._check_value(
+        tensor.dim() == len(expected)
+        and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
+        lambda: (
+            f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}"
+        ),
+    )

@@ -1,0 +1,51 @@
+"""Fake kernels: the outputs' shapes, dtypes and strides, after the same checks as the real ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simplex_ops.checks import check_attn, check_attn_backward
+from simplex_ops.layout import empty_in_order_of, lse_dtype
+from simplex_ops.schema import ALL_GRADS
+
+
+def attn(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    w1: Any = None,
+    w2: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return empty out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
+    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
+    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
+    return empty_in_order_of(q, v1.shape[3]), lse
+
+
+def attn_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    w1: Any = None,
+    w2: Any = None,
+    *,
+    grad_mask: Sequence[bool] = ALL_GRADS,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Return an empty gradient in the memory order of each input, or [0] where none is wanted."""
+    check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
+    return tuple(
+        empty_in_order_of(t, t.shape[3]) if wanted else t.new_empty(0)
+        for t, wanted in zip((q, k1, k2, v1, v2), grad_mask, strict=True)
+    )
