@@ -1,0 +1,119 @@
+"""A row of the bench: everyone who is timed on one problem, in turn, and what became of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import simplex_ops  # noqa: F401  (registers the operators)
+from tools import anchors
+from tools.anchors import Job, NotRunError
+from tools.peers import fbgemm, lucidrains
+from tools.timing import Times, time_in_turn
+from tools.workloads import Direction, Workload, make_inputs, nominal_flops
+
+Build = Callable[[Workload, Direction, torch.device], Job]
+
+OURS = "simplex"
+ANCHORS = ("cudnn fwd", "cudnn bwd", "matmul", "einsum")
+
+
+@dataclass
+class Result:
+    """What became of one contestant in one row: times, or the reason why there are none."""
+
+    flops: float = 0.0
+    times: Times | None = None
+    note: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s at the median time, or None where it did not run."""
+        return self.flops / (self.times.median / 1e3) if self.times else None
+
+
+@dataclass
+class Row:
+    """One workload in one direction, and everyone who was timed on it in turn."""
+
+    workload: Workload
+    direction: Direction
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def of(self, name: str, anchor: str) -> float | None:
+        """Return the rate of a contestant as a fraction of an anchor's."""
+        mine, theirs = (self.results.get(n, Result()).rate for n in (name, anchor))
+        return mine / theirs if mine is not None and theirs is not None else None
+
+
+def ours(workload: Workload, direction: Direction, device: torch.device) -> Job:
+    """Build our operator's forward, or its backward operator alone."""
+    inputs = make_inputs(workload, device)
+    problem, w1, w2, options = inputs.problem, workload.w1, workload.w2, workload.options
+    flops = nominal_flops(workload, direction)
+    if direction == "forward":
+        return Job(lambda: torch.ops.simplex.attn(*problem, w1, w2, **options), flops)
+    out, lse = torch.ops.simplex.attn(*problem, w1, w2, **options)
+    return Job(
+        lambda: torch.ops.simplex.attn_backward(
+            inputs.dout, None, *problem, out, lse, w1, w2, **options, grad_mask=[True] * 5
+        ),
+        flops,
+    )
+
+
+def field_of(
+    workload: Workload, direction: Direction, device: torch.device, fbgemm_path: Path | None
+) -> dict[str, Build]:
+    """Return everyone who takes part in a row; ours is first, anchors are next, peers are last."""
+    builds: dict[str, Build] = {OURS: ours, "matmul": anchors.matmul}
+    if device.type == "cuda":
+        builds["cudnn fwd"] = anchors.cudnn_forward
+        if direction == "backward":
+            builds["cudnn bwd"] = anchors.cudnn
+        if (workload.name, direction) in lucidrains.ROSTER:
+            builds["simplicial-attention"] = lucidrains.build
+        if (workload.name, direction) in fbgemm.ROSTER:
+            builds["FBGEMM Triton"] = partial(fbgemm.build, path=fbgemm_path)
+    elif workload.name == "cpu-short":
+        builds["einsum"] = anchors.einsum
+    return builds
+
+
+def measure(
+    row: Row, builds: dict[str, Build], device: torch.device, seconds: float, least_runs: int
+) -> None:
+    """Time everyone who can run, in turn; the results of the others are the reasons why not."""
+    jobs: dict[str, Job] = {}
+    for name, build in builds.items():
+        job = _prepare(build, row, device)
+        if isinstance(job, Job):
+            jobs[name] = job
+        row.results[name] = Result(note="" if isinstance(job, Job) else f"not run: {job}")
+    with torch.set_grad_enabled(row.direction == "backward"):
+        times = time_in_turn(
+            {name: job.run for name, job in jobs.items()},
+            device,
+            seconds=seconds,
+            least_runs=least_runs,
+        )
+    for name, job in jobs.items():
+        row.results[name] = Result(job.flops, times[name], job.note)
+
+
+def _prepare(build: Build, row: Row, device: torch.device) -> Job | str:
+    """Build a job and run it once; or return why it cannot run."""
+    try:
+        with torch.set_grad_enabled(row.direction == "backward"):
+            job = build(row.workload, row.direction, device)
+            job.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except NotRunError as reason:
+        return str(reason)
+    except Exception as error:  # noqa: BLE001  (a peer may fail in any way: the row says how)
+        text = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {text[0][:160] if text else 'no message'}"
+    return job

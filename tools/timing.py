@@ -1,0 +1,88 @@
+"""Timing: several functions in turn, so that all of them meet the same clocks and neighbours."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of each run of one function."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+    @property
+    def best(self) -> float:
+        return min(self.ms)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles, as a fraction of the median."""
+        if len(self.ms) < 4:
+            return (max(self.ms) - min(self.ms)) / self.median
+        low, _, high = statistics.quantiles(self.ms, n=4)
+        return (high - low) / self.median
+
+
+def time_in_turn(
+    functions: Mapping[str, Function],
+    device: torch.device,
+    *,
+    seconds: float,
+    least_runs: int = 10,
+    most_runs: int = 100,
+) -> dict[str, Times]:
+    """Time the functions round robin: one run of each, then the next round.
+
+    Clocks and power move by tens of percent within minutes, so only runs made side by side compare.
+    Two warm-up rounds come first and the second sets the number of rounds: as many as fit in
+    `seconds`, at least `least_runs`. On a GPU the cache is overwritten before every run, and runs
+    are timed with events, never by the host.
+    """
+    measure = _cuda_round if device.type == "cuda" else _cpu_round
+    measure(functions, device, 1)
+    estimate = sum(sum(ms) for ms in measure(functions, device, 1).values()) / 1e3
+    rounds = min(most_runs, max(least_runs, int(seconds / max(estimate, 1e-6))))
+    return {name: Times(tuple(ms)) for name, ms in measure(functions, device, rounds).items()}
+
+
+def _cuda_round(
+    functions: Mapping[str, Function], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            # The host queues `function` while the flush runs: launch costs stay out of the time.
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize(device)
+    return {name: [s.elapsed_time(e) for s, e in pairs] for name, pairs in events.items()}
+
+
+def _cpu_round(
+    functions: Mapping[str, Function], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    del device
+    ms: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            ms[name].append((time.perf_counter() - start) * 1e3)
+    return ms

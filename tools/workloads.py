@@ -1,0 +1,168 @@
+"""The named workloads: one list of problems that tests, benches and tuning share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simplex_ops.flops import visible_pairs
+
+BACKWARD_FLOPS = 2.5  # five matrix products where the forward has two
+
+Direction = Literal["forward", "backward"]
+BOTH: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One problem: its sizes, its windows (in keys), and how its tensors lie in memory.
+
+    `layout` is the order of storage: "bnhd" is [batch, seq, heads, dim] seen through a transpose,
+    as a model has it after its projections; "bhnd" is contiguous. The operator sees [B, H, N, D]
+    either way. `directions` are those that a bench times, where the problem is not too large.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    seq: int
+    head_dim: int
+    w1: int
+    w2: int
+    dtype: torch.dtype = torch.bfloat16
+    value_dim: int | None = None  # None is head_dim
+    is_causal: bool = True
+    form: str = "trilinear"
+    layout: Literal["bnhd", "bhnd"] = "bnhd"
+    directions: tuple[Direction, ...] = BOTH
+    device: Literal["cuda", "cpu"] = "cuda"  # where a bench times it by default
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.name}: {self.kv_heads} kv heads do not divide {self.heads}")
+
+    @property
+    def dv(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the operator."""
+        return {"is_causal": self.is_causal, "form": self.form}
+
+    def shrunk(self, seq: int = 48, w1: int = 24, w2: int = 5) -> "Workload":
+        """The same problem small enough for a float64 reference; head_dim, group and dtype stay."""
+        group = self.heads // self.kv_heads
+        kv_heads = min(self.kv_heads, 2)
+        return replace(
+            self,
+            name=f"{self.name}-shrunk",
+            batch=min(self.batch, 2),
+            heads=group * kv_heads,
+            kv_heads=kv_heads,
+            seq=min(self.seq, seq),
+            w1=min(self.w1, w1),
+            w2=min(self.w2, w2),
+        )
+
+
+class Inputs(NamedTuple):
+    """The operator's tensors, and the gradient of its output."""
+
+    q: Tensor
+    k1: Tensor
+    k2: Tensor
+    v1: Tensor
+    v2: Tensor
+    dout: Tensor
+
+    @property
+    def problem(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self[0], self[1], self[2], self[3], self[4]
+
+
+def make_inputs(workload: Workload, device: str | torch.device, seed: int = 0) -> Inputs:
+    """Draw normal inputs for `workload` on `device`, in its memory order."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(heads: int, dim: int) -> Tensor:
+        bnhd = workload.layout == "bnhd"
+        inner = (workload.seq, heads) if bnhd else (heads, workload.seq)
+        storage = torch.randn(
+            (workload.batch, *inner, dim),
+            generator=generator,
+            device=device,
+            dtype=workload.dtype,
+        )
+        return storage.transpose(1, 2) if bnhd else storage
+
+    heads, kv_heads = workload.heads, workload.kv_heads
+    return Inputs(
+        q=draw(heads, workload.head_dim),
+        k1=draw(kv_heads, workload.head_dim),
+        k2=draw(kv_heads, workload.head_dim),
+        v1=draw(kv_heads, workload.dv),
+        v2=draw(kv_heads, workload.dv),
+        dout=draw(heads, workload.dv),
+    )
+
+
+def keys_per_query(workload: Workload) -> tuple[int, int]:
+    """Return how many first and second keys a query far from the ends sees."""
+    w1, w2 = workload.w1, workload.w2
+    return (w1, w2) if workload.is_causal else (2 * w1 - 1, 2 * w2 - 1)
+
+
+def nominal_flops(workload: Workload, direction: Direction = "forward") -> float:
+    """Count FLOPs as if every query saw full windows: 4·B·H·N·D·w1·w2, backward 2.5 times that.
+
+    This is the figure that rates are given in, and that anchors are matched to. Where Dv differs
+    from D, 4·D is 2·(D + Dv); without causality a window counts its keys on both sides.
+    """
+    n1, n2 = keys_per_query(workload)
+    rows = workload.batch * workload.heads * workload.seq
+    forward = 2.0 * (workload.head_dim + workload.dv) * rows * n1 * n2
+    return forward * (BACKWARD_FLOPS if direction == "backward" else 1.0)
+
+
+def useful_flops(workload: Workload, direction: Direction = "forward") -> float:
+    """Count 2·(D + Dv)·H FLOPs for each pair that a query really sees, backward 2.5 times that."""
+    pairs = visible_pairs(
+        workload.seq, workload.seq, workload.seq, workload.w1, workload.w2, workload.is_causal
+    )
+    forward = 2.0 * (workload.head_dim + workload.dv) * workload.batch * workload.heads * pairs
+    return forward * (BACKWARD_FLOPS if direction == "backward" else 1.0)
+
+
+def _by_name(workloads: Iterable[Workload]) -> dict[str, Workload]:
+    table: dict[str, Workload] = {}
+    for workload in workloads:
+        if workload.name in table:
+            raise ValueError(f"two workloads are called {workload.name!r}")
+        table[workload.name] = workload
+    return table
+
+
+# Those with an aim (tools/bench.py) come first: a bench that runs out of time keeps them.
+WORKLOADS = _by_name([
+    Workload("llama-mqa", 4, 64, 1, 4096, 128, 512, 32),
+    Workload("gqa8", 4, 64, 8, 4096, 128, 512, 32, directions=("forward",)),
+    Workload("gqa8-2k", 4, 64, 8, 2048, 128, 512, 32, directions=("backward",)),
+    Workload("mha", 1, 8, 8, 2048, 128, 512, 32),
+    Workload("mha-d64", 1, 8, 8, 2048, 64, 512, 32),  # all that `simplicial-attention` can run
+    Workload("gqa4-d64", 2, 32, 8, 4096, 64, 512, 32),
+    Workload("fp16", 2, 32, 4, 2048, 128, 512, 32, dtype=torch.float16),
+    Workload("two-sided", 1, 16, 2, 2048, 128, 128, 16, is_causal=False),
+    Workload("square", 1, 32, 4, 2048, 128, 128, 128),
+    Workload("narrow-first", 1, 32, 4, 2048, 128, 32, 512),
+    Workload("contiguous", 1, 32, 4, 2048, 128, 512, 32, layout="bhnd"),
+    Workload("determinant", 1, 32, 4, 2048, 128, 512, 32, form="determinant"),
+    Workload("odd", 2, 12, 4, 2000, 80, 300, 20, value_dim=96),
+    Workload("fp32", 1, 8, 2, 2048, 64, 128, 16, dtype=torch.float32),
+    Workload("cpu", 1, 8, 2, 2048, 64, 128, 16, dtype=torch.float32, device="cpu"),
+    # Small enough for the reference, which stores every [N, M, M] logit (33 MB here).
+    Workload("cpu-short", 1, 4, 2, 128, 64, 128, 16, dtype=torch.float32, device="cpu"),
+])  # fmt: skip
