@@ -1,0 +1,160 @@
+"""kv_bounds from what packed and padded batches come with: cu_seqlens, document ids, a padding mask.
+
+Each function returns int32 [B, N, 2]: query i of batch row b may see the key positions
+[start, end) = kv_bounds[b, i]. As a mask [B, N, M], it reads
+
+    start, end = kv_bounds[:, :, :1], kv_bounds[:, :, 1:]
+    key = torch.arange(M, device=kv_bounds.device)
+    mask = (start <= key) & (key < end)
+
+and the windows and causality of the operator narrow it further. No function reads a value of a
+tensor on a device, so none synchronises, and all can be compiled with fullgraph=True.
+"""
+
+import torch
+from torch import Tensor
+
+
+def kv_bounds_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Return kv_bounds [B, length, 2] of documents packed end to end: a token sees its document.
+
+    With L the row's `cu_seqlens`, document d is the tokens L[d] <= i < L[d + 1]. The mask it
+    stands for is
+
+        token = torch.arange(length)
+        document = (token[:, None] >= L).sum(-1)          # 1 for the first; [length]
+        mask = document[:, None] == document              # [length, length]
+        mask &= (document > 0) & (document < len(L))      # outside all documents: nothing
+
+    Args:
+        cu_seqlens: integers, non-decreasing: [documents + 1] for one packed row (B = 1), or
+            [B, documents + 1]. Empty documents are allowed, so rows of different counts can be
+            filled up by repeating the last value. Tokens from the last value on see nothing.
+        length: tokens in a row. It is asked for because reading it from `cu_seqlens` would
+            synchronise.
+
+    Raises:
+        TypeError: `cu_seqlens` is not of an integer dtype.
+        ValueError: `cu_seqlens` has no value, or not 1 or 2 dimensions.
+    """
+    _check_integers("cu_seqlens", cu_seqlens)
+    torch._check_value(
+        cu_seqlens.dim() in {1, 2} and cu_seqlens.shape[-1] >= 1,
+        lambda: (
+            "cu_seqlens must have shape [documents + 1] or [batch, documents + 1], "
+            f"got {list(cu_seqlens.shape)}"
+        ),
+    )
+    edges = cu_seqlens if cu_seqlens.dim() == 2 else cu_seqlens[None]
+    edges = edges.to(torch.int32).contiguous()
+    token = torch.arange(length, dtype=torch.int32, device=edges.device)
+    token = token.expand(edges.shape[0], length).contiguous()
+    after = torch.searchsorted(edges, token, right=True)  # [B, length], the edge that ends it
+    last = edges.shape[1] - 1
+    start = edges.gather(1, (after - 1).clamp(min=0))
+    end = edges.gather(1, after.clamp(max=last))
+    return torch.stack((start, end), dim=-1)
+
+
+def kv_bounds_from_document_ids(document_ids: Tensor) -> Tensor:
+    """Return kv_bounds [B, N, 2] of rows whose tokens carry ids: a token sees the run it is in.
+
+    A document is a run of equal ids. The mask it stands for is
+
+        id = document_ids
+        mask = (id[:, :, None] == id[:, None, :]) & (id >= 0)[:, :, None]   # [B, N, N]
+
+    Args:
+        document_ids: integers [B, N]. Tokens with a negative id are padding: they see nothing,
+            and no document sees them.
+
+    Raises:
+        TypeError: `document_ids` is not of an integer dtype.
+        ValueError: not 2 dimensions; or an id that comes back after another one, which a range
+            cannot say. This last is checked where looking costs no synchronisation, in eager
+            code on CPU tensors; elsewhere each run counts as a document of its own.
+    """
+    _check_integers("document_ids", document_ids)
+    torch._check_value(
+        document_ids.dim() == 2,
+        lambda: f"document_ids must have shape [batch, seq], got {list(document_ids.shape)}",
+    )
+    batch, seq = document_ids.shape
+    token = torch.arange(seq, dtype=torch.int32, device=document_ids.device).expand(batch, seq)
+    if seq == 0:
+        return torch.stack((token, token), dim=-1)
+    changes = document_ids[:, 1:] != document_ids[:, :-1]  # between a token and the one before
+    edge = changes.new_ones(batch, 1)
+    first, final = torch.cat((edge, changes), 1), torch.cat((changes, edge), 1)
+    start = torch.where(first, token, 0).cummax(1).values
+    end = torch.where(final, token + 1, seq).flip(1).cummin(1).values.flip(1)
+    real = document_ids >= 0
+    if _values_are_at_hand(document_ids):
+        ids = torch.where(real, document_ids, -1).sort(1).values
+        distinct = (ids[:, 1:] != ids[:, :-1]).sum(1) + 1 - (ids[:, 0] < 0).int()
+        runs = (first & real).sum(1)
+        torch._check_value(
+            bool((runs == distinct).all()),
+            lambda: (
+                "document_ids must hold each id in one run, got an id that comes back in batch "
+                f"row {int((runs != distinct).nonzero()[0, 0])}"
+            ),
+        )
+    return torch.stack((start, torch.where(real, end, start)), dim=-1)
+
+
+def kv_bounds_from_padding_mask(mask: Tensor, queries: int | None = None) -> Tensor:
+    """Return kv_bounds [B, N, 2] of padded rows: each query sees the row's real tokens.
+
+    Padding may stand on the left, on the right or on both sides. The mask it stands for is
+    `mask[:, None, :].expand(B, N, M)`, padding queries included: they see the real tokens that
+    the windows leave them, and their outputs are to be ignored.
+
+    Args:
+        mask: [B, M], bool, or integers as tokenizers give them: true (non-zero) at real tokens.
+        queries: N; None is M.
+
+    Raises:
+        TypeError: `mask` is neither bool nor of an integer dtype.
+        ValueError: not 2 dimensions; or padding between real tokens, which a range cannot say.
+            This last is checked where looking costs no synchronisation, in eager code on CPU
+            tensors; elsewhere such padding is seen.
+    """
+    torch._check_type(
+        not (mask.is_floating_point() or mask.is_complex()),
+        lambda: f"mask must be bool or of an integer dtype, got {mask.dtype}",
+    )
+    torch._check_value(
+        mask.dim() == 2, lambda: f"mask must have shape [batch, keys], got {list(mask.shape)}"
+    )
+    real = mask != 0
+    batch, keys = mask.shape
+    queries = keys if queries is None else queries
+    if keys == 0:
+        return mask.new_zeros(batch, queries, 2, dtype=torch.int32)
+    key = torch.arange(keys, dtype=torch.int32, device=mask.device)
+    end = torch.where(real, key + 1, 0).amax(1)  # [B]
+    start = torch.minimum(torch.where(real, key, keys).amin(1), end)
+    if _values_are_at_hand(mask):
+        holes = real.sum(1) != end - start
+        torch._check_value(
+            not bool(holes.any()),
+            lambda: (
+                "mask must have its real tokens in one run, got padding between real tokens in "
+                f"batch row {int(holes.nonzero()[0, 0])}"
+            ),
+        )
+    bounds = torch.stack((start, end), dim=-1).to(torch.int32)
+    return bounds[:, None].expand(batch, queries, 2).contiguous()
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool),
+        lambda: f"{name} must be of an integer dtype, got {tensor.dtype}",
+    )
+
+
+def _values_are_at_hand(tensor: Tensor) -> bool:
+    """Can the values be read without waiting for a device and without leaving a graph?"""
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()

@@ -1,0 +1,47 @@
+"""Fixtures that every test file shares: devices, poisoned memory, hypothesis profiles."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# CI draws the same bounded set of examples each time; SIMPLEX_FUZZ_EXAMPLES asks for others.
+_EXAMPLES = int(os.environ.get("SIMPLEX_FUZZ_EXAMPLES", "0"))
+settings.register_profile(
+    "simplex",
+    deadline=None,
+    derandomize=not _EXAMPLES,
+    max_examples=_EXAMPLES or 100,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("simplex")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device of this machine in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory():
+    """Fill what torch.empty returns with NaN, so that no test passes on rows never written.
+
+    That is what PyTorch does when deterministic algorithms are asked for.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
