@@ -1,0 +1,72 @@
+"""Buffers: copies in the computing dtype, laid out so that every window is a strided view."""
+
+import torch
+from torch import Tensor
+
+from simplex_ops.blocked.plan import Plan
+from simplex_ops.blocked.sides import Side
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_queries(plan: Plan, x: Tensor) -> Tensor:
+    """Copy [B, H, N, ...] to [B·Hkv, padded queries, G, ...], zero beyond the sequence."""
+    dtype = computing_dtype(x.dtype)
+    packed = x.new_empty(
+        (plan.batch, plan.kv_heads, plan.padded, plan.group, *x.shape[3:]), dtype=dtype
+    )
+    packed[:, :, : plan.seq] = x.unflatten(1, (plan.kv_heads, plan.group)).transpose(2, 3)
+    packed[:, :, plan.seq :] = 0
+    return packed.flatten(0, 1)
+
+
+def unpack_queries(plan: Plan, packed: Tensor, out: Tensor) -> Tensor:
+    """Copy [B·Hkv, padded queries, G, ...] back to `out` [B, H, N, ...]."""
+    rows = packed.unflatten(0, (plan.batch, plan.kv_heads))[:, :, : plan.seq]
+    out.unflatten(1, (plan.kv_heads, plan.group)).copy_(rows.transpose(2, 3))
+    return out
+
+
+def pack_rows(plan: Plan, side: Side, x: Tensor) -> Tensor:
+    """Copy [B, Hkv, rows, D] to [B·Hkv, side.length, D]; a row that does not exist is zero."""
+    x = x.to(computing_dtype(x.dtype))
+    if not side.slides:
+        return x.contiguous().flatten(0, 1)
+    index = side.offset[:, None] + torch.arange(side.length, device=x.device)
+    return _take_rows(x, index, side.rows).flatten(0, 1)
+
+
+def unpack_rows(plan: Plan, side: Side, packed: Tensor, out: Tensor) -> Tensor:
+    """Copy [B·Hkv, side.length, D] back to `out` [B, Hkv, rows, D]; a row not packed is zero."""
+    packed = packed.unflatten(0, (plan.batch, plan.kv_heads))
+    if side.slides:
+        index = torch.arange(side.rows, device=out.device) - side.offset[:, None]
+        packed = _take_rows(packed, index, side.length)
+    return out.copy_(packed)
+
+
+def _take_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Return x[b, :, index[b]] as [B, Hkv, len(index), D], zero where the index is outside."""
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+    taken = x[batch, :, index.clamp(0, rows - 1)]  # [B, index, Hkv, D]
+    outside = (index < 0) | (index >= rows)
+    return taken.masked_fill_(outside[..., None, None], 0).transpose(1, 2).contiguous()
+
+
+class Workspace:
+    """Scratch tensors that are allocated once and taken again by name."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return an uninitialised tensor of this shape, which the next call by this name reuses."""
+        size = torch.Size(shape).numel()
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size)
+        return flat[:size].view(shape)
