@@ -1,0 +1,71 @@
+"""Hypothesis over the whole contract: the operator against its error budget, and the fakes."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from simplex_ops.testing import Case, Problem, assert_matches_reference, cases
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ASKED = "SIMPLEX_FUZZ_EXAMPLES" in os.environ
+
+
+@given(case=cases(dtypes=DTYPES, max_work=200_000))
+@(settings() if ASKED else settings(max_examples=250))
+def test_the_operator_is_within_its_budget(case, device):
+    assert_matches_reference(case, device=device)
+
+
+@given(case=cases(max_seq=70, max_head_dim=24, max_heads=4, max_batch=2, max_work=2_000_000))
+@(settings() if ASKED else settings(max_examples=40))
+def test_longer_sequences_are_within_the_budget(case, device):
+    """More than one block of queries, keys and offsets."""
+    assert_matches_reference(case, device=device)
+
+
+@given(case=cases(dtypes=DTYPES))
+@(settings() if ASKED else settings(max_examples=150))
+def test_the_fake_kernels_say_what_comes(case, device):
+    problem = Problem.of(case, device)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        faked = _results(_faked(problem, mode))
+    for name, fake, real in zip(
+        ("out", "lse", "dq", "dk1", "dk2", "dv1", "dv2"), faked, _results(problem), strict=True
+    ):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype), name
+        assert fake.stride() == real.stride(), name
+
+
+def _results(problem):
+    arguments = (*problem.windows,)
+    out, lse = torch.ops.simplex.attn(*problem.inputs, *arguments, **problem.options)
+    grads = torch.ops.simplex.attn_backward(
+        problem.dout, problem.dlse, *problem.inputs, out, lse, *arguments,
+        **problem.options, grad_mask=list(problem.grad_mask),
+    )  # fmt: skip
+    return out, lse, *grads
+
+
+def _faked(problem, mode):
+    def fake(t):
+        return mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
+
+    return Problem(
+        tuple(map(fake, problem.inputs)),
+        problem.windows,
+        {name: fake(value) for name, value in problem.options.items()},
+        fake(problem.dout),
+        fake(problem.dlse),
+        problem.grad_mask,
+    )
+
+
+@given(case=cases(dtypes=DTYPES))
+@settings(max_examples=200)
+def test_a_case_prints_as_the_expression_that_makes_it(case):
+    assert eval(repr(case), {"Case": Case, "torch": torch}) == case  # noqa: S307
