@@ -21,9 +21,10 @@ ATTN_BACKWARD = (
     "-> (Tensor dq, Tensor dk1, Tensor dk2, Tensor dv1, Tensor dv2)"
 )
 MARK = (
-    "mark(Tensor x, Tensor k2, Tensor v2, SymInt? w1=None, SymInt? w2=None, *, "
-    'float? scale=None, bool is_causal=True, str form="trilinear", '
-    'float k2_bias=0.0, float v2_bias=0.0, str name="") -> Tensor'
+    "mark(Tensor x, Tensor k2, Tensor v2, Tensor? attn_mask=None, "
+    "SymInt? w1=None, SymInt? w2=None, *, "
+    'bool is_causal=True, str form="trilinear", '
+    "float k2_bias=0.0, float v2_bias=0.0) -> Tensor"
 )
 
 # The dispatcher drops arguments that equal their default before it calls a Python kernel.

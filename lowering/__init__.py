@@ -1,0 +1,22 @@
+"""The torch.compile plugin: the pass that serves marked modules, and the ways to install it.
+
+torch.compile(model, backend="simplex")        # by entry point, nothing to import
+lowering.enable()                              # or: for every torch.compile(model) from here on
+print(lowering.last_report())                  # what was rewritten, and what was refused and why
+"""
+
+from lowering.backend import simplex
+from lowering.enabling import disable, enable
+from lowering.report import Refused, Report, Rewritten, last_report
+from lowering.rewrite import rewrite
+
+__all__ = [
+    "Refused",
+    "Report",
+    "Rewritten",
+    "disable",
+    "enable",
+    "last_report",
+    "rewrite",
+    "simplex",
+]

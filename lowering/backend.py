@@ -1,0 +1,43 @@
+"""The `simplex` backend of torch.compile: the pass, then Inductor."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from lowering import compat, digest, report
+from lowering.rewrite import rewrite
+
+
+def simplex(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite marked modules in Dynamo's graph and compile it with Inductor.
+
+    `torch.compile(model, backend="simplex")` finds it by its entry point. `mode` and `options` mean
+    what they mean to Inductor.
+
+    Raises:
+        UnservedMarkError: a mark cannot be served; torch.compile shows it as the cause of its
+            BackendCompilerFailed.
+    """
+    serve_marks(gm)
+    patches = {**compat.mode_options(mode), **(options or {})}
+    return compat.compile_fx(gm, example_inputs, patches or None)
+
+
+def serve_marks(gm: fx.GraphModule) -> None:
+    """Run the pass on a graph, keep its report, and raise where a mark was refused."""
+    compat.warn_if_untested()
+    compat.add_to_cache_keys(f"simplex:{digest.sources()}")
+    found = rewrite(gm)
+    if found != report.Report():
+        report.keep(found)
+    found.raise_if_refused()
+
+
+simplex.reset = compat.reset_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]

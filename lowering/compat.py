@@ -1,0 +1,129 @@
+"""Every private name of Dynamo and Inductor that this plugin touches, and where it was seen.
+
+Seen in 2.11, 2.13 and 2.14:
+
+    torch._inductor.compile_fx.compile_fx   Inductor's entry: called by the backend, wrapped by
+                                            enable()
+    torch._inductor.list_mode_options       `mode=` of torch.compile as Inductor options
+    torch._inductor.cudagraph_trees         reset_cudagraph_trees, for torch._dynamo.reset()
+    node.meta["example_value"]              a node's fake tensor or symbolic number
+    node.meta["nn_module_stack"]            {id: (path, class)}; absent in a frame resumed after a
+                                            graph break
+    SymInt.node.hint                        a symbolic size's example, without a guard
+    torch.utils._pytree                     tree_map
+    torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
+    torch.compiler.config.cache_key_tag     (public) part of the compile caches' keys
+"""
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TESTED = ("2.11", "2.13", "2.14")
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn, once, where this torch is none of the releases that the plugin was tested on."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    if release not in TESTED:
+        warnings.warn(
+            f"the simplex plugin of torch.compile was tested on torch {', '.join(TESTED)}; "
+            f"this is {torch.__version__}. It reads private names of Dynamo and Inductor: "
+            "compare a compiled model with the eager one before you trust it",
+            stacklevel=3,
+        )
+
+
+def compile_fx(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], patches: dict[str, Any] | None
+) -> Any:
+    """Compile a graph with Inductor, under some of its options."""
+    from torch._inductor import compile_fx as inductor
+
+    return inductor.compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Return the Inductor options that a mode of torch.compile stands for."""
+    from torch._inductor import list_mode_options
+
+    return {} if mode in (None, "default") else list_mode_options(mode)
+
+
+def reset_cudagraphs() -> None:
+    """Forget recorded CUDA graphs, as torch.compile's own backend does on a reset."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[[], None]:
+    """Call `before` on every graph that enters Inductor; return what undoes this.
+
+    Not `pre_grad_custom_pass`: from 2.13 on that runs after the cache's look-up, without
+    the graph's metadata in the key, and on each sub-graph alone.
+    """
+    from torch._inductor import compile_fx as inductor
+
+    inner = inductor.compile_fx
+
+    @functools.wraps(inner)
+    def compile_fx_after_pass(model_: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model_, torch.fx.GraphModule):
+            before(model_)
+        return inner(model_, *args, **kwargs)
+
+    inductor.compile_fx = compile_fx_after_pass
+
+    def undo() -> None:
+        if inductor.compile_fx is not compile_fx_after_pass:
+            raise RuntimeError(
+                "torch._inductor.compile_fx.compile_fx was wrapped again after lowering.enable(): "
+                "undo that first"
+            )
+        inductor.compile_fx = inner
+
+    return undo
+
+
+def add_to_cache_keys(tag: str) -> None:
+    """Add a tag to the key of every compiled graph from here on."""
+    config = torch.compiler.config
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag = f"{config.cache_key_tag}|{tag}"
+
+
+def example(value: Any) -> Any:
+    """Return the fake tensor or the number that stands for a node; anything else as it is."""
+    return value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
+
+
+def hint(value: Any) -> Any:
+    """Return the example of a symbolic size as an int, without a guard on it."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Leave fake tensor and tracing modes for a while."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def module_stack(node: torch.fx.Node) -> dict[str, str]:
+    """Return the modules that a node was traced in, outermost first: id to path in the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {key: _readable(path) for key, (path, _) in stack.items()}
+
+
+def _readable(path: str) -> str:
+    # L['self']._modules['layers']._modules['0'] and L['self'].layers[0] are both layers.0
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]", r".\1\2\3", path)
+    return path.strip(".") or "the compiled module"

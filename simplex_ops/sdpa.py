@@ -1,0 +1,70 @@
+"""One call of scaled_dot_product_attention: what it says, and why a mark cannot take it over.
+
+Eager code and the compiler's pass ask the same question here, with real and with fake tensors.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+SDPA = F.scaled_dot_product_attention  # torch._C._nn's own, as Dynamo's graphs hold it
+
+
+class UnservedMarkError(RuntimeError):
+    """A marked module cannot run 2-simplicial attention; ordinary attention never stands in."""
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """The arguments of a call, in the order and with the defaults of PyTorch's signature."""
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+
+    @classmethod
+    def bind(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "SdpaCall":
+        """Name positional arguments."""
+        names = (field.name for field in fields(cls))
+        return cls(**dict(zip(names, args, strict=False)), **kwargs)
+
+
+def refusal(call: SdpaCall, k2: Tensor, is_causal: bool) -> str | None:
+    """Return why a mark with `k2` [B, Hkv, N, D] cannot take over this call; None where it can."""
+    q, k = call.query, call.key
+    if call.dropout_p != 0.0:
+        return (
+            f"its attention dropout is {float(call.dropout_p)}, and 2-simplicial attention has "
+            "none: set it to 0 (attention_dropout=0.0)"
+        )
+    if call.attn_mask is not None:
+        return (
+            "scaled_dot_product_attention was given an attn_mask, which a window cannot express: "
+            "where nothing is padded, leave attention_mask out"
+        )
+    if q.dim() != 4 or k.dim() != 4:
+        return f"query and key must have 4 dimensions, got {q.dim()} and {k.dim()}"
+    if k.shape[2] != k2.shape[2] or q.shape[2] != k2.shape[2]:
+        return (
+            f"there are {q.shape[2]} queries and {k.shape[2]} keys but {k2.shape[2]} rows of k2: "
+            "a key-value cache does not hold k2 and v2 yet; call the model with use_cache=False"
+        )
+    if k.shape[1] != k2.shape[1]:
+        return (
+            f"key has {k.shape[1]} heads and k2 has {k2.shape[1]}: "
+            "keys must keep their key-value heads (enable_gqa=True), not be repeated"
+        )
+    alone = q.shape[2] == 1  # one query at one key is causal and not
+    if not alone and bool(call.is_causal) != is_causal:
+        return (
+            f"scaled_dot_product_attention was called with is_causal={bool(call.is_causal)} and "
+            f"the module was marked with is_causal={is_causal}"
+        )
+    return None
