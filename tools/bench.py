@@ -4,8 +4,9 @@
     python -m tools.bench --device cpu --quick
 
 Every figure of a row is measured in turn with the others of that row. Rates are nominal FLOPs
-(4·B·H·N·D·w1·w2, backward 2.5 times that) over the median time; useful rates count the pairs that
-a query really sees. The aims are fractions of cuDNN's forward rate on a GPU, of torch.mm's on CPU.
+(4·B·H·N·D·w1·w2, backward 2.5 times that) over the time: the median on a GPU, the best on a CPU.
+Useful rates count the pairs that a query really sees. The aims are fractions of cuDNN's forward
+rate on a GPU, of torch.mm's on a CPU.
 """
 
 import json
@@ -59,7 +60,9 @@ def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]
             "layout": workload.layout,
             "is_causal": workload.is_causal,
             "form": workload.form,
-            "ms": times.median if times else None,
+            "ms": times.typical if times else None,
+            "statistic": times.statistic if times else None,
+            "median_ms": times.median if times else None,
             "best_ms": times.best if times else None,
             "spread": times.spread if times else None,
             "runs": len(times.ms) if times else 0,
@@ -101,7 +104,7 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
                 row.workload.name,
                 row.direction,
                 name,
-                _number(result.times.median if result.times else None, 3),
+                _number(result.times.typical if result.times else None, 3),
                 f"{result.times.spread:.0%}" if result.times else "",
                 _number(result.rate, 1, scale),
                 _number(_useful(row, name, result), 1, scale / 1e12),
@@ -137,7 +140,7 @@ def _verdict(row: Row, device: torch.device) -> str:
 def _useful(row: Row, name: str, result: Result) -> float | None:
     if result.times is None or name in ("matmul", "cudnn fwd", "cudnn bwd"):
         return None
-    return useful_flops(row.workload, row.direction) / (result.times.median / 1e3) / 1e12
+    return useful_flops(row.workload, row.direction) / (result.times.typical / 1e3) / 1e12
 
 
 def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
@@ -241,7 +244,8 @@ def _progress_line(row: Row, name: str, device: torch.device) -> str:
         return f"{name}: {result.note}"
     ratio = row.of(OURS, YARDSTICK[device.type])
     of = f", {ratio:.2f} of {YARDSTICK[device.type]}" if ratio is not None else ""
-    return f"{name}: {result.times.median:.3f} ms, median of {len(result.times.ms)}{of}"
+    times = result.times
+    return f"{name}: {times.typical:.3f} ms, {times.statistic} of {len(times.ms)}{of}"
 
 
 def _append(file: Path, lines: list[dict[str, object]]) -> None:

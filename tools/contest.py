@@ -30,8 +30,8 @@ class Result:
 
     @property
     def rate(self) -> float | None:
-        """FLOP/s at the median time, or None where it did not run."""
-        return self.flops / (self.times.median / 1e3) if self.times else None
+        """FLOP/s at the typical time, or None where it did not run."""
+        return self.flops / (self.times.typical / 1e3) if self.times else None
 
 
 @dataclass

@@ -36,7 +36,7 @@ def plot_rates(bars: list[Bar], file: Path, *, unit: str, title: str) -> str:
             label=owner,
             color=mpl.colormaps["tab10"](place),
         )
-        axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7)
     middle = (len(owners) - 1) * thickness / 2
     axes.set_yticks([n + middle for n in range(len(groups))], groups)
     axes.invert_yaxis()

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,9 +13,10 @@ Function = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of each run of one function."""
+    """Milliseconds of each run of one function, and the run that stands for them all."""
 
     ms: tuple[float, ...]
+    statistic: Literal["median", "best"] = "median"
 
     @property
     def median(self) -> float:
@@ -23,6 +25,11 @@ class Times:
     @property
     def best(self) -> float:
         return min(self.ms)
+
+    @property
+    def typical(self) -> float:
+        """The median; or the best, where other programs share the cores and only ever slow us."""
+        return self.median if self.statistic == "median" else self.best
 
     @property
     def spread(self) -> float:
@@ -45,14 +52,16 @@ def time_in_turn(
 
     Clocks and power move by tens of percent within minutes, so only runs made side by side compare.
     Two warm-up rounds come first and the second sets the number of rounds: as many as fit in
-    `seconds`, at least `least_runs`. On a GPU the cache is overwritten before every run, and runs
-    are timed with events, never by the host.
+    `seconds`, at least `least_runs`. On a GPU the cache is overwritten before every run, runs are
+    timed with events, never by the host, and the median stands for them; on a CPU the best.
     """
     measure = _cuda_round if device.type == "cuda" else _cpu_round
     measure(functions, device, 1)
     estimate = sum(sum(ms) for ms in measure(functions, device, 1).values()) / 1e3
     rounds = min(most_runs, max(least_runs, int(seconds / max(estimate, 1e-6))))
-    return {name: Times(tuple(ms)) for name, ms in measure(functions, device, rounds).items()}
+    statistic = "median" if device.type == "cuda" else "best"
+    times = measure(functions, device, rounds)
+    return {name: Times(tuple(ms), statistic) for name, ms in times.items()}
 
 
 def _cuda_round(
