@@ -4,11 +4,13 @@
     python -m tools.registers --check    # fail where they need more than tools/registers.json says
     python -m tools.registers --update   # write the table anew, for the installed triton
 
-It needs triton and no GPU. The table is kept for each triton version, since a compiler release
-moves every figure. `csrc_free.specializations` chooses the kernels and their constants.
+It needs triton and no GPU: the launchers run on meta tensors, with the launch choices of each
+target, and every kernel that they would launch is compiled instead. The table is kept for each
+triton version, since a compiler release moves every figure.
 """
 
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -20,13 +22,22 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
+from unittest import mock
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from simplex_ops import gpu
+from tools.workloads import WORKLOADS, Workload, meta_inputs
+
+if TYPE_CHECKING:  # it imports triton, and triton.jit looks at TRITON_INTERPRET
+    from tools.launches import Launch
+
+# Every kernel, at each tile size, dtype and form that makes it another program.
+NAMED = ("llama-mqa", "mha", "fp16", "determinant", "odd")
 TABLE = Path(__file__).with_suffix(".json")
 
 
@@ -57,33 +68,47 @@ class Usage:
     shared: int
 
 
-Usages = dict[str, dict[str, Usage]]  # by target, by specialization
+Usages = dict[str, dict[str, Usage]]  # by target, by kernel and workload
 
 
-def usage_of(specialization: Any, target: Target) -> Usage:
-    """Compile one specialization for one target and read what the assembler reports."""
-    import triton
+def launches(target: str) -> dict[str, "Launch"]:
+    """Return every different launch that the named workloads make on a target, by name."""
+    from csrc_free.launch import Device
+    from tools.launches import recorded
+
+    arch = TARGETS[target].arch
+    device = Device("cuda", arch) if isinstance(arch, int) else Device("hip", 0)
+    found: dict[str, Launch] = {}
+    for name in NAMED:
+        workload = WORKLOADS[name]
+        with recorded(device) as noted, mock.patch.object(gpu, "unserved", return_value=None):
+            _run_on_meta(workload)
+        for launch in noted:
+            if launch not in found.values():
+                kernel = launch.kernel.__name__
+                same = sum(key.split(" #")[0] == f"{kernel} {name}" for key in found)
+                found[f"{kernel} {name}" + (f" #{same + 1}" if same else "")] = launch
+    return found
+
+
+def _run_on_meta(workload: Workload) -> None:
+    """Run the GPU implementation forward and backward, with shapes and strides alone."""
+    inputs = meta_inputs(workload)
+    w1, w2, options = workload.w1, workload.w2, workload.options
+    out, lse = gpu.attn(*inputs.problem, w1, w2, **options)
+    gpu.attn_backward(inputs.dout, None, *inputs.problem, out, lse, w1, w2, **options)
+
+
+def usage_of(launch: "Launch", target: Target) -> Usage:
+    """Compile one launch for one target and read what the assembler reports."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    _, kernel, signature, constexprs, attrs, options = specialization
-    types = dict.fromkeys(constexprs, "constexpr") | dict(signature)
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types[name] for name in kernel.arg_names},
-        constexprs=dict(constexprs),
-        attrs=dict(attrs),
-    )
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True  # a cached kernel has no log
-        compiled: Any = triton.compile(
-            source,
-            target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options=dict(options),
-        )
+        compiled = launch.compile(GPUTarget(target.backend, target.arch, target.warp_size))
     report = log.getvalue() if target.backend == "cuda" else compiled.asm["amdgcn"]
     registers, spills = (read_ptxas if target.backend == "cuda" else read_amdgcn)(report)
     return Usage(registers, spills, compiled.metadata.shared)
@@ -107,8 +132,8 @@ def read_amdgcn(assembly: str) -> tuple[int, int]:
     return max(map(int, registers)), 4 * sum(map(int, spills))
 
 
-def measure(targets: Iterable[str], names: Iterable[str] | None = None) -> tuple[Usages, list[str]]:
-    """Compile all (or the named) specializations; return their usages, and what did not compile.
+def measure(targets: Iterable[str]) -> tuple[Usages, list[str]]:
+    """Compile every launch for each target; return what they need, and what did not compile.
 
     Each compiles in a worker process: a compiler that aborts takes no more than its pool with it.
     """
@@ -121,12 +146,10 @@ def measure(targets: Iterable[str], names: Iterable[str] | None = None) -> tuple
         ProcessPoolExecutor(min(os.cpu_count() or 1, 8), mp_context=context) as pool,
         Progress(console=Console(stderr=True)) as progress,
     ):
-        wanted = None if names is None else set(names)
         jobs: dict[Future[Usage], tuple[str, str]] = {
             pool.submit(_compile, target, name): (target, name)
             for target in usages
-            for name in _names(target)
-            if wanted is None or name in wanted
+            for name in _launches(target)
         }
         task = progress.add_task("compiling", total=len(jobs))
         for job in as_completed(jobs):
@@ -183,18 +206,11 @@ def write_table(version: str, usages: Usages) -> None:
     TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
 
 
-def _names(target: str) -> list[str]:
-    return list(_specializations(target))
-
-
-def _specializations(target: str) -> dict[str, Any]:
-    from csrc_free.specializations import specializations
-
-    return {entry[0]: entry for entry in specializations(target)}
+_launches = functools.cache(launches)
 
 
 def _compile(target: str, name: str) -> Usage:
-    return usage_of(_specializations(target)[name], TARGETS[target])
+    return usage_of(_launches(target)[name], TARGETS[target])
 
 
 def main(

@@ -1,6 +1,6 @@
 """The named workloads: one list of problems that tests, benches and tuning share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -88,25 +88,35 @@ def make_inputs(workload: Workload, device: str | torch.device, seed: int = 0) -
     """Draw normal inputs for `workload` on `device`, in its memory order."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(heads: int, dim: int) -> Tensor:
-        bnhd = workload.layout == "bnhd"
-        inner = (workload.seq, heads) if bnhd else (heads, workload.seq)
-        storage = torch.randn(
-            (workload.batch, *inner, dim),
-            generator=generator,
-            device=device,
-            dtype=workload.dtype,
-        )
-        return storage.transpose(1, 2) if bnhd else storage
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
+
+    return _inputs_by(draw, workload)
+
+
+def meta_inputs(workload: Workload) -> Inputs:
+    """Return the shapes, strides and dtypes of `make_inputs` on the meta device, without values."""
+
+    def shape_only(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", dtype=workload.dtype)
+
+    return _inputs_by(shape_only, workload)
+
+
+def _inputs_by(make: Callable[..., Tensor], workload: Workload) -> Inputs:
+    def tensor(heads: int, dim: int) -> Tensor:
+        if workload.layout == "bnhd":
+            return make(workload.batch, workload.seq, heads, dim).transpose(1, 2)
+        return make(workload.batch, heads, workload.seq, dim)
 
     heads, kv_heads = workload.heads, workload.kv_heads
     return Inputs(
-        q=draw(heads, workload.head_dim),
-        k1=draw(kv_heads, workload.head_dim),
-        k2=draw(kv_heads, workload.head_dim),
-        v1=draw(kv_heads, workload.dv),
-        v2=draw(kv_heads, workload.dv),
-        dout=draw(heads, workload.dv),
+        q=tensor(heads, workload.head_dim),
+        k1=tensor(kv_heads, workload.head_dim),
+        k2=tensor(kv_heads, workload.head_dim),
+        v1=tensor(kv_heads, workload.dv),
+        v2=tensor(kv_heads, workload.dv),
+        dout=tensor(heads, workload.dv),
     )
 
 
