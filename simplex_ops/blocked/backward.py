@@ -8,13 +8,15 @@ from torch import Tensor
 from simplex_ops.blocked import forms
 from simplex_ops.blocked.buffers import (
     Workspace,
+    load_pairs,
     pack_queries,
     unpack_queries,
     unpack_rows,
 )
-from simplex_ops.blocked.forward import load_pairs
-from simplex_ops.blocked.masks import hide_edges, hide_rows, hide_unseen
-from simplex_ops.blocked.plan import Plan, Tile, make_plan
+from simplex_ops.blocked.exponentials import LOG2_E, flush_exp2_
+from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
+from simplex_ops.blocked.plan import Plan, make_plan
+from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of
 
 
@@ -69,12 +71,13 @@ class _Backward:
         biases: tuple[float, float],
         grad_mask: Sequence[bool],
     ) -> None:
-        self.plan, self.form, self.scale = plan, form, scale
+        self.plan, self.form = plan, form
+        self.scale, self.log2_scale = scale, scale * LOG2_E
         q, k1, k2, v1, v2 = inputs
         self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
             plan, form, (k1, v1), (k2, v2), biases
         )
-        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(scale)
+        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.log2_scale)
         self.space = Workspace(self.q)
         wants_dq, wants_k1, wants_k2, wants_v1, wants_v2 = grad_mask
         if plan.exchanged:
@@ -93,136 +96,131 @@ class _Backward:
         self, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
     ) -> None:
         """Pack dout, lse and Δ = sum over d of dout · out - dlse; all zero where lse is -inf."""
-        sees_none = pack_queries(self.plan, lse) == -torch.inf
-        self.lse = pack_queries(self.plan, lse).masked_fill_(sees_none, 0)
+        lse = pack_queries(self.plan, lse)
+        sees_none = lse == -torch.inf
+        self.lse = lse.mul_(LOG2_E).masked_fill_(sees_none, 0)
         self.delta = torch.zeros_like(self.lse)
         if dout is None:
             self.dout = self.q.new_zeros(*self.lse.shape, out.shape[3])
         else:
             self.dout = pack_queries(self.plan, dout).masked_fill_(sees_none[..., None], 0)
-            self.delta = (self.dout * pack_queries(self.plan, out)).sum(-1)
+            self.delta += (self.dout * pack_queries(self.plan, out)).sum(-1)
         if dlse is not None:
-            self.delta = self.delta - pack_queries(self.plan, dlse).to(self.delta.dtype)
+            self.delta -= pack_queries(self.plan, dlse)
         self.delta.masked_fill_(sees_none, 0)
+        terms = max(self.q.shape[3], self.dout.shape[3])
+        self.is_tame = are_tame(self.q, self.narrow_k, self.wide_k, terms=terms)
+        self.is_tame &= are_tame(self.dout, self.narrow_v, self.wide_v, terms=terms)
 
     def propagate(self, tile: Tile) -> None:
         """Add what the tile's queries contribute to every gradient."""
         plan = self.plan
         narrow = tile.span(plan.narrow, per_query=True)
         wide = tile.span(plan.wide, per_query=False)
+        q, dout = (tile.of(x)[:, :, :, None] for x in (self.q, self.dout))  # [blocks, C, G, 1, D]
+        wants_dvirtual = self.dq is not None or self.dnarrow_k is not None
         for columns in narrow.steps(plan.narrow_step):
-            k2, v2, unseen = hide_rows(
-                tile, plan.narrow, columns, self.narrow_k, self.narrow_v, narrow.is_masked
+            k2, v2, unseen = own_windows(
+                tile, plan.narrow, columns, self.narrow_k, self.narrow_v, narrow
             )
-            q = tile.of(self.q)[:, :, :, None]  # [blocks, C, G, 1, D]
-            dout = tile.of(self.dout)[:, :, :, None]
             rows = (*q.shape[:3], k2.shape[3])
-            virtual = forms.virtual_query(
-                self.form, q, k2, self.scale, self.space.take("virtual", *rows, q.shape[4])
-            )
+            virtual = self.space.take("virtual", *rows, q.shape[4])
+            forms.virtual_query(self.form, q, k2, self.log2_scale, virtual)
             dvalues = torch.mul(dout, v2, out=self.space.take("dvalues", *rows, v2.shape[4]))
             shift = tile.of(self.lse)[..., None]
             constant = forms.row_constant(self.form, q, k2)
-            shift = shift.expand(rows) if constant is None else shift - constant
+            if constant is not None:
+                shift = shift - constant
             dvirtual = sigma = values = None
             for wide_columns in wide.steps(plan.wide_step):
-                p, ds = self._step(
-                    tile, virtual, dvalues, shift, wide_columns, wide.is_masked, unseen
+                k1, v1 = (
+                    tile.windows(plan.wide, x, *wide_columns, per_query=False)
+                    for x in (self.wide_k, self.wide_v)
                 )
-                if ds is not None and (self.dq is not None or self.dnarrow_k is not None):
-                    k1 = tile.windows(plan.wide, self.wide_k, *wide_columns, per_query=False)
-                    dvirtual = self._add_product("dvirtual", dvirtual, ds, k1, virtual)
-                    if self.form == "strassen":
-                        some = ds.sum(-1).view(rows)
-                        sigma = some if sigma is None else sigma + some
+                mask = make_mask(tile, plan.wide, wide_columns, unseen, wide)
+                p = self._probabilities(virtual, shift, k1, mask)
+                if self.dwide_v is not None:
+                    dv1 = self._to_columns(p, dvalues)
+                    tile.add_to_windows(plan.wide, self.dwide_v, wide_columns[0], dv1)
                 if self.dnarrow_v is not None:
-                    v1 = tile.windows(plan.wide, self.wide_v, *wide_columns, per_query=False)
-                    values = self._add_product("values", values, p, v1, dvalues)
-            scratch = virtual
-            if self.dq is not None and dvirtual is not None:
-                tile.of(self.dq).add_(forms.query_gradient(self.form, dvirtual, sigma, k2, scratch))
-            if self.dnarrow_k is not None and dvirtual is not None:
-                dk2 = forms.second_key_gradient(self.form, dvirtual, sigma, q, self.scale, scratch)
-                tile.add_to_windows_of_queries(plan.narrow, self.dnarrow_k, columns[0], dk2)
-            if self.dnarrow_v is not None and values is not None:
+                    values = self._add_to_rows("values", values, p, v1)
+                if not wants_dvirtual and self.dwide_k is None:
+                    continue
+                ds = self._logit_gradients(tile, dvalues, v1, p, mask)
+                if self.dwide_k is not None:
+                    dk1 = self._to_columns(ds, virtual)
+                    tile.add_to_windows(plan.wide, self.dwide_k, wide_columns[0], dk1)
+                if wants_dvirtual:
+                    dvirtual = self._add_to_rows("dvirtual", dvirtual, ds, k1)
+                    if self.form == "strassen":
+                        some = ds.sum(-1)
+                        sigma = some if sigma is None else sigma + some
+            if dvirtual is not None:
+                scratch = virtual
+                if self.dq is not None:
+                    tile.of(self.dq).add_(
+                        forms.query_gradient(self.form, dvirtual, sigma, k2, scratch)
+                    )
+                if self.dnarrow_k is not None:
+                    dk2 = forms.second_key_gradient(
+                        self.form, dvirtual, sigma, q, self.log2_scale, scratch
+                    )
+                    tile.add_to_windows_of_queries(plan.narrow, self.dnarrow_k, columns[0], dk2)
+            if values is not None and self.dnarrow_v is not None:
                 dv2 = values.mul_(dout).sum(2)
                 tile.add_to_windows_of_queries(plan.narrow, self.dnarrow_v, columns[0], dv2)
 
-    def _step(
-        self,
-        tile: Tile,
-        virtual: Tensor,
-        dvalues: Tensor,
-        shift: Tensor,
-        columns: tuple[int, int],
-        is_masked: bool,
-        unseen: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return P and dS [blocks, C·G·R, columns], and add to the wide side's gradients."""
-        side = self.plan.wide
-        k1 = tile.windows(side, self.wide_k, *columns, per_query=False)
-        v1 = tile.windows(side, self.wide_v, *columns, per_query=False)
-        grid = (*virtual.shape[:4], k1.shape[1])
-        virtual, dvalues = virtual.flatten(1, 3), dvalues.flatten(1, 3)
-        shape = (*virtual.shape[:2], k1.shape[1])
+    def _probabilities(self, virtual: Tensor, shift: Tensor, k1: Tensor, mask: Mask) -> Tensor:
+        """Return P [blocks, C, G, R, columns]."""
+        p = self.space.take("p", *virtual.shape[:4], k1.shape[1])
+        torch.bmm(virtual.flatten(1, 3), k1.mT, out=p.flatten(1, 3))
+        p.sub_(shift[..., None])
+        mask.hide(p, -torch.inf, is_tame=self.is_tame)
+        return flush_exp2_(p)
 
-        def hide(x: Tensor, value: float) -> None:
-            if side.slides and not is_masked:
-                hide_edges(x.view(grid), value)
-            hide_unseen(tile, side, columns, x.view(grid), is_masked, unseen, value)
-
-        p = torch.bmm(virtual, k1.mT, out=self.space.take("p", *shape))
-        p.view(grid).sub_(shift[..., None])
-        hide(p, -torch.inf)
-        p.exp_()
-        if self.dwide_v is not None:
-            dv1 = self.space.take("drows", shape[0], shape[2], v1.shape[2])
-            torch.bmm(p.mT, dvalues, out=dv1)
-            tile.add_to_windows(side, self.dwide_v, columns[0], dv1)
-        if self.dq is None and self.dnarrow_k is None and self.dwide_k is None:
-            return p, None
-        ds = torch.bmm(dvalues, v1.mT, out=self.space.take("ds", *shape))
-        delta = tile.of(self.delta)[..., None, None]
-        ds.view(grid).sub_(delta)
-        ds.mul_(p)
-        hide(ds, 0.0)
-        if self.dwide_k is not None:
-            dk1 = self.space.take("drows", shape[0], shape[2], k1.shape[2])
-            torch.bmm(ds.mT, virtual, out=dk1)
-            tile.add_to_windows(side, self.dwide_k, columns[0], dk1)
-        return p, ds
-
-    def _add_product(
-        self, name: str, total: Tensor | None, a: Tensor, b: Tensor, like: Tensor
+    def _logit_gradients(
+        self, tile: Tile, dvalues: Tensor, v1: Tensor, p: Tensor, mask: Mask
     ) -> Tensor:
-        """Return total + a @ b in the shape of `like`."""
+        """Return dS [blocks, C, G, R, columns]."""
+        ds = self.space.take("ds", *p.shape)
+        torch.bmm(dvalues.flatten(1, 3), v1.mT, out=ds.flatten(1, 3))
+        ds.sub_(tile.of(self.delta)[..., None, None]).mul_(p)
+        if not self.is_tame:
+            mask.hide(ds, 0.0, is_tame=False)
+        return ds
+
+    def _to_columns(self, a: Tensor, rows: Tensor) -> Tensor:
+        """Return aᵀ @ rows: [blocks, columns, D]."""
+        out = self.space.take("columns", a.shape[0], a.shape[4], rows.shape[4])
+        return torch.bmm(a.flatten(1, 3).mT, rows.flatten(1, 3), out=out)
+
+    def _add_to_rows(self, name: str, total: Tensor | None, a: Tensor, columns: Tensor) -> Tensor:
+        """Return total + a @ columns: [blocks, C, G, R, D]."""
         if total is None:
-            total = self.space.take(name, *like.shape)
-            torch.bmm(a, b, out=total.flatten(1, 3))
+            total = self.space.take(name, *a.shape[:4], columns.shape[2])
+            torch.bmm(a.flatten(1, 3), columns, out=total.flatten(1, 3))
         else:
-            total.flatten(1, 3).baddbmm_(a, b)
+            total.flatten(1, 3).baddbmm_(a.flatten(1, 3), columns)
         return total
 
     def store(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Undo the packing, the scale and the exchange of roles, into `grads`."""
-        plan = self.plan
+        plan, form = self.plan, self.form
         dq, dk1, dk2, dv1, dv2 = grads
-        if self.dq is not None:
-            unpack_queries(plan, forms.from_components(self.form, self.dq.mul_(self.scale)), dq)
         if plan.exchanged:
-            if self.dnarrow_k is not None:
-                self.dnarrow_k = forms.negate_vectors(self.form, self.dnarrow_k)
             dk1, dk2, dv1, dv2 = dk2, dk1, dv2, dv1
-        for side, packed, grad in (
-            (plan.wide, self.dwide_k, dk1),
-            (plan.narrow, self.dnarrow_k, dk2),
-        ):
-            if packed is not None:
-                unpack_rows(plan, side, forms.from_components(self.form, packed), grad)
-        for side, packed, grad in (
-            (plan.wide, self.dwide_v, dv1),
-            (plan.narrow, self.dnarrow_v, dv2),
-        ):
-            if packed is not None:
-                unpack_rows(plan, side, packed, grad)
+        if self.dq is not None:
+            unpack_queries(plan, forms.from_components(form, self.dq.mul_(self.scale)), dq)
+        if self.dwide_k is not None:
+            dk = self.dwide_k.mul_(1 / LOG2_E)  # the virtual queries were in units of log2
+            unpack_rows(plan, plan.wide, forms.from_components(form, dk), dk1)
+        if self.dnarrow_k is not None:
+            dk = self.dnarrow_k.mul_(1 / LOG2_E)
+            if plan.exchanged:
+                dk = forms.negate_vectors(form, dk)
+            unpack_rows(plan, plan.narrow, forms.from_components(form, dk), dk2)
+        if self.dwide_v is not None:
+            unpack_rows(plan, plan.wide, self.dwide_v, dv1)
+        if self.dnarrow_v is not None:
+            unpack_rows(plan, plan.narrow, self.dnarrow_v, dv2)
         return grads

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from simplex_ops.blocked import forms
 from simplex_ops.blocked.plan import Plan
 from simplex_ops.blocked.sides import Side
 
@@ -30,13 +31,33 @@ def unpack_queries(plan: Plan, packed: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def pack_rows(plan: Plan, side: Side, x: Tensor) -> Tensor:
+def pack_rows(side: Side, x: Tensor) -> Tensor:
     """Copy [B, Hkv, rows, D] to [B·Hkv, side.length, D]; a row that does not exist is zero."""
     x = x.to(computing_dtype(x.dtype))
     if not side.slides:
         return x.contiguous().flatten(0, 1)
     index = side.offset[:, None] + torch.arange(side.length, device=x.device)
     return _take_rows(x, index, side.rows).flatten(0, 1)
+
+
+def load_pairs(
+    plan: Plan,
+    form: str,
+    pair1: tuple[Tensor, Tensor],
+    pair2: tuple[Tensor, Tensor],
+    biases: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rows of (narrow k, narrow v, wide k, wide v), biases added, roles exchanged."""
+    side1, side2 = (plan.narrow, plan.wide) if plan.exchanged else (plan.wide, plan.narrow)
+    k1, v1 = (pack_rows(side1, x) for x in pair1)
+    k2, v2 = (
+        pack_rows(side2, x.to(computing_dtype(x.dtype)) + bias if bias else x)
+        for x, bias in zip(pair2, biases, strict=True)
+    )
+    k1, k2 = (forms.to_components(form, k) for k in (k1, k2))
+    if plan.exchanged:
+        return forms.negate_vectors(form, k1), v1, k2, v2
+    return k2, v2, k1, v1
 
 
 def unpack_rows(plan: Plan, side: Side, packed: Tensor, out: Tensor) -> Tensor:

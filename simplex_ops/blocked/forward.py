@@ -1,6 +1,6 @@
 """The forward in PyTorch operations: flash attention over virtual queries, one tile at a time."""
 
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
@@ -8,38 +8,19 @@ from torch import Tensor
 from simplex_ops.blocked import forms
 from simplex_ops.blocked.buffers import (
     Workspace,
-    computing_dtype,
+    load_pairs,
     pack_queries,
-    pack_rows,
     unpack_queries,
 )
-from simplex_ops.blocked.masks import hide_edges, hide_rows, hide_unseen
-from simplex_ops.blocked.plan import Plan, Tile, make_plan
+from simplex_ops.blocked.exponentials import LOG2_E, flush_exp2_
+from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
+from simplex_ops.blocked.plan import Plan, make_plan
+from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of, lse_dtype
 
-# Unshifted exponentials are taken as they are where every row's sum lies in this range: its
-# largest logit is then between some -40 and 60, far from both ends of float32.
-TRUSTED_SUM = (1e-17, 1e26)
-
-
-@dataclass
-class Statistics:
-    """What a block's queries gathered so far: maximum, sum and weighted values of exp(s - top)."""
-
-    top: Tensor  # [blocks, C, G]; -inf where nothing was seen
-    total: Tensor  # [blocks, C, G]
-    values: Tensor  # [blocks, C, G, Dv]
-
-    def merge(self, other: "Statistics") -> "Statistics":
-        """Return the statistics of both sets of pairs."""
-        top = torch.maximum(self.top, other.top)
-        shift = top.masked_fill(top == -torch.inf, 0)
-        mine, its = torch.exp(self.top - shift), torch.exp(other.top - shift)
-        return Statistics(
-            top,
-            self.total * mine + other.total * its,
-            self.values * mine[..., None] + other.values * its[..., None],
-        )
+# Exponentials that no maximum was taken from are good where the sum of every query lies in this
+# range: its largest logit is then between some -30 and 40, far from both ends of float32.
+TRUSTED_SUM = (1e-13, 1e17)
 
 
 def attn_forward(
@@ -69,11 +50,12 @@ def attn_forward(
     run = _Forward(plan, form, scale, q, (k1, v1), (k2, v2), (k2_bias, v2_bias))
     for tile in plan.tiles():
         run.attend(tile)
-    return unpack_queries(plan, run.out, out), unpack_queries(plan, run.lse, lse)
+    run.store(out, lse)
+    return out, lse
 
 
 class _Forward:
-    """The buffers of one call, and what is done with each tile."""
+    """The buffers of one call, and what is done with each tile. Logits are in units of log2."""
 
     def __init__(
         self,
@@ -85,132 +67,119 @@ class _Forward:
         pair2: tuple[Tensor, Tensor],
         biases: tuple[float, float],
     ) -> None:
-        self.plan, self.form, self.scale = plan, form, scale
+        self.plan, self.form, self.scale = plan, form, scale * LOG2_E
         self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
             plan, form, pair1, pair2, biases
         )
-        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(scale)
+        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.scale)
         self.narrow_v, self.narrow_unit = _into_unit_range(self.narrow_v)
         self.wide_v, self.wide_unit = _into_unit_range(self.wide_v)
-        heads, padded, group, _ = self.q.shape
-        self.out = self.q.new_zeros(heads, padded, group, self.wide_v.shape[2])
-        self.lse = self.q.new_full((heads, padded, group), -torch.inf)
+        # What each query gathered so far: the largest logit (or 0 where that is near enough), and
+        # the sum, plain and weighted with values, of exp2(logit - top).
+        self.top = torch.full_like(self.q[..., 0], -torch.inf)
+        self.total = torch.zeros_like(self.top)
+        self.values = self.q.new_zeros(*self.top.shape, self.wide_v.shape[2])
         self.space = Workspace(self.q)
-        self.may_trust = q.device.type == "cpu"  # elsewhere looking at a sum would synchronise
+        self.is_tame = are_tame(self.q, self.narrow_k, self.wide_k, terms=q.shape[3])
+        self.may_trust = self.is_tame
 
     def attend(self, tile: Tile) -> None:
-        """Write out and lse of the tile's queries."""
+        """Gather what the tile's queries see."""
         plan = self.plan
         narrow = tile.span(plan.narrow, per_query=True)
         wide = tile.span(plan.wide, per_query=False)
-        found = None
+        is_first = True
         for columns in narrow.steps(plan.narrow_step):
-            k2, v2, unseen = hide_rows(
-                tile, plan.narrow, columns, self.narrow_k, self.narrow_v, narrow.is_masked
+            k2, v2, unseen = own_windows(
+                tile, plan.narrow, columns, self.narrow_k, self.narrow_v, narrow
             )
             q = tile.of(self.q)[:, :, :, None]  # [blocks, C, G, 1, D]
-            shape = (*q.shape[:3], k2.shape[3], q.shape[4])
+            rows = (*q.shape[:3], k2.shape[3])
             virtual = forms.virtual_query(
-                self.form, q, k2, self.scale, self.space.take("virtual", *shape)
+                self.form, q, k2, self.scale, self.space.take("virtual", *rows, q.shape[4])
             )
             constant = forms.row_constant(self.form, q, k2)
             for wide_columns in wide.steps(plan.wide_step):
-                some = self._step(tile, virtual, constant, v2, wide_columns, wide.is_masked, unseen)
-                found = some if found is None else found.merge(some)
-        if found is None:
-            return
-        sees_none = found.total == 0
-        out = (found.values / found.total[..., None]).masked_fill_(sees_none[..., None], 0)
-        tile.of(self.out).copy_(_out_of_unit_range(tile, out, self.wide_unit, self.narrow_unit))
-        top = found.top.masked_fill(sees_none, 0)
-        tile.of(self.lse).copy_(top + found.total.log())
+                k1, v1 = (
+                    tile.windows(plan.wide, x, *wide_columns, per_query=False)
+                    for x in (self.wide_k, self.wide_v)
+                )
+                mask = make_mask(tile, plan.wide, wide_columns, unseen, wide)
+                p, top, total = self._exponentials(virtual, constant, k1, mask)
+                weighted = self.space.take("weighted", *rows, v1.shape[2])
+                torch.bmm(p, v1, out=weighted.flatten(1, 3))
+                values = weighted.mul_(v2).sum(3)
+                self._gather(tile, top, total, values, is_first=is_first)
+                is_first = False
 
-    def _step(
-        self,
-        tile: Tile,
-        virtual: Tensor,
-        constant: Tensor | None,
-        v2: Tensor,
-        columns: tuple[int, int],
-        is_masked: bool,
-        unseen: Tensor | None,
-    ) -> Statistics:
-        side = self.plan.wide
-        k1 = tile.windows(side, self.wide_k, *columns, per_query=False)
-        v1 = tile.windows(side, self.wide_v, *columns, per_query=False)
-        blocks, block, group, offsets, _ = virtual.shape
-        grid = (blocks, block, group, offsets, k1.shape[1])
-        logits = self.space.take("logits", blocks, block * group * offsets, k1.shape[1])
+    def _exponentials(
+        self, virtual: Tensor, constant: Tensor | None, k1: Tensor, mask: Mask
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return exp2(logit - top) [blocks, C·G·R, columns], top and sums [blocks, C, G]."""
+        grid = (*virtual.shape[:4], k1.shape[1])
+        logits = self.space.take("logits", *grid)
+        rows = logits.flatten(1, 3)
+        queries = logits.flatten(3, 4)  # [blocks, C, G, R·columns]
 
         def make_logits() -> None:
-            torch.bmm(virtual.flatten(1, 3), k1.mT, out=logits)
+            torch.bmm(virtual.flatten(1, 3), k1.mT, out=rows)
             if constant is not None:
-                logits.view(grid).add_(constant[..., None])
-
-        def row_sums() -> Tensor:
-            return logits.view(blocks, block, group, -1).sum(-1)
+                logits.add_(constant[..., None])
+            mask.hide(logits, -torch.inf, is_tame=self.is_tame)
 
         make_logits()
-        has_edges = side.slides and not is_masked
-        total = top = None
-        if self.may_trust and not is_masked and unseen is None:
-            logits.exp_()
-            if has_edges:
-                hide_edges(logits.view(grid), 0.0)
-            total = row_sums()
-            least, most = total.aminmax()
+        if self.may_trust:
+            total = queries.exp2_().sum(-1)
+            top = torch.zeros_like(total)
+            sees_none = mask.sees_none()
+            seen = total
+            if sees_none is not None:
+                top.masked_fill_(sees_none[..., None], -torch.inf)
+                seen = total.masked_fill(sees_none[..., None], 1)
+            least, most = seen.aminmax()
             if TRUSTED_SUM[0] <= least.item() and most.item() <= TRUSTED_SUM[1]:
-                top = torch.zeros_like(total)
-            else:
-                self.may_trust = False
-                make_logits()
-        if top is None:
-            if has_edges:
-                hide_edges(logits.view(grid), -torch.inf)
-            hide_unseen(tile, side, columns, logits.view(grid), is_masked, unseen, -torch.inf)
-            top = logits.view(blocks, block, group, -1).amax(-1)
-            shift = top.masked_fill(top == -torch.inf, 0)
-            logits.view(blocks, block, group, -1).sub_(shift[..., None]).exp_()
-            total = row_sums()
-        assert total is not None
-        weighted = self.space.take("weighted", *grid[:4], v1.shape[2])
-        torch.bmm(logits, v1, out=weighted.flatten(1, 3))
-        return Statistics(top, total, weighted.mul_(v2).sum(3))
+                return rows, top, total
+            self.may_trust = False
+            make_logits()
+        top = queries.amax(-1)
+        queries.sub_(top.masked_fill(top == -torch.inf, 0)[..., None])
+        flush_exp2_(queries)
+        return rows, top, queries.sum(-1)
 
+    def _gather(
+        self, tile: Tile, top: Tensor, total: Tensor, values: Tensor, *, is_first: bool
+    ) -> None:
+        """Merge what one step found into what the tile's queries gathered before."""
+        old_top, old_total, old_values = (tile.of(x) for x in (self.top, self.total, self.values))
+        if is_first:
+            old_top.copy_(top)
+            old_total.copy_(total)
+            old_values.copy_(values)
+            return
+        new_top = torch.maximum(old_top, top)
+        shift = new_top.masked_fill(new_top == -torch.inf, 0)
+        keep, take = torch.exp2(old_top - shift), torch.exp2(top - shift)
+        old_total.mul_(keep).addcmul_(total, take)
+        old_values.mul_(keep[..., None]).addcmul_(values, take[..., None])
+        old_top.copy_(new_top)
 
-def load_pairs(
-    plan: Plan,
-    form: str,
-    pair1: tuple[Tensor, Tensor],
-    pair2: tuple[Tensor, Tensor],
-    biases: tuple[float, float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the rows of (narrow k, narrow v, wide k, wide v), biases added, roles exchanged."""
-    side1, side2 = (plan.narrow, plan.wide) if plan.exchanged else (plan.wide, plan.narrow)
-    k1, v1 = (pack_rows(plan, side1, x) for x in pair1)
-    k2, v2 = (
-        pack_rows(plan, side2, x.to(computing_dtype(x.dtype)) + bias if bias else x)
-        for x, bias in zip(pair2, biases, strict=True)
-    )
-    k1, k2 = (forms.to_components(form, k) for k in (k1, k2))
-    if plan.exchanged:
-        return forms.negate_vectors(form, k1), v1, k2, v2
-    return k2, v2, k1, v1
+    def store(self, out: Tensor, lse: Tensor) -> None:
+        """Divide by the sums, and write what every query gathered."""
+        sees_none = self.top == -torch.inf
+        values = self.values.div_(self.total[..., None])
+        values.mul_(self.wide_unit[..., None]).mul_(self.narrow_unit[..., None])
+        unpack_queries(self.plan, values.masked_fill_(sees_none[..., None], 0), out)
+        self.top.add_(self.total.log2()).mul_(math.log(2)).masked_fill_(sees_none, -torch.inf)
+        unpack_queries(self.plan, self.top, lse)
 
 
 def _into_unit_range(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide the values of each kv head by a power of two near their largest, and return it.
+    """Divide the values of each kv head by a power of two near their largest, and return both.
 
     Sums of products then neither overflow nor vanish, whatever the values' own range.
     """
-    largest = v.abs().amax((1, 2), keepdim=True)
+    least, most = v.flatten(1).aminmax(dim=1)
+    largest = torch.maximum(-least, most)[:, None, None]
     largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
     unit = torch.exp2(torch.log2(largest).floor())
     return v / unit, unit
-
-
-def _out_of_unit_range(tile: Tile, out: Tensor, *units: Tensor) -> Tensor:
-    blocks = tile.blocks.stop - tile.blocks.start
-    for unit in units:
-        out = out * unit[tile.heads].repeat_interleave(blocks, 0)[..., None]
-    return out
