@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Both sides round their operands to half precision on the way: a few units of 2^-8 apart is right.
-TOLERANCE = 3e-2
+# Peers round more than operands to bf16 (FBGEMM its lse, 8 bits of a number near 10), so percents
+# apart can be right. The figure itself stands in the note.
+TOLERANCE = 1e-1
 
 
 def agreement(peers: Iterable[Tensor], ours: Iterable[Tensor]) -> str:

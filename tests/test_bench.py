@@ -1,0 +1,145 @@
+"""The bench: what it times, what it says of those it cannot time, and its JSON."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from tools import bench
+from tools.anchors import Job, NotRunError, einsum
+from tools.contest import OURS, Result, Row, field_of, measure
+from tools.peers import agreement, fbgemm, lucidrains
+from tools.timing import Times, time_in_turn
+from tools.workloads import WORKLOADS
+
+CPU = torch.device("cpu")
+
+app = typer.Typer()
+app.command()(bench.main)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_quick_cpu_bench_writes_json_and_a_plot(tmp_path):
+    lines, picture = tmp_path / "figures.jsonl", tmp_path / "figures.png"
+    result = run(
+        "--device", "cpu", "--quick", "--workload", "cpu-short",
+        "--json", str(lines), "--plot", str(picture),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    timed = {(r["direction"], r["contestant"]) for r in records if r["ms"] is not None}
+    assert timed == {(d, c) for d in ("forward", "backward") for c in (OURS, "matmul", "einsum")}
+    for record in records:
+        assert record["torch"] == torch.__version__
+        assert record["runs"] >= 3
+        assert record["ms"] > 0
+        assert {"device", "triton", "date", "threads"} <= set(record)
+    ours = next(r for r in records if r["contestant"] == OURS)
+    matmul = next(r for r in records if r["contestant"] == "matmul")
+    ratio = ours["nominal_tflops"] / matmul["nominal_tflops"]
+    assert ours["of"]["matmul"] == pytest.approx(ratio)
+
+
+def test_rows_after_the_time_limit_say_so(tmp_path):
+    lines = tmp_path / "figures.jsonl"
+    result = run(
+        "--device", "cpu", "--workload", "cpu-short", "--max-seconds", "0", "--json", str(lines)
+    )
+    assert result.exit_code == 1
+    assert "no row of ours ran" in result.output
+    notes = {json.loads(line)["note"] for line in lines.read_text().splitlines()}
+    assert notes == {"not run: --max-seconds 0 is spent"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "cpu", "--workload", "nameless"), "no workload nameless"),
+        (("--device", "cpu", "--direction", "up"), "forward, backward or both"),
+    ],
+)
+def test_bad_arguments_are_said(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", "").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said():
+    result = run("--device", "cuda")
+    assert result.exit_code == 2
+    assert "sees no GPU" in result.output
+
+
+def test_who_cannot_run_says_why_and_the_others_are_timed():
+    def refuses(*_):
+        raise NotRunError("it is Sunday")
+
+    def breaks(*_):
+        return Job(lambda: torch.ones(2) @ torch.ones(3), 1.0)
+
+    def runs(*_):
+        return Job(lambda: torch.ones(2), 4.0, "well")
+
+    row = Row(WORKLOADS["cpu-short"], "forward")
+    measure(row, {"a": refuses, "b": breaks, "c": runs}, CPU, seconds=0.0, least_runs=3)
+    assert row.results["a"].note == "not run: it is Sunday"
+    assert row.results["b"].note.startswith("not run: RuntimeError: ")
+    assert row.results["a"].rate is None
+    assert row.results["c"].note == "well"
+    assert row.results["c"].rate > 0
+
+
+def test_a_ratio_is_of_rates_not_of_times():
+    row = Row(WORKLOADS["cpu"], "forward")
+    row.results = {
+        OURS: Result(flops=8e9, times=Times((1.0, 2.0, 4.0))),
+        "matmul": Result(flops=2e9, times=Times((1.0,))),
+        "einsum": Result(note="not run: why not"),
+    }
+    assert row.of(OURS, "matmul") == pytest.approx(2.0)
+    assert row.of(OURS, "einsum") is None
+
+
+def test_runs_take_turns():
+    order = []
+    times = time_in_turn(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        CPU,
+        seconds=0.0,
+        least_runs=3,
+    )
+    assert order == ["a", "b"] * 5  # two warm-up rounds
+    assert [len(t.ms) for t in times.values()] == [3, 3]
+
+
+def test_einsum_refuses_what_does_not_fit():
+    with pytest.raises(NotRunError, match=r"logits alone take 256\.0 GiB"):
+        einsum(WORKLOADS["cpu"], "forward", CPU)
+
+
+def test_aims_and_peers_name_rows_that_exist():
+    rows = {(w.name, d) for w in WORKLOADS.values() for d in w.directions}
+    assert set(bench.AIMS) <= rows
+    assert set(fbgemm.ROSTER) | set(lucidrains.ROSTER) <= rows
+
+
+def test_a_peer_that_is_not_there_says_so():
+    workload = WORKLOADS["mha"]
+    with pytest.raises(NotRunError, match="--fbgemm"):
+        fbgemm.build(workload, "backward", CPU, None)
+    builds = field_of(workload, "backward", torch.device("cuda"), None)
+    assert list(builds) == [OURS, "matmul", "cudnn fwd", "cudnn bwd", "FBGEMM Triton"]
+
+
+def test_a_peer_with_other_results_is_called_wrong():
+    one = torch.ones(4)
+    assert agreement([one, one], [one, one]).startswith("agrees")
+    assert agreement([one, 2 * one], [one, one]) == "WRONG by 1e+00"
+    assert agreement([one * torch.nan], [one]).startswith("WRONG")
