@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Problems here are small, and beside other processes most of their time went into waking a second
+# thread: 75 s against 5 s for 150 of them on two busy cores. A test of threads asks for `threads`.
+torch.set_num_threads(1)
+
 # CI draws the same bounded set of examples each time; SIMPLEX_FUZZ_EXAMPLES asks for others.
 _EXAMPLES = int(os.environ.get("SIMPLEX_FUZZ_EXAMPLES", "0"))
 settings.register_profile(
@@ -32,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Each device of this machine in turn."""
     return request.param
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request: pytest.FixtureRequest):
+    """Give PyTorch's CPU operators several threads."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ CASES = {
     "biased": Case(1, 1, 3, 5, head_dim=5, value_dim=3, w1=2, w2=4, k2_bias=1.0, v2_bias=-0.5),
     "cache": Case(2, 1, 2, 2, keys1=7, keys2=4, head_dim=4, w1=5, w2=3),
     "scaled": Case(1, 1, 1, 5, head_dim=4, scale=-0.3),
-    "documents": Case(2, 1, 1, 6, head_dim=3, w1=4, w2=3, bounds="documents"),
+    "documents": Case(1, 1, 1, 5, head_dim=3, w1=4, w2=3, bounds="documents", seed=2),
 }
 
 

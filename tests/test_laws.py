@@ -33,7 +33,7 @@ def _run(attn, case, device, **changes):
     )
 
 
-def _assert_same(got, expected, rows=slice(None)):
+def _assert_same(got, expected):
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -338,6 +338,13 @@ def test_the_same_call_gives_the_same_bits(device, dtype):
     for _ in range(2):
         for name, value in _run(torch.ops.simplex.attn, case, device).items():
             assert torch.equal(value, first[name]), name
+
+
+def test_the_same_call_gives_the_same_bits_on_several_threads(threads):
+    case = Case(2, 2, 3, 90, head_dim=24, w1=20, w2=6, through="both")
+    first = _run(torch.ops.simplex.attn, case, "cpu")
+    for name, value in _run(torch.ops.simplex.attn, case, "cpu").items():
+        assert torch.equal(value, first[name]), name
 
 
 def test_a_bias_keeps_the_bits_of_a_small_second_key():

@@ -15,6 +15,7 @@ Attn = Callable[..., tuple[Tensor, Tensor]]
 """A function with the arguments and results of `torch.ops.simplex.attn`, autograd's included."""
 
 INPUTS = ("q", "k1", "k2", "v1", "v2")
+DRAWS = 3
 RESULTS = ("out", "lse", "dq", "dk1", "dk2", "dv1", "dv2")
 
 
@@ -92,27 +93,36 @@ def run_attn(attn: Attn, problem: Problem) -> dict[str, Tensor | None]:
 def judge(problem: Problem) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Return (exact, rounded): the reference's results in float64, and in the inputs' dtype.
 
-    Two things are added to `rounded`, which is the error that plain PyTorch makes:
+    The error of `rounded` is the error that plain PyTorch makes. On a small problem that is a
+    matter of luck, and in float64, which has no wider dtype to be judged in, it is nought. So two
+    things are added to it, each found by moving what it is about and running the reference in
+    float64 again:
 
-    - A backward that was given out has it rounded to its dtype, and so has delta = dout·out. It
-      moves the gradients as a gradient of lse of eps * Σ|dout out| would. Where the exact gradient
-      is a small difference of large terms (a single visible pair: zero), this is all the error.
-    - float64 has no wider dtype to be judged in: the error of float32 stands for it, scaled down
-      by the ratio of the rounding steps, so that `exact` may err as much.
+    - A rounding of every input and incoming gradient, by a step of the dtype: what a
+      backward-stable algorithm may cost. It counts how ill-conditioned the problem is.
+    - A rounding of out and lse, which a backward is given, each in its dtype, where plain PyTorch
+      keeps all the probabilities. Out moves delta = dout·out, and with it the gradients, as a
+      gradient of lse of eps * Σ|dout out| would (all the error where a single pair is visible:
+      the exact dq is 0). Lse moves the probabilities P = exp(s - lse) of its row by a factor
+      eps * |lse|.
     """
     dtype = problem.inputs[0].dtype
     exact = run_attn(reference.attn, problem.to(torch.float64))
     plain = torch.float32 if dtype == torch.float64 else dtype
     shrink = torch.finfo(dtype).eps / torch.finfo(plain).eps
     rounded = run_attn(reference.attn, problem.to(plain))
-    saved = _moved_by_rounding_out(problem, exact, torch.finfo(dtype).eps)
+    generator = torch.Generator().manual_seed(0)
+    moved = [
+        run_attn(reference.attn, _moved(problem.to(torch.float64), plain, exact, generator))
+        for _ in range(DRAWS)
+    ]
     for name, value in rounded.items():
         truth = exact[name]
-        if value is not None and truth is not None:
-            error = (value.double() - truth).abs() * shrink
-            rounded[name] = torch.where(
-                truth.isfinite(), truth + error + saved.get(name, 0.0), truth
-            )
+        if value is None or truth is None:
+            continue
+        error = (value.double() - truth).abs()
+        error += torch.stack([(other[name] - truth).abs() for other in moved]).amax(0)
+        rounded[name] = torch.where(truth.isfinite(), truth + shrink * error, truth)
     return exact, rounded
 
 
@@ -169,24 +179,28 @@ def assert_results(
         assert_within_budget(name, value, truth, error, slack=slack)
 
 
-def _moved_by_rounding_out(
-    problem: Problem, exact: dict[str, Tensor | None], eps: float
-) -> dict[str, Tensor]:
-    """Return by how much each gradient moves when out is off by a rounding step, signs at random."""
-    if problem.dout is None or not any(problem.grad_mask):
-        return {}
-    out = exact["out"]
+def _moved(
+    exact: Problem, dtype: torch.dtype, results: dict[str, Tensor | None], generator: torch.Generator
+) -> Problem:
+    """Return a float64 problem with all that is rounded to `dtype` moved, signs at random."""
+    out, lse = results["out"], results["lse"]
     assert out is not None
-    size = eps * (problem.dout.double() * out).abs().sum(-1)  # [B, H, N]
-    generator = torch.Generator().manual_seed(0)
-    sign = torch.randint(0, 2, size.shape, generator=generator).to(size) * 2 - 1
-    wide = problem.to(torch.float64)
-    moved: dict[str, Tensor] = {}
-    for dlse in (size, size * sign):
-        step = Problem(
-            wide.inputs, wide.windows, wide.options, None, dlse, problem.grad_mask
-        )
-        for name, grad in run_attn(reference.attn, step).items():
-            if name.startswith("d") and grad is not None:
-                moved[name] = torch.maximum(moved.get(name, grad.abs()), grad.abs())
-    return moved
+    assert lse is not None
+
+    def signs(like: Tensor) -> Tensor:
+        return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+
+    eps = torch.finfo(dtype).eps
+    eps_of_lse = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    inputs = tuple(t * (1 + eps * signs(t)) for t in exact.inputs)
+    factor = 1 + eps_of_lse * lse.masked_fill(lse.isneginf(), 0.0) * signs(lse)  # of P, [B, H, N]
+    dout = dlse = None
+    shift = torch.zeros_like(lse)
+    if exact.dout is not None:
+        dout = exact.dout * (1 + eps * signs(out)) * factor[..., None]
+        shift = eps * (exact.dout * out).abs().sum(-1) * signs(lse)
+    if exact.dlse is not None:
+        dlse = exact.dlse * factor
+    if exact.dout is not None:
+        dlse = shift if dlse is None else dlse + shift
+    return Problem(inputs, exact.windows, exact.options, dout, dlse, exact.grad_mask)
