@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simplex_ops import cpu
+from simplex_ops import cpu, fake
 from simplex_ops.checks import check_attn, check_attn_backward
 from simplex_ops.schema import ALL_GRADS, DEFAULTS
 from simplex_ops.windows import reach
@@ -52,7 +52,11 @@ def attn(
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     from csrc_free.forward import attn_forward
 
-    return attn_forward(q, k1, k2, v1, v2, **kernel_arguments(w1, w2, q, options))
+    out, lse = fake.attn(q, k1, k2, v1, v2)
+    attn_forward(
+        q, k1, k2, v1, v2, out=out, lse=lse, **kernel_arguments(w1, w2, q, options)
+    )
+    return out, lse
 
 
 def attn_backward(
@@ -81,10 +85,15 @@ def attn_backward(
     check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     from csrc_free.backward import attn_backward as launch
 
-    return launch(
+    found = fake.attn_backward(
+        dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, grad_mask=grad_mask, **options
+    )
+    wanted = tuple(g if mask else None for g, mask in zip(found, grad_mask, strict=True))
+    launch(
         dout, dlse, q, k1, k2, v1, v2, out, lse,
-        grad_mask=grad_mask, **kernel_arguments(w1, w2, q, options),
+        grads=wanted, **kernel_arguments(w1, w2, q, options),
     )  # fmt: skip
+    return found
 
 
 def kernel_arguments(

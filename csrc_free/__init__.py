@@ -1,0 +1,1 @@
+"""Triton kernels of 2-simplicial attention and their launchers: tensors and numbers, no operators."""

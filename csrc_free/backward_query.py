@@ -1,0 +1,148 @@
+"""The query side of the backward, offset by offset: dq, and for small groups the narrow pair's parts.
+
+A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries, as in the forward.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_free.backward_rows import attend_backward, virtual_rows
+from csrc_free.backward_sum import slot_base
+from csrc_free.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
+from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.tiles import key_range, positions, query_rows, spread
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def backward_query_kernel(
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, dq, dk_parts, dv_parts,
+    kv_bounds, q_start,
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+    q_start_default, slots, part_rows, part_shift,
+    stride_q_b, stride_q_h, stride_q_n,
+    stride_kw_b, stride_kw_h, stride_kw_n, stride_vw_b, stride_vw_h, stride_vw_n,
+    stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
+    stride_do_b, stride_do_h, stride_do_n, stride_dq_b, stride_dq_h, stride_dq_n,
+    scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, FILLS_PARTS: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    TILE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_Q rows of one key-value head: their dq, and one part where it fills any.
+
+    Filling parts needs REPLICAS = 1 and HEADS a power of two; parts must come zeroed. The rows of
+    a part move by one with every offset, hence the barrier before each turn.
+    """
+    M: tl.constexpr = BLOCK_Q * REPLICAS
+    tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    batch = bh // kv_heads
+    kv_head = bh % kv_heads
+    m_keys = tl.maximum(wide_rows, narrow_rows)
+    wide_first = m_keys - wide_rows
+    narrow_first = m_keys - narrow_rows
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+
+    rows = tl.arange(0, M)
+    replica = rows // BLOCK_Q
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS)
+    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
+    position = start + i
+    lo, hi = key_range(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    narrow_lo, narrow_hi = key_range(
+        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, m_keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
+    sees = (lo < hi) & (narrow_lo < narrow_hi)
+    offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
+    offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+
+    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
+    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
+    query_offset = i.to(tl.int64) * stride_q_n + head * stride_q_h
+    dout_offset = i.to(tl.int64) * stride_do_n + head * stride_do_h
+    statistics = (bh * seq + i) * GROUP + head
+    row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
+    row_delta = tl.load(delta + statistics, mask=real, other=0.0)
+
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    key = position - offset_first - replica
+    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
+    vq, vdo, shift, row_dp = virtual_rows(
+        q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
+        stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
+        k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        DOT_DTYPE,
+    )  # fmt: skip
+    for offset in range(offset_first, offset_last + 1, REPLICAS):
+        dvq, t, sigma = attend_backward(
+            vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
+            k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+            scale, log2_scale, k_wide_bias, v_wide_bias,
+            FILLS_PARTS, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, TILE_STAGES,
+        )  # fmt: skip
+        k, k_prev = load_for_form(
+            k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
+            FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+        if FILLS_PARTS:
+            P: tl.constexpr = BLOCK_Q // HEADS
+            query, query_prev = load_for_form(
+                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+            )
+            dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
+            dk = tl.sum(tl.reshape(dk, [P, HEADS, BLOCK_D]), 1)
+            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            dv = tl.sum(tl.reshape(t * do, [P, HEADS, BLOCK_DV]), 1)
+            base = slot_base(tile, part_rows, HEADS, part_shift)
+            narrow_row = start + tile * P + tl.arange(0, P) - offset - narrow_first
+            if PARTS_FOLLOW_QUERIES:
+                base += start
+            held = ((narrow_row >= 0) & (narrow_row < narrow_rows))[:, None]
+            where = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
+            to_dk = dk_parts + where[:, None] * HEAD_DIM + columns[None, :]
+            to_dv = dv_parts + where[:, None] * VALUE_DIM + value_columns[None, :]
+            mask_dk = held & (columns < HEAD_DIM)[None, :]
+            mask_dv = held & (value_columns < VALUE_DIM)[None, :]
+            tl.debug_barrier()
+            tl.store(to_dk, tl.load(to_dk, mask=mask_dk, other=0.0) + dk, mask=mask_dk)
+            tl.store(to_dv, tl.load(to_dv, mask=mask_dv, other=0.0) + dv, mask=mask_dv)
+
+        key -= REPLICAS
+        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        vq, vdo, shift, row_dp = virtual_rows(
+            q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
+            stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
+            k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            DOT_DTYPE,
+        )  # fmt: skip
+
+    if REPLICAS > 1:
+        acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, HEADS)
+    to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
+    to += i.to(tl.int64) * stride_dq_n
+    tl.store(
+        dq + to[:, None] + columns[None, :], acc, mask=real[:, None] & (columns < HEAD_DIM)[None, :]
+    )

@@ -1,0 +1,251 @@
+"""The portable forward: flash attention with a virtual query for every offset of the narrow window.
+
+A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries; each copy takes every
+REPLICAS-th offset, and the copies are merged by their log-sum-exp at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
+from csrc_free import launch
+from csrc_free.problem import NOT_SPECIALIZED, Problem, problem_of
+from csrc_free.tiles import key_range, positions, query_rows, spread
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
+# nothing: float32 has room for 2^30 times any value below 2^97.
+LAGGING_LIMIT = tl.constexpr(2.0**30)
+
+
+@triton.jit
+def _attend(
+    vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+    k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+    IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend from one tile of virtual queries to the wide window.
+
+    Returns (t [M, BLOCK_DV], total [M], top [M]): sum of P · v, sum of P, and the maximum in P's
+    exponents, in log2 units. Settled, the incoming maximum is used as it is.
+    """
+    keys = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    t = tl.zeros([vq.shape[0], BLOCK_DV], tl.float32)
+    total = tl.zeros([vq.shape[0]], tl.float32)
+    shift = tl.where(seen, top - row_constant, float("inf"))
+    for j in range(first, last, BLOCK_N):
+        row = j - wide_first
+        there = row + keys < wide_rows
+        k = load_rows(
+            k_wide + row.to(tl.int64) * stride_kw_n, keys, stride_kw_n, columns, there,
+            HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        s = tl.dot(vq, tl.trans(k.to(DOT_DTYPE)), input_precision=PRECISION)
+        if IS_SETTLED:
+            p = tl.exp2(s * log2_scale - shift[:, None])
+            if (j < full_lo) | (j + BLOCK_N > full_hi):
+                visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
+                p = tl.where(visible, p, 0.0)
+        else:
+            s = s * log2_scale + row_constant[:, None]
+            visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
+            s = tl.where(visible & seen[:, None], s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            decay = tl.exp2(top - base)
+            p = tl.exp2(s - base[:, None])
+            t = t * decay[:, None]
+            total = total * decay
+            top = new_top
+        total += tl.sum(p, 1)
+        v = load_rows(
+            v_wide + row.to(tl.int64) * stride_vw_n, keys, stride_vw_n, value_columns, there,
+            VALUE_DIM, BLOCK_DV,
+        )  # fmt: skip
+        t = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), t, input_precision=PRECISION)
+    return t, total, top
+
+
+@triton.jit
+def _virtual_queries(
+    q, k_narrow, query_offset, key_row, stride_kn_n, real, seen,
+    log2_scale, k_wide_bias, k_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
+    columns = tl.arange(0, BLOCK_D)
+    query, query_prev = load_for_form(
+        q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+    )
+    k, k_prev = load_for_form(
+        k_narrow, key_row, stride_kn_n, columns, seen, k_narrow_bias,
+        FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+    row_constant = tl.zeros([vq.shape[0]], tl.float32)
+    if FORM == STRASSEN:
+        row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+    if HAS_WIDE_BIAS:
+        row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
+    return vq.to(DOT_DTYPE), row_constant
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def forward_kernel(
+    q, k_wide, v_wide, k_narrow, v_narrow, out, lse, kv_bounds, q_start,
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+    q_start_default,
+    stride_q_b, stride_q_h, stride_q_n,
+    stride_kw_b, stride_kw_h, stride_kw_n, stride_vw_b, stride_vw_h, stride_vw_n,
+    stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
+    stride_o_b, stride_o_h, stride_o_n,
+    log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_Q rows (position, head) of one key-value head, and writes only them.
+
+    It loops over the offsets of the narrow window, and inside over tiles of the wide window.
+    """
+    M: tl.constexpr = BLOCK_Q * REPLICAS
+    tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
+    tile = tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    m_keys = tl.maximum(wide_rows, narrow_rows)
+    wide_first = m_keys - wide_rows
+    narrow_first = m_keys - narrow_rows
+    value_columns = tl.arange(0, BLOCK_DV)
+
+    rows = tl.arange(0, M)
+    replica = rows // BLOCK_Q
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP)
+    position = positions(q_start, batch, i, q_start_default, HAS_Q_START)
+    lo, hi = key_range(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    narrow_lo, narrow_hi = key_range(
+        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, m_keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
+    sees = (lo < hi) & (narrow_lo < narrow_hi)
+    offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
+    offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+
+    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
+    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+    query_offset = i.to(tl.int64) * stride_q_n + head * stride_q_h
+
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    key = position - offset_first - replica
+    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    # The virtual queries are made one offset ahead: a loop-carried operand is multiplied from
+    # shared memory, one made in the same iteration is reloaded into registers for every product.
+    vq, row_constant = _virtual_queries(
+        q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
+        log2_scale, k_wide_bias, k_narrow_bias,
+        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+    )  # fmt: skip
+    for _offset in range(offset_first, offset_last + 1, REPLICAS):
+        # The maximum is nearly always settled by the first offset; checked, never assumed.
+        is_settled = tl.sum((seen & (top == float("-inf"))).to(tl.int32), 0) == 0
+        t = tl.zeros([M, BLOCK_DV], tl.float32)
+        new_total = total
+        if is_settled:
+            t, new_total, _top = _attend(
+                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+                k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION,
+            )  # fmt: skip
+            is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
+        if not is_settled:
+            t, new_total, new_top = _attend(
+                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+                k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION,
+            )  # fmt: skip
+            decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
+            acc *= decay[:, None]
+            total *= decay
+            top = new_top
+        total += new_total
+        if HAS_WIDE_BIAS:
+            t += v_wide_bias * new_total[:, None]
+        v = load_rows(
+            v_narrow, key - narrow_first, stride_vn_n, value_columns, seen, VALUE_DIM, BLOCK_DV
+        ).to(tl.float32)
+        if HAS_NARROW_BIAS:
+            v += v_narrow_bias
+        acc += t * v
+
+        key -= REPLICAS
+        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        vq, row_constant = _virtual_queries(
+            q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
+            log2_scale, k_wide_bias, k_narrow_bias,
+            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+        )  # fmt: skip
+
+    if REPLICAS > 1:
+        top = tl.reshape(top, [REPLICAS, BLOCK_Q])
+        highest = tl.max(top, 0)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(top - base[None, :])
+        total = tl.sum(tl.reshape(total, [REPLICAS, BLOCK_Q]) * weight, 0)
+        acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_DV]) * weight[:, :, None], 0)
+        top = highest
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    query_head = kv_head * GROUP + head
+    out_offset = batch * stride_o_b + query_head * stride_o_h + i.to(tl.int64) * stride_o_n
+    mask = real[:, None]
+    if BLOCK_DV != VALUE_DIM:
+        mask = mask & (value_columns < VALUE_DIM)[None, :]
+    tl.store(out + out_offset[:, None] + value_columns[None, :], acc, mask=mask)
+    lse_offset = (batch * kv_heads * GROUP + query_head) * seq + i
+    logarithm = tl.log2(tl.where(total > 0, total, 1.0))
+    tl.store(lse + lse_offset, (top + logarithm) * LN_2, mask=real)
+
+
+def attn_forward(
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, *,
+    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
+    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Write out [B, H, N, Dv] and lse [B, H, N]; a reach is the (left, right) of a window."""
+    problem = problem_of(
+        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
+    )
+    if out.numel() == 0:
+        return
+    choice = launch.forward_choice(problem.traits(), launch.device_of(q.device))
+    tiles = triton.cdiv(q.shape[2] * problem.group, choice.block_q)
+    grid = (tiles * q.shape[0] * k1.shape[1],)
+    forward_kernel[grid](
+        *problem.tensors, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
+        *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
+        **problem.constants(), **choice.constants,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip

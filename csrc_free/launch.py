@@ -1,0 +1,101 @@
+"""Launch choices: pure functions of (traits of the problem, device).
+
+A choice that has a comment was measured; the device, versions and date stand there.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What a launch choice depends on."""
+
+    group: int  # query heads of a key-value head
+    block_d: int  # columns of q and k in a tile
+    block_dv: int  # columns of v in a tile
+    is_bf16: bool  # the other dtypes are multiplied as float32
+    form: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a launch choice knows of the device."""
+
+    backend: str  # "cuda", "hip", "xpu" or "cpu" (the interpreter)
+    capability: int  # 90 for sm_90; 0 where there is no such number
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a kernel is tiled and compiled."""
+
+    num_warps: int
+    num_stages: int
+    constants: dict[str, int]
+    tiles_of_a_part: int = 1
+
+    @property
+    def block_q(self) -> int:
+        return self.constants["BLOCK_Q"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardChoice:
+    """Which kernels the backward runs, and how."""
+
+    wide: Choice  # the wide pair's gradients
+    query: Choice  # dq alone
+    keys: Choice  # dq and the narrow pair's gradients, narrow key by narrow key
+    query_with_parts: Choice | None = None  # the same offset by offset; None: take `keys`
+    pairs: Choice | None = None  # all four key-value gradients at once; None: the others
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """Return what launch choices know of a device."""
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return Device("cuda", 10 * major + minor)
+    return Device("hip" if device.type == "cuda" else device.type, 0)
+
+
+def forward_choice(traits: Traits, device: Device) -> Choice:
+    """Choose the forward's tiles: BLOCK_Q rows, REPLICAS offsets at a time, BLOCK_N wide keys."""
+    if device.backend == "cpu":
+        return Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16})
+    widest = max(traits.block_d, traits.block_dv)
+    if not traits.is_bf16 or widest > 128 or traits.form != "trilinear":
+        block_q = 64 if widest <= 64 else 32
+        return Choice(4, 1, {"BLOCK_Q": block_q, "REPLICAS": 1, "BLOCK_N": 32})
+    return Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64})
+
+
+def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
+    """Choose the backward's kernels and their tiles."""
+    if device.backend == "cpu":
+        return BackwardChoice(
+            wide=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "OFFSET_STAGES": 1}),
+            query=Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1}),
+            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1}, 2),
+        )
+    widest = max(traits.block_d, traits.block_dv)
+    if not traits.is_bf16 or widest > 128 or traits.form != "trilinear":
+        rows = 32 if widest <= 128 else 16
+        return BackwardChoice(
+            wide=Choice(4, 1, {"BLOCK_Q": rows, "BLOCK_N": 32, "OFFSET_STAGES": 1}),
+            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}),
+            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
+        )
+    wide = Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1})
+    query = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2})
+    keys = Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3}, 2)
+    pairs = Choice(4, 2, {"BLOCK_Q": 64, "BLOCK_N": 64, "TILE_STAGES": 2})
+    with_parts = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 2})
+    return BackwardChoice(
+        wide, query, keys,
+        query_with_parts=with_parts if traits.group < 8 else None,
+        pairs=pairs if traits.group >= 32 else None,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""A 2-simplicial attention problem as the kernels see it: a narrow pair, a wide pair, and numbers.
+
+The narrow pair is virtualised: a query attends, for every key of its narrow window, to the whole
+wide window. Which of (k1, v1) and (k2, v2) is narrow follows from the windows alone.
+"""
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_free.forms import CODES
+from csrc_free.launch import Traits
+
+_SMALLEST_DOT = 16
+
+# Sizes that change from call to call: one compiled kernel serves them all.
+NOT_SPECIALIZED = (
+    "seq", "wide_rows", "narrow_rows",
+    "wide_left", "wide_right", "narrow_left", "narrow_right", "q_start_default",
+    "slots", "part_rows", "part_shift",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The two pairs in their roles, and the numbers that every kernel takes."""
+
+    q: Tensor  # [B, H, N, D]
+    k_wide: Tensor  # [B, Hkv, M_wide, D]
+    v_wide: Tensor  # [B, Hkv, M_wide, Dv]
+    k_narrow: Tensor  # [B, Hkv, M_narrow, D]
+    v_narrow: Tensor  # [B, Hkv, M_narrow, Dv]
+    wide_reach: tuple[int, int]
+    narrow_reach: tuple[int, int]
+    is_exchanged: bool  # (k1, v1) is the narrow pair
+    scale: float
+    form: str
+    k2_bias: float
+    v2_bias: float
+    kv_bounds: Tensor | None
+    q_start: Tensor | None
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k_wide.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the five inputs, the wide pair before the narrow one."""
+        return self.q, self.k_wide, self.v_wide, self.k_narrow, self.v_narrow
+
+    @property
+    def log2_scale(self) -> float:
+        """Return the factor that takes a logit to the exponent of a power of two."""
+        return self.scale * math.log2(math.e)
+
+    def strides(self) -> tuple[int, ...]:
+        """Return the strides of batch, heads and rows of the five inputs."""
+        return tuple(s for t in self.tensors for s in t.stride()[:3])
+
+    def traits(self) -> Traits:
+        """Return what launch choices depend on."""
+        return Traits(
+            group=self.group,
+            block_d=block(self.q.shape[3]),
+            block_dv=block(self.v_wide.shape[3]),
+            is_bf16=self.q.dtype == torch.bfloat16,
+            form=self.form,
+        )
+
+    @property
+    def keys(self) -> int:
+        """Return M, the number of key positions."""
+        return max(self.k_wide.shape[2], self.k_narrow.shape[2])
+
+    @property
+    def wide_first(self) -> int:
+        """Return the key position of the wide pair's first row."""
+        return self.keys - self.k_wide.shape[2]
+
+    @property
+    def narrow_first(self) -> int:
+        """Return the key position of the narrow pair's first row."""
+        return self.keys - self.k_narrow.shape[2]
+
+    def sizes(self) -> tuple[int, ...]:
+        """Return kv_heads, seq, rows of each pair, reaches and the default q_start."""
+        seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
+        return (
+            self.k_wide.shape[1], seq, wide_rows, narrow_rows,
+            *self.wide_reach, *self.narrow_reach, self.keys - seq,
+        )  # fmt: skip
+
+    def biases(self) -> tuple[float, ...]:
+        """Return the biases of k_wide, v_wide, k_narrow and v_narrow."""
+        given, none = (self.k2_bias, self.v2_bias), (0.0, 0.0)
+        return none + given if not self.is_exchanged else given + none
+
+    def constants(self) -> dict[str, object]:
+        """Return the compile-time constants that every kernel takes."""
+        has_bias = self.k2_bias != 0.0 or self.v2_bias != 0.0
+        head_dim, value_dim = self.q.shape[3], self.v_wide.shape[3]
+        return {
+            "FORM": CODES[self.form],
+            "SIGN": -1 if self.is_exchanged else 1,
+            "GROUP": self.group,
+            "HAS_BOUNDS": self.kv_bounds is not None,
+            "HAS_Q_START": self.q_start is not None,
+            "HAS_WIDE_BIAS": has_bias and self.is_exchanged,
+            "HAS_NARROW_BIAS": has_bias and not self.is_exchanged,
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_D": block(head_dim),
+            "BLOCK_DV": block(value_dim),
+            "DOT_DTYPE": tl.bfloat16 if self.q.dtype == torch.bfloat16 else tl.float32,
+            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+        }
+
+
+def block(dim: int) -> int:
+    """Return the power of two that holds `dim` columns of a matrix product."""
+    return max(_SMALLEST_DOT, triton.next_power_of_2(dim))
+
+
+def problem_of(
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor,
+    reach1: tuple[int, int], reach2: tuple[int, int],
+    scale: float, form: str, k2_bias: float, v2_bias: float,
+    kv_bounds: Tensor | None, q_start: Tensor | None,
+) -> Problem:  # fmt: skip
+    """Give each pair its role, and copy only what no kernel can read in place."""
+    q, k1, k2, v1, v2 = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k1, k2, v1, v2))
+    is_exchanged = _width(reach1, k1) < _width(reach2, k2)
+    first, second = (k1, v1, reach1), (k2, v2, reach2)
+    narrow, wide = (first, second) if is_exchanged else (second, first)
+    return Problem(
+        q, wide[0], wide[1], narrow[0], narrow[1], wide[2], narrow[2], is_exchanged,
+        scale, form, k2_bias, v2_bias,
+        None if kv_bounds is None else kv_bounds.contiguous(),
+        None if q_start is None else q_start.contiguous(),
+    )  # fmt: skip
+
+
+def _width(reach: tuple[int, int], keys: Tensor) -> int:
+    return min(reach[0] + reach[1] + 1, keys.shape[2])
+

@@ -1,0 +1,55 @@
+"""What the rows of a tile see: queries, positions and key ranges, on the device.
+
+Rows of a tile are consecutive entries of the list (query position, head of the group); HEADS is
+the group size, or the power of two above it where a kernel sums over the heads of a position.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def query_rows(flat, seq, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """Return (i, head, real): the query and head of a row, and whether there is such a row."""
+    i = flat // HEADS
+    head = flat % HEADS
+    real = i < seq
+    if HEADS != GROUP:
+        real = real & (head < GROUP)
+    return i, head, real
+
+
+@triton.jit
+def positions(q_start, batch, i, default_start, HAS_Q_START: tl.constexpr):
+    """Return the positions at which the queries stand among the keys."""
+    start = default_start
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    return start + i
+
+
+@triton.jit
+def key_range(
+    kv_bounds, batch, i, real, position, left, right, first, seq, keys,
+    HAS_BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Return [lo, hi), the key positions that each row sees through one window; 0, 0 for none."""
+    lo = tl.maximum(position - left, first)
+    hi = tl.minimum(position + right + 1, keys)
+    if HAS_BOUNDS:
+        offset = (batch.to(tl.int64) * seq + i) * 2
+        lo = tl.maximum(lo, tl.load(kv_bounds + offset, mask=real, other=0))
+        hi = tl.minimum(hi, tl.load(kv_bounds + offset + 1, mask=real, other=0))
+    sees = real & (lo < hi)
+    return tl.where(sees, lo, 0), tl.where(sees, hi, 0)
+
+
+@triton.jit
+def spread(lo, hi, keys):
+    """Return scalars: [first, last) key that any row sees, [full_lo, full_hi) that all rows see.
+
+    Rows that see nothing do not widen the first range, and empty the second.
+    """
+    first = tl.min(tl.where(lo < hi, lo, keys), 0)
+    last = tl.max(hi, 0)
+    return first, last, tl.max(lo, 0), tl.min(hi, 0)
