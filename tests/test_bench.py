@@ -77,6 +77,19 @@ def test_a_missing_gpu_is_said():
     assert "sees no GPU" in result.output
 
 
+@pytest.mark.gpu
+def test_quick_gpu_bench_has_its_anchors(tmp_path):
+    lines = tmp_path / "figures.jsonl"
+    result = run("--device", "cuda", "--quick", "--workload", "mha", "--json", str(lines))
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    timed = {(r["direction"], r["contestant"]) for r in records if r["ms"] is not None}
+    assert {(d, c) for d in ("forward", "backward") for c in (OURS, "matmul", "cudnn fwd")} <= timed
+    assert ("backward", "cudnn bwd") in timed
+    (peer,) = (r for r in records if r["contestant"] == "FBGEMM Triton")
+    assert peer["note"] == "not run: give a checkout of pytorch/FBGEMM with --fbgemm"
+
+
 def test_who_cannot_run_says_why_and_the_others_are_timed():
     def refuses(*_):
         raise NotRunError("it is Sunday")

@@ -18,6 +18,11 @@ import torch
 from simplex_ops.testing import Case, Problem, assert_matches_reference, run_attn
 
 BATCH = 50
+# What PyTorch and Triton say once a kernel has broken the GPU context of its process.
+LOST_DEVICE = (
+    "CUDA error", "HIP error", "illegal memory access", "misaligned address",
+    "unspecified launch failure", "device-side assert",
+)  # fmt: skip
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -179,7 +184,7 @@ def _failure(case: Case, settings: Settings) -> Exception | None:
     except Exception as error:
         if "there is no budget" in str(error):
             return _SkippedError("plain PyTorch overflows")
-        if "CUDA error" in str(error) or "illegal memory access" in str(error):
+        if any(words in str(error) for words in LOST_DEVICE):
             raise LostDeviceError(f"{error}".splitlines()[0]) from error
         return error
     return None
