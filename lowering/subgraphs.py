@@ -9,20 +9,24 @@ class Subgraphs:
     """A graph and all it calls, each graph once.
 
     `modules` holds, for each, the modules that share it: several for a region compiled once.
+    A graph that no node takes is left out: Dynamo keeps the bodies that it inlined.
     """
 
     def __init__(self, root: fx.GraphModule) -> None:
-        modules: list[fx.GraphModule] = [m for m in root.modules() if isinstance(m, fx.GraphModule)]
         self.modules: dict[fx.Graph, list[fx.GraphModule]] = {}
-        for module in modules:
-            self.modules.setdefault(module.graph, []).append(module)
         self._calls: dict[fx.Graph, list[fx.Node]] = {}
-        for module in modules:
+        pending = [root]
+        while pending:
+            module = pending.pop(0)
+            holders = self.modules.setdefault(module.graph, [])
+            if module in holders:
+                continue
+            holders.append(module)
             for node in module.graph.nodes:
-                if node.op == "get_attr":
-                    held = getattr(module, str(node.target), None)
-                    if isinstance(held, fx.GraphModule):
-                        self._calls.setdefault(held.graph, []).extend(node.users)
+                held = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+                if isinstance(held, fx.GraphModule):
+                    self._calls.setdefault(held.graph, []).extend(node.users)
+                    pending.append(held)
 
     def sources_of(self, node: Any) -> list[fx.Node]:
         """Follow an input of a body to what its callers give; any other node is its own source.

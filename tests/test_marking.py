@@ -6,13 +6,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-from simplex_ops.marking import is_marked, mark, marked_modules, unmark
-from simplex_ops.sdpa import UnservedMarkError
-from simplex_ops.testing import assert_within_budget
 from tiny_llama import (
     SEQ,
     Attention,
@@ -27,6 +20,13 @@ from tiny_llama import (
     tokens,
     train_step,
 )
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from simplex_ops.marking import is_marked, mark, marked_modules, unmark
+from simplex_ops.sdpa import UnservedMarkError
+from simplex_ops.testing import assert_within_budget
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -70,9 +70,9 @@ def train_step(run: Callable[[Tensor], Any], model: nn.Module, ids: Tensor) -> d
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: Any) -> None:
     assert got.keys() == expected.keys()
-    for name in expected:
+    for name, value in expected.items():
         torch.testing.assert_close(
-            got[name], expected[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance
+            got[name], value, msg=lambda m, name=name: f"{name}: {m}", **tolerance
         )
 
 

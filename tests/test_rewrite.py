@@ -1,0 +1,442 @@
+"""The pass on Dynamo's graphs: what it rewrites, what it computes then, and what it refuses.
+
+Compiled without Inductor (backend aot_eager behind the pass), which test_backend.py adds.
+"""
+
+import dataclasses
+import re
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_llama import (
+    Attention,
+    Residual,
+    assert_same,
+    attention,
+    band,
+    llama,
+    mark_layers,
+    matrix_products,
+    randomize,
+    sdpa,
+    states,
+    tokens,
+    train_step,
+)
+from torch import fx, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lowering.backend import serve_marks
+from lowering.report import Report, last_report
+from lowering.rewrite import rewrite
+from simplex_ops.mark_op import MARK_OP
+from simplex_ops.marking import mark, unmark
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+class Passed:
+    """A backend: the pass, then aot_eager. It keeps each graph's report."""
+
+    def __init__(self):
+        self.reports: list[Report] = []
+
+    def __call__(self, gm, example_inputs):
+        serve_marks(gm)
+        self.reports.append(last_report())
+        return aot_eager(gm, example_inputs)
+
+
+def compiled(model: nn.Module, **options):
+    return torch.compile(model, backend=Passed(), fullgraph=True, **options)
+
+
+def refusal_of(module: nn.Module, *inputs, fullgraph: bool = True, **kwargs) -> str:
+    """Compile and run; return the message of the refusal that must come."""
+    run = torch.compile(module, backend=Passed(), fullgraph=fullgraph)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        run(*inputs, **kwargs)
+    assert "UnservedMarkError" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use_cache", "checkpoint"),
+    [(False, False), (True, False), (False, True)],
+    ids=["plain", "cache", "checkpoint"],
+)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_llama_computes_what_eager_does(dynamic, use_cache, checkpoint, device):
+    model = mark_layers(llama(use_cache=use_cache, device=device), 0, 1, window=(9, 4)).train()
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(device=device)
+    expected = train_step(model, model, ids)
+    got = train_step(compiled(model, dynamic=dynamic), model, ids)
+    assert_same(got, expected)
+    assert [str(r) for r in last_report().rewritten] == [
+        f"model.layers.{i}.self_attn: trilinear, w1=9, w2=4" for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("form", ["determinant", "strassen"])
+def test_other_forms_compile_to_what_eager_computes(form):
+    model = mark_layers(llama(), 1, window=(9, None), form=form, init="random", k2_bias=0.5)
+    expected = train_step(model, model, tokens())
+    assert_same(train_step(compiled(model), model, tokens()), expected)
+
+
+def test_one_graph_serves_several_lengths():
+    model = mark_layers(llama(), 1, window=(9, 4))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def backend(gm, example_inputs):
+        serve_marks(gm)
+        return counter(gm, example_inputs)
+
+    run = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled_once = None  # Dynamo starts over within the first call, to make floats constants
+    for seq in (24, 7, 40):
+        ids = tokens(seq)
+        assert_same(train_step(run, model, ids), train_step(model, model, ids))
+        compiled_once = compiled_once or counter.frame_count
+        assert counter.frame_count == compiled_once
+
+
+def test_a_compiled_mark_stays_within_its_window():
+    model, ids = mark_layers(llama(layers=1), 0, window=(5, 3)), tokens(batch=1)
+    changed = ids.clone()
+    changed[0, 9] = (ids[0, 9] + 1) % 64
+    run = compiled(model)
+    with torch.no_grad():
+        differs = (run(ids).logits != run(changed).logits).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [9, 10, 11, 12, 13]
+
+
+def test_only_marked_layers_are_rewritten():
+    model = mark_layers(llama(layers=4), 1, window=(9, 4))
+    expected = train_step(model, model, tokens())
+    assert_same(train_step(compiled(model), model, tokens()), expected)
+    report = last_report()
+    assert [r.module for r in report.rewritten] == ["model.layers.1.self_attn"]
+    assert list(report.unmarked) == [f"model.layers.{i}.self_attn" for i in (0, 2, 3)]
+    assert str(report).splitlines() == [
+        "rewritten: 1",
+        "  - model.layers.1.self_attn: trilinear, w1=9, w2=4",
+        "refused: 0",
+        "left as they were, not marked: 3",
+        *(f"  - model.layers.{i}.self_attn" for i in (0, 2, 3)),
+    ]
+
+
+def test_each_call_of_a_region_is_rewritten_once():
+    module = randomize(mark(Attention(), window=(5, 3)))
+
+    @torch.compiler.nested_compile_region
+    def region(x):
+        return module(x)
+
+    def run(x):
+        return region(x + region(x))
+
+    x = states()
+    got = torch.compile(run, backend=Passed(), fullgraph=True)(x)
+    torch.testing.assert_close(got, run(x))
+    assert len(last_report().rewritten) == 2
+
+
+def test_a_module_that_is_not_causal_is_rewritten():
+    module, x = randomize(mark(Attention(is_causal=False), window=(3, 2))), states()
+    torch.testing.assert_close(compiled(module)(x), module(x))
+
+
+def test_a_late_mark_a_new_window_and_an_unmark_compile_again():
+    model, ids = llama(), tokens()
+    module = attention(model, 1)
+    run = compiled(model)
+    plain = run(ids).logits
+    mark_layers(model, 1, window=(3, 2))
+    late = run(ids).logits
+    torch.testing.assert_close(late, model(ids).logits)
+    module.simplex_mark = dataclasses.replace(module.simplex_mark, w1=6)
+    wider = run(ids).logits
+    torch.testing.assert_close(wider, model(ids).logits)
+    assert not torch.equal(late, wider)
+    unmark(module)
+    assert torch.equal(run(ids).logits, plain)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_without_the_pass_a_compiled_mark_raises(backend):
+    module = mark(Attention())
+    run = torch.compile(module, backend=backend)
+    with pytest.raises(RuntimeError, match=r"compiled without the pass.*backend=\"simplex\""):
+        run(states())
+
+
+def test_an_exported_mark_raises_when_run():
+    exported = torch.export.export(mark(Attention()), (states(),))
+    with pytest.raises(RuntimeError, match=r"compiled without the pass"):
+        exported.module()(states())
+
+
+def test_a_graph_break_between_mark_and_attention_is_refused():
+    def breaks(q, k, v, **options):
+        torch._dynamo.graph_break()
+        return sdpa(q, k, v, **options)
+
+    message = refusal_of(mark(Attention(breaks)), states(), fullgraph=False)
+    assert "a graph break parts the two" in message
+    assert "torch._dynamo.config.optimize_ddp = False" in message
+
+
+def test_another_attention_implementation_is_refused():
+    model = mark_layers(llama(attn_implementation="eager"), 0, 1)
+    message = refusal_of(model, tokens())
+    assert "2 of 2 marked modules cannot run" in message
+    assert "model.layers.0.self_attn: no scaled_dot_product_attention" in message
+
+
+def test_a_mark_never_takes_the_attention_of_the_next_layer():
+    stack = Residual(mark(Attention(matrix_products)), Attention())
+    message = refusal_of(stack, states())
+    assert "blocks.0: no scaled_dot_product_attention in its graph" in message
+    assert list(last_report().unmarked) == ["blocks.1"]
+
+
+def test_a_refusal_names_those_that_were_served():
+    stack = Residual(*(randomize(mark(Attention(f))) for f in (None, matrix_products, None)))
+    assert "1 of 3 marked modules cannot run" in refusal_of(stack, states())
+    assert [r.module for r in last_report().rewritten] == ["blocks.0", "blocks.2"]
+
+
+@pytest.mark.parametrize(
+    ("attend", "text"),
+    [
+        (
+            lambda q, k, v, **o: sdpa(q, k, v, **o) + sdpa(q, k, v, **o),
+            "2 calls of scaled_dot_product_attention take their query from it",
+        ),
+        (lambda q, k, v, **o: sdpa(q, k, v, dropout_p=0.25, **o), "its attention dropout is 0.25"),
+        (
+            lambda q, k, v, **_: sdpa(q, k, v, attn_mask=band(12, 4)),
+            "was given an attn_mask",
+        ),
+        (
+            lambda q, k, v, **_: sdpa(q, k, v, is_causal=False),
+            "called with is_causal=False and the module was marked with is_causal=True",
+        ),
+        (
+            lambda q, k, v, **_: F.scaled_dot_product_attention(
+                q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
+            ),
+            "key has 4 heads and k2 has 2",
+        ),
+        (
+            lambda q, k, v, **o: sdpa(q, torch.cat([k, k], 2), torch.cat([v, v], 2), **o),
+            "12 queries and 24 keys but 12 rows of k2",
+        ),
+        (
+            lambda q, k, v, **o: sdpa(q.double(), k.double(), v.double(), **o).float(),
+            "k2 must have the dtype of q, torch.float64, got torch.float32",
+        ),
+    ],
+    ids=["twice", "dropout", "mask", "not causal", "repeated heads", "cache", "dtype"],
+)
+def test_a_call_that_a_mark_cannot_take_over_is_refused(attend, text):
+    assert text in refusal_of(mark(Attention(attend)), states())
+
+
+def test_dropout_is_refused_under_dynamic_shapes_too():
+    model = mark_layers(llama(attention_dropout=0.1), 0).train()
+    run = torch.compile(model, backend=Passed(), dynamic=True)
+    with pytest.raises(Exception, match=r"its attention dropout is 0\.1"):
+        run(tokens())
+
+
+def test_a_query_from_two_marks_is_refused():
+    def two(x, k2, v2):
+        first, second = (MARK_OP(x, k2, v2, None, 3, 2) for _ in range(2))
+        return F.scaled_dot_product_attention(first + second, x, x, is_causal=True)
+
+    report = rewrite(fx.symbolic_trace(two))
+    assert not report.rewritten
+    assert len(report.refused) == 2
+    assert all("comes from other marks" in r.reason for r in report.refused)
+
+
+class Masked(nn.Module):
+    """A marked attention behind a mask that a function makes."""
+
+    def __init__(self, make, **how):
+        super().__init__()
+        self.attention, self.make = randomize(mark(Attention(**how), window=(5, 3))), make
+
+    def forward(self, x, *rest):
+        return self.attention(x, attention_mask=self.make(x, *rest))
+
+
+def _causal(x):
+    rows = torch.arange(x.shape[1], device=x.device)
+    return (rows[:, None] >= rows)[None, None]
+
+
+def _additive(x):
+    hidden = torch.full((x.shape[1], x.shape[1]), torch.finfo(torch.float32).min)
+    return hidden.triu(1).expand(x.shape[0], 1, -1, -1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("make", [_causal, _additive])
+def test_a_computed_causal_mask_is_proven_and_left_out(make, dynamic):
+    model, x = Masked(make), states()
+    expected = model.attention(x)
+    torch.testing.assert_close(compiled(model, dynamic=dynamic)(x), expected)
+
+
+def _banded(x):
+    return _causal(x) & ~_causal(x).tril(-4)
+
+
+def _written(x):
+    mask = _causal(x).clone()
+    mask[0][0][5, 0] = False
+    return mask
+
+
+def _filled(x):
+    mask = _causal(x).clone()
+    mask[0].squeeze(0)[5:].fill_(True)
+    return mask
+
+
+def _dense(x):
+    return torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool)
+
+
+def _wide(x):
+    return torch.ones(x.shape[1], 2 * x.shape[1], dtype=torch.bool).tril()[None, None]
+
+
+def _soft(x):
+    return torch.full((1, 1, x.shape[1], x.shape[1]), -1.0).triu(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (_banded, "it hides other keys than those after the query"),
+        (_dense, "it hides other keys than those after the query"),
+        (_soft, "it hides other keys than those after the query"),
+        (_written, "setitem writes into it"),
+        (_filled, "writes into it"),
+        (_wide, "it has 12 queries and 24 keys, as with a key-value cache"),
+        (lambda x: _causal(x) & (x[:, None, :, :1] < 9), "it depends on the input"),
+    ],
+    ids=["banded", "dense", "soft", "written", "filled", "wide", "input"],
+)
+def test_a_mask_that_is_more_than_causal_is_refused(make, text):
+    message = refusal_of(Masked(make), states())
+    assert "its attention mask is not known to be the causal one" in message
+    assert text in message
+
+
+def test_a_mask_for_a_module_that_is_not_causal_is_refused():
+    message = refusal_of(Masked(_dense, is_causal=False), states())
+    assert "it is not causal and was given an attention_mask" in message
+
+
+def test_padding_is_refused():
+    ids = tokens()
+    message = refusal_of(mark_layers(llama(), 0), ids, attention_mask=torch.ones_like(ids))
+    assert "it depends on the input l_kwargs_attention_mask_" in message
+    assert "leave attention_mask and position_ids out" in message
+
+
+def test_padding_is_refused_inside_a_checkpoint():
+    model, ids = mark_layers(llama(), 0).train(), tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    message = refusal_of(model, ids, attention_mask=torch.ones_like(ids))
+    assert "it depends on the input l_kwargs_attention_mask_" in message
+
+
+def test_packed_documents_are_refused():
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).remainder(9).expand_as(ids).contiguous()
+    message = refusal_of(mark_layers(llama(), 0), ids, position_ids=positions)
+    assert "it depends on the input l_kwargs_position_ids_" in message
+
+
+def listing(graph: fx.Graph) -> str:
+    """Print a graph with numbered values, shapes, and neither files nor weights' names."""
+    names: dict[fx.Node, str] = {}
+
+    def text(value) -> str:
+        if isinstance(value, fx.Node):
+            return names[value]
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(map(text, value))})"
+        return re.sub(r"<built-in (method|function) (\w+).*>", r"\2", repr(value))
+
+    lines = []
+    for node in graph.nodes:
+        names[node] = f"%{len(names)}"
+        shape = getattr(node.meta.get("example_value"), "shape", None)
+        shape = "" if shape is None else f" {list(shape)}"
+        target = str(node.target).split("_modules_")[-1]
+        if callable(node.target):
+            target = getattr(node.target, "__name__", target)
+        arguments = [*map(text, node.args), *(f"{k}={text(v)}" for k, v in node.kwargs.items())]
+        lines.append(f"{names[node]}{shape} = {target}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+class TestGraph(expecttest.TestCase):
+    def test_a_rewritten_attention(self):
+        graphs = []
+
+        def backend(gm, example_inputs):
+            assert not rewrite(gm).refused
+            graphs.append(listing(gm.graph))
+            return gm
+
+        module = mark(Attention(), window=(5, 3))
+        torch.compile(module, backend=backend, fullgraph=True)(states())
+        self.assertExpectedInline(
+            graphs[0],
+            """\
+%0 [16, 32] = simplex_k2_parameters_weight_()
+%1 [2, 12, 32] = L_args_0_()
+%2 [16, 32] = simplex_v2_parameters_weight_()
+%3 [32, 32] = q_proj_parameters_weight_()
+%4 [16, 32] = k_proj_parameters_weight_()
+%5 [16, 32] = v_proj_parameters_weight_()
+%6 [32, 32] = o_proj_parameters_weight_()
+%7 [2, 12, 16] = linear(%1, %0, None)
+%8 [2, 12, 2, 8] = unflatten(%7, -1, (-1, 8))
+%9 [2, 2, 12, 8] = transpose(%8, 1, 2)
+%10 [2, 12, 16] = linear(%1, %2, None)
+%11 [2, 12, 2, 8] = unflatten(%10, -1, (-1, 8))
+%12 [2, 2, 12, 8] = transpose(%11, 1, 2)
+%13 [2, 12, 32] = linear(%1, %3, None)
+%14 [2, 12, 4, 8] = unflatten(%13, -1, (-1, 8))
+%15 [2, 4, 12, 8] = transpose(%14, 1, 2)
+%16 [2, 12, 16] = linear(%1, %4, None)
+%17 [2, 12, 2, 8] = unflatten(%16, -1, (-1, 8))
+%18 [2, 2, 12, 8] = transpose(%17, 1, 2)
+%19 [2, 12, 16] = linear(%1, %5, None)
+%20 [2, 12, 2, 8] = unflatten(%19, -1, (-1, 8))
+%21 [2, 2, 12, 8] = transpose(%20, 1, 2)
+%22 = attn.default(%15, %18, %9, %21, %12, 5, 3, is_causal=True, form='trilinear', k2_bias=1.0, v2_bias=1.0, scale=None)
+%23 [2, 4, 12, 8] = getitem(%22, 0)
+%24 [2, 12, 4, 8] = transpose(%23, 1, 2)
+%25 [2, 12, 32] = flatten(%24, 2)
+%26 [2, 12, 32] = linear(%25, %6, None)
+%27 = output((%26))""",
+        )
