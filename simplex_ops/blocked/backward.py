@@ -13,7 +13,7 @@ from simplex_ops.blocked.buffers import (
     unpack_queries,
     unpack_rows,
 )
-from simplex_ops.blocked.exponentials import LOG2_E, flush_exp2_
+from simplex_ops.blocked.exponentials import shifted_exp_
 from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
@@ -72,12 +72,12 @@ class _Backward:
         grad_mask: Sequence[bool],
     ) -> None:
         self.plan, self.form = plan, form
-        self.scale, self.log2_scale = scale, scale * LOG2_E
+        self.scale = scale
         q, k1, k2, v1, v2 = inputs
         self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
             plan, form, (k1, v1), (k2, v2), biases
         )
-        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.log2_scale)
+        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.scale)
         self.space = Workspace(self.q)
         wants_dq, wants_k1, wants_k2, wants_v1, wants_v2 = grad_mask
         if plan.exchanged:
@@ -98,7 +98,7 @@ class _Backward:
         """Pack dout, lse and Δ = sum over d of dout · out - dlse; all zero where lse is -inf."""
         lse = pack_queries(self.plan, lse)
         sees_none = lse == -torch.inf
-        self.lse = lse.mul_(LOG2_E).masked_fill_(sees_none, 0)
+        self.lse = lse.masked_fill_(sees_none, 0)
         self.delta = torch.zeros_like(self.lse)
         if dout is None:
             self.dout = self.q.new_zeros(*self.lse.shape, out.shape[3])
@@ -125,7 +125,7 @@ class _Backward:
             )
             rows = (*q.shape[:3], k2.shape[3])
             virtual = self.space.take("virtual", *rows, q.shape[4])
-            forms.virtual_query(self.form, q, k2, self.log2_scale, virtual)
+            forms.virtual_query(self.form, q, k2, self.scale, virtual)
             dvalues = torch.mul(dout, v2, out=self.space.take("dvalues", *rows, v2.shape[4]))
             shift = tile.of(self.lse)[..., None]
             constant = forms.row_constant(self.form, q, k2)
@@ -163,7 +163,7 @@ class _Backward:
                     )
                 if self.dnarrow_k is not None:
                     dk2 = forms.second_key_gradient(
-                        self.form, dvirtual, sigma, q, self.log2_scale, scratch
+                        self.form, dvirtual, sigma, q, self.scale, scratch
                     )
                     tile.add_to_windows_of_queries(plan.narrow, self.dnarrow_k, columns[0], dk2)
             if values is not None and self.dnarrow_v is not None:
@@ -174,9 +174,8 @@ class _Backward:
         """Return P [blocks, C, G, R, columns]."""
         p = self.space.take("p", *virtual.shape[:4], k1.shape[1])
         torch.bmm(virtual.flatten(1, 3), k1.mT, out=p.flatten(1, 3))
-        p.sub_(shift[..., None])
         mask.hide(p, -torch.inf, is_tame=self.is_tame)
-        return flush_exp2_(p)
+        return shifted_exp_(p, shift[..., None])
 
     def _logit_gradients(
         self, tile: Tile, dvalues: Tensor, v1: Tensor, p: Tensor, mask: Mask
@@ -212,10 +211,9 @@ class _Backward:
         if self.dq is not None:
             unpack_queries(plan, forms.from_components(form, self.dq.mul_(self.scale)), dq)
         if self.dwide_k is not None:
-            dk = self.dwide_k.mul_(1 / LOG2_E)  # the virtual queries were in units of log2
-            unpack_rows(plan, plan.wide, forms.from_components(form, dk), dk1)
+            unpack_rows(plan, plan.wide, forms.from_components(form, self.dwide_k), dk1)
         if self.dnarrow_k is not None:
-            dk = self.dnarrow_k.mul_(1 / LOG2_E)
+            dk = self.dnarrow_k
             if plan.exchanged:
                 dk = forms.negate_vectors(form, dk)
             unpack_rows(plan, plan.narrow, forms.from_components(form, dk), dk2)

@@ -1,7 +1,5 @@
 """The forward in PyTorch operations: flash attention over virtual queries, one tile at a time."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from simplex_ops.blocked.buffers import (
     pack_queries,
     unpack_queries,
 )
-from simplex_ops.blocked.exponentials import LOG2_E, flush_exp2_
+from simplex_ops.blocked.exponentials import plain_exp_, shifted_exp_
 from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
@@ -55,7 +53,7 @@ def attn_forward(
 
 
 class _Forward:
-    """The buffers of one call, and what is done with each tile. Logits are in units of log2."""
+    """The buffers of one call, and what is done with each tile."""
 
     def __init__(
         self,
@@ -67,15 +65,16 @@ class _Forward:
         pair2: tuple[Tensor, Tensor],
         biases: tuple[float, float],
     ) -> None:
-        self.plan, self.form, self.scale = plan, form, scale * LOG2_E
+        self.plan, self.form, self.scale = plan, form, scale
         self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
             plan, form, pair1, pair2, biases
         )
+        self.wide_k = self.wide_k.mT.contiguous().mT  # 8% faster in products with few rows
         self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.scale)
         self.narrow_v, self.narrow_unit = _into_unit_range(self.narrow_v)
         self.wide_v, self.wide_unit = _into_unit_range(self.wide_v)
         # What each query gathered so far: the largest logit (or 0 where that is near enough), and
-        # the sum, plain and weighted with values, of exp2(logit - top).
+        # the sum, plain and weighted with values, of exp(logit - top).
         self.top = torch.full_like(self.q[..., 0], -torch.inf)
         self.total = torch.zeros_like(self.top)
         self.values = self.q.new_zeros(*self.top.shape, self.wide_v.shape[2])
@@ -115,7 +114,7 @@ class _Forward:
     def _exponentials(
         self, virtual: Tensor, constant: Tensor | None, k1: Tensor, mask: Mask
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return exp2(logit - top) [blocks, C·G·R, columns], top and sums [blocks, C, G]."""
+        """Return exp(logit - top) [blocks, C·G·R, columns], top and sums [blocks, C, G]."""
         grid = (*virtual.shape[:4], k1.shape[1])
         logits = self.space.take("logits", *grid)
         rows = logits.flatten(1, 3)
@@ -129,9 +128,9 @@ class _Forward:
 
         make_logits()
         if self.may_trust:
-            total = queries.exp2_().sum(-1)
-            top = torch.zeros_like(total)
             sees_none = mask.sees_none()
+            total = plain_exp_(queries, is_masked=sees_none is not None).sum(-1)
+            top = torch.zeros_like(total)
             seen = total
             if sees_none is not None:
                 top.masked_fill_(sees_none[..., None], -torch.inf)
@@ -142,8 +141,7 @@ class _Forward:
             self.may_trust = False
             make_logits()
         top = queries.amax(-1)
-        queries.sub_(top.masked_fill(top == -torch.inf, 0)[..., None])
-        flush_exp2_(queries)
+        shifted_exp_(queries, top.masked_fill(top == -torch.inf, 0)[..., None])
         return rows, top, queries.sum(-1)
 
     def _gather(
@@ -158,7 +156,7 @@ class _Forward:
             return
         new_top = torch.maximum(old_top, top)
         shift = new_top.masked_fill(new_top == -torch.inf, 0)
-        keep, take = torch.exp2(old_top - shift), torch.exp2(top - shift)
+        keep, take = torch.exp(old_top - shift), torch.exp(top - shift)
         old_total.mul_(keep).addcmul_(total, take)
         old_values.mul_(keep[..., None]).addcmul_(values, take[..., None])
         old_top.copy_(new_top)
@@ -169,7 +167,7 @@ class _Forward:
         values = self.values.div_(self.total[..., None])
         values.mul_(self.wide_unit[..., None]).mul_(self.narrow_unit[..., None])
         unpack_queries(self.plan, values.masked_fill_(sees_none[..., None], 0), out)
-        self.top.add_(self.total.log2()).mul_(math.log(2)).masked_fill_(sees_none, -torch.inf)
+        self.top.add_(self.total.log()).masked_fill_(sees_none, -torch.inf)
         unpack_queries(self.plan, self.top, lse)
 
 

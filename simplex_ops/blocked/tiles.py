@@ -54,11 +54,11 @@ class Tile:
 
         `per_query` gives each query its own window: [blocks, C, columns, D].
         """
-        per_head, per_row, _ = rows.stride()
+        per_head, per_row, per_dim = rows.stride()
         per_step = per_row if side.slides else 0  # from one query to the next
         count = (self.heads.stop - self.heads.start) * (self.blocks.stop - self.blocks.start)
         size = [count, stop - start, rows.shape[2]]
-        stride = [per_step * self.block if self.is_along_seq else per_head, per_row, 1]
+        stride = [per_step * self.block if self.is_along_seq else per_head, per_row, per_dim]
         if per_query:
             size.insert(1, self.block)
             stride.insert(1, per_step)
