@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import rich.box
 import torch
 import typer
 from rich.console import Console
@@ -84,7 +85,12 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     columns = ["cudnn fwd", "cudnn bwd", "matmul"] if device.type == "cuda" else ["matmul"]
     title = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title=f"2-simplicial attention, {unit} nominal: {title}", title_justify="left")
+    table = Table(
+        title=f"2-simplicial attention, {unit} nominal: {title}",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for heading in ("workload", "direction", "contestant"):
         table.add_column(heading, no_wrap=True)
     for heading in ("ms", "+-", unit, "useful"):
@@ -116,7 +122,6 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
                 _verdict(row, device) if name == OURS else "",
                 "; ".join(_notes(row, name, columns)),
             )
-        table.add_section()
     return table
 
 
@@ -177,7 +182,7 @@ def main(
     """Measure the operator on the named workloads, beside anchors and peers, in one run."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=180)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: this PyTorch sees no GPU")
