@@ -6,7 +6,7 @@ CONSTRAINTS := tools/constraints.txt
 # The pinned environment needs Python 3.11; the library itself runs on 3.10.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.version_info < (3, 11) or print("$(p)")' 2>/dev/null)))
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 ARGS ?=
 
 .PHONY: help test demo check format lint types floors package test-torch clean

@@ -78,7 +78,7 @@ def main(
         model = build(setting, seed=seed).to(where)
         if name == MARKED:
             for layer in setting.marked_layers:
-                mark(model.model.layers[layer].self_attn, window=setting.window)
+                mark(model.get_submodule(f"model.layers.{layer}.self_attn"), window=setting.window)
         compiled = torch.compile(model, backend=BACKENDS[name])
         trainers[name] = Trainer(compiled, model, setting, data, where)
         step_seconds += _compile(console, name, trainers[name])
