@@ -10,11 +10,12 @@ from simplex_ops.blocked.buffers import (
     Workspace,
     load_pairs,
     pack_queries,
-    unpack_queries,
+    queries_to_fill,
+    store_queries,
     unpack_rows,
 )
 from simplex_ops.blocked.exponentials import shifted_exp_
-from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
+from simplex_ops.blocked.masks import Mask, are_tame, is_known, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of
@@ -52,11 +53,12 @@ def attn_backward(
         return tuple(grad.zero_() for grad in grads)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=64, block=8)
-    run = _Backward(plan, form, scale, inputs, (k2_bias, v2_bias), grad_mask)
+    run = _Backward(plan, form, scale, inputs, (k2_bias, v2_bias), grads)
     run.load_gradients(dout, dlse, out, lse)
     for tile in plan.tiles():
         run.propagate(tile)
-    return run.store(grads)
+    run.store()
+    return grads
 
 
 class _Backward:
@@ -69,24 +71,24 @@ class _Backward:
         scale: float,
         inputs: tuple[Tensor, ...],
         biases: tuple[float, float],
-        grad_mask: Sequence[bool],
+        grads: tuple[Tensor, ...],
     ) -> None:
-        self.plan, self.form = plan, form
-        self.scale = scale
+        self.plan, self.form, self.scale, self.grads = plan, form, scale, grads
         q, k1, k2, v1, v2 = inputs
-        self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
+        self.narrow_k, self.narrow_v, wide_k, self.wide_v = load_pairs(
             plan, form, (k1, v1), (k2, v2), biases
         )
-        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.scale)
+        self.q = forms.to_components(form, pack_queries(plan, q))
+        self.wide_k = wide_k * scale
         self.space = Workspace(self.q)
-        wants_dq, wants_k1, wants_k2, wants_v1, wants_v2 = grad_mask
+        wants_dq, wants_k1, wants_k2, wants_v1, wants_v2 = (x.dim() == 4 for x in grads)
         if plan.exchanged:
             wants_k1, wants_k2, wants_v1, wants_v2 = wants_k2, wants_k1, wants_v2, wants_v1
 
         def accumulator(like: Tensor, wanted: bool) -> Tensor | None:
             return torch.zeros_like(like) if wanted else None
 
-        self.dq = accumulator(self.q, wants_dq)
+        self.dq = queries_to_fill(plan, grads[0]) if wants_dq else None
         self.dnarrow_k = accumulator(self.narrow_k, wants_k2)
         self.dnarrow_v = accumulator(self.narrow_v, wants_v2)
         self.dwide_k = accumulator(self.wide_k, wants_k1)
@@ -98,16 +100,17 @@ class _Backward:
         """Pack dout, lse and Δ = sum over d of dout · out - dlse; all zero where lse is -inf."""
         lse = pack_queries(self.plan, lse)
         sees_none = lse == -torch.inf
-        self.lse = lse.masked_fill_(sees_none, 0)
-        self.delta = torch.zeros_like(self.lse)
+        all_see = is_known(~sees_none.any())
+        self.lse = lse if all_see else lse.masked_fill(sees_none, 0)
         if dout is None:
-            self.dout = self.q.new_zeros(*self.lse.shape, out.shape[3])
+            self.dout = self.q.new_zeros(*lse.shape, out.shape[3])
+            self.delta = torch.zeros_like(lse)
         else:
-            self.dout = pack_queries(self.plan, dout).masked_fill_(sees_none[..., None], 0)
-            self.delta += (self.dout * pack_queries(self.plan, out)).sum(-1)
+            dout = pack_queries(self.plan, dout)
+            self.dout = dout if all_see else dout.masked_fill(sees_none[..., None], 0)
+            self.delta = (self.dout * pack_queries(self.plan, out)).sum(-1)
         if dlse is not None:
-            self.delta -= pack_queries(self.plan, dlse)
-        self.delta.masked_fill_(sees_none, 0)
+            self.delta -= pack_queries(self.plan, dlse).masked_fill(sees_none, 0)
         terms = max(self.q.shape[3], self.dout.shape[3])
         self.is_tame = are_tame(self.q, self.narrow_k, self.wide_k, terms=terms)
         self.is_tame &= are_tame(self.dout, self.narrow_v, self.wide_v, terms=terms)
@@ -125,10 +128,10 @@ class _Backward:
             )
             rows = (*q.shape[:3], k2.shape[3])
             virtual = self.space.take("virtual", *rows, q.shape[4])
-            forms.virtual_query(self.form, q, k2, self.scale, virtual)
+            forms.virtual_query(self.form, q, k2, virtual)
             dvalues = torch.mul(dout, v2, out=self.space.take("dvalues", *rows, v2.shape[4]))
             shift = tile.of(self.lse)[..., None]
-            constant = forms.row_constant(self.form, q, k2)
+            constant = forms.row_constant(self.form, self.scale, q, k2)
             if constant is not None:
                 shift = shift - constant
             dvirtual = sigma = values = None
@@ -153,7 +156,7 @@ class _Backward:
                 if wants_dvirtual:
                     dvirtual = self._add_to_rows("dvirtual", dvirtual, ds, k1)
                     if self.form == "strassen":
-                        some = ds.sum(-1)
+                        some = ds.sum(-1).mul_(self.scale)
                         sigma = some if sigma is None else sigma + some
             if dvirtual is not None:
                 scratch = virtual
@@ -162,9 +165,7 @@ class _Backward:
                         forms.query_gradient(self.form, dvirtual, sigma, k2, scratch)
                     )
                 if self.dnarrow_k is not None:
-                    dk2 = forms.second_key_gradient(
-                        self.form, dvirtual, sigma, q, self.scale, scratch
-                    )
+                    dk2 = forms.second_key_gradient(self.form, dvirtual, sigma, q, scratch)
                     tile.add_to_windows_of_queries(plan.narrow, self.dnarrow_k, columns[0], dk2)
             if values is not None and self.dnarrow_v is not None:
                 dv2 = values.mul_(dout).sum(2)
@@ -202,16 +203,18 @@ class _Backward:
             total.flatten(1, 3).baddbmm_(a.flatten(1, 3), columns)
         return total
 
-    def store(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Undo the packing, the scale and the exchange of roles, into `grads`."""
+    def store(self) -> None:
+        """Undo the packing and the exchange of roles."""
         plan, form = self.plan, self.form
-        dq, dk1, dk2, dv1, dv2 = grads
+        dq, dk1, dk2, dv1, dv2 = self.grads
         if plan.exchanged:
             dk1, dk2, dv1, dv2 = dk2, dk1, dv2, dv1
         if self.dq is not None:
-            unpack_queries(plan, forms.from_components(form, self.dq.mul_(self.scale)), dq)
+            store_queries(plan, forms.from_components(form, self.dq), dq)
         if self.dwide_k is not None:
-            unpack_rows(plan, plan.wide, forms.from_components(form, self.dwide_k), dk1)
+            unpack_rows(
+                plan, plan.wide, forms.from_components(form, self.dwide_k.mul_(self.scale)), dk1
+            )
         if self.dnarrow_k is not None:
             dk = self.dnarrow_k
             if plan.exchanged:
@@ -221,4 +224,3 @@ class _Backward:
             unpack_rows(plan, plan.wide, self.dwide_v, dv1)
         if self.dnarrow_v is not None:
             unpack_rows(plan, plan.narrow, self.dnarrow_v, dv2)
-        return grads

@@ -14,21 +14,38 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pack_queries(plan: Plan, x: Tensor) -> Tensor:
-    """Copy [B, H, N, ...] to [B·Hkv, padded queries, G, ...], zero beyond the sequence."""
-    dtype = computing_dtype(x.dtype)
-    packed = x.new_empty(
-        (plan.batch, plan.kv_heads, plan.padded, plan.group, *x.shape[3:]), dtype=dtype
-    )
-    packed[:, :, : plan.seq] = x.unflatten(1, (plan.kv_heads, plan.group)).transpose(2, 3)
-    packed[:, :, plan.seq :] = 0
+    """Return [B, H, N, ...] as [B·Hkv, padded queries, G, ...], zero beyond the sequence.
+
+    Read it only: it is `x` itself where no copy is needed.
+    """
+    x = x.to(computing_dtype(x.dtype))
+    rows = x.unflatten(1, (plan.kv_heads, plan.group)).transpose(2, 3)
+    if plan.padded == plan.seq:
+        return rows.flatten(0, 1)
+    packed = x.new_zeros((plan.batch, plan.kv_heads, plan.padded, plan.group, *x.shape[3:]))
+    packed[:, :, : plan.seq] = rows
     return packed.flatten(0, 1)
 
 
-def unpack_queries(plan: Plan, packed: Tensor, out: Tensor) -> Tensor:
-    """Copy [B·Hkv, padded queries, G, ...] back to `out` [B, H, N, ...]."""
+def queries_to_fill(plan: Plan, out: Tensor) -> Tensor:
+    """Return zeros [B·Hkv, padded queries, G, ...] for `store_queries`: a view of `out` or new."""
+    rows = out.unflatten(1, (plan.kv_heads, plan.group)).transpose(2, 3)
+    is_mergeable = plan.batch == 1 or rows.stride(0) == plan.kv_heads * rows.stride(1)
+    if plan.padded == plan.seq and out.dtype == computing_dtype(out.dtype) and is_mergeable:
+        return rows.zero_().view(-1, *rows.shape[2:])
+    return torch.zeros(
+        (plan.batch * plan.kv_heads, plan.padded, plan.group, *out.shape[3:]),
+        dtype=computing_dtype(out.dtype),
+        device=out.device,
+    )
+
+
+def store_queries(plan: Plan, packed: Tensor, out: Tensor) -> None:
+    """Copy what `queries_to_fill` returned back to `out` [B, H, N, ...]."""
+    if packed.data_ptr() == out.data_ptr():
+        return
     rows = packed.unflatten(0, (plan.batch, plan.kv_heads))[:, :, : plan.seq]
     out.unflatten(1, (plan.kv_heads, plan.group)).copy_(rows.transpose(2, 3))
-    return out
 
 
 def pack_rows(side: Side, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Virtual queries: every form is a dot product of k1 with q̃(q, k2), plus a row constant.
 
-The functions here take `q` already multiplied by the scale and rows whose dimensions are in
-component order (`to_components`), where a cross product is six products of contiguous slices.
+The functions here know no scale: it is part of k1. They take rows whose dimensions are in component
+order (`to_components`), where a cross product is six products of contiguous slices.
 Shapes: q [..., C, G, 1, D], k2 [..., C, 1, R, D], q̃ [..., C, G, R, D] for C queries, G heads and
 R second keys each.
 """
@@ -39,29 +39,29 @@ def negate_vectors(form: str, k: Tensor) -> Tensor:
     return torch.cat((-k[..., :vectors], k[..., vectors:]), dim=-1)
 
 
-def virtual_query(form: str, q: Tensor, k2: Tensor, scale: float, out: Tensor) -> Tensor:
+def virtual_query(form: str, q: Tensor, k2: Tensor, out: Tensor) -> Tensor:
     """Write q̃ into `out`."""
     if form == "trilinear":
         return torch.mul(q, k2, out=out)
     if form == "strassen":
-        return torch.add(q, k2, alpha=scale, out=out)
+        return torch.add(q, k2, out=out)
     vectors = q.shape[-1] // 3 * 3
     torch.mul(q[..., vectors:], k2[..., vectors:], out=out[..., vectors:])
     _cross(k2, q, out)
     return out
 
 
-def row_constant(form: str, q: Tensor, k2: Tensor) -> Tensor | None:
-    """Return b [..., C, G, R], which every logit of a row has beside q̃ · k1, or None for zero."""
+def row_constant(form: str, scale: float, q: Tensor, k2: Tensor) -> Tensor | None:
+    """Return b [..., C, G, R], which each logit of a row has beside q̃ · k1, or None for zero."""
     if form != "strassen":
         return None
-    return q.squeeze(-2) @ k2.squeeze(-3).transpose(-1, -2)
+    return q.squeeze(-2) @ k2.squeeze(-3).mT * scale
 
 
 def query_gradient(
     form: str, dvirtual: Tensor, sigma: Tensor | None, k2: Tensor, out: Tensor
 ) -> Tensor:
-    """Return dq [..., C, G, D] of the scaled q, given dq̃ and, for strassen, σ = sum of dS.
+    """Return dq [..., C, G, D], given dq̃ and, for strassen, σ = scale · sum of dS.
 
     `out` is scratch of the shape of dq̃.
     """
@@ -77,7 +77,7 @@ def query_gradient(
 
 
 def second_key_gradient(
-    form: str, dvirtual: Tensor, sigma: Tensor | None, q: Tensor, scale: float, out: Tensor
+    form: str, dvirtual: Tensor, sigma: Tensor | None, q: Tensor, out: Tensor
 ) -> Tensor:
     """Return dk2 [..., C, R, D]: of the second keys of each query, summed over its heads.
 
@@ -85,7 +85,7 @@ def second_key_gradient(
     """
     if form == "strassen":
         assert sigma is not None
-        return dvirtual.sum(-3).mul_(scale).add_(sigma.transpose(-1, -2) @ q.squeeze(-2))
+        return dvirtual.sum(-3).add_(sigma.transpose(-1, -2) @ q.squeeze(-2))
     if form == "trilinear":
         return torch.mul(dvirtual, q, out=out).sum(-3)
     vectors = dvirtual.shape[-1] // 3 * 3

@@ -8,10 +8,11 @@ from simplex_ops.blocked.buffers import (
     Workspace,
     load_pairs,
     pack_queries,
-    unpack_queries,
+    queries_to_fill,
+    store_queries,
 )
 from simplex_ops.blocked.exponentials import plain_exp_, shifted_exp_
-from simplex_ops.blocked.masks import Mask, are_tame, make_mask, own_windows
+from simplex_ops.blocked.masks import Mask, are_tame, is_known, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of, lse_dtype
@@ -45,11 +46,10 @@ def attn_forward(
         return out.zero_(), lse.fill_(-torch.inf)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=64, block=1)
-    run = _Forward(plan, form, scale, q, (k1, v1), (k2, v2), (k2_bias, v2_bias))
+    run = _Forward(plan, form, scale, (q, k1, k2, v1, v2), (k2_bias, v2_bias), out, lse)
     for tile in plan.tiles():
         run.attend(tile)
-    run.store(out, lse)
-    return out, lse
+    return run.finish(out, lse)
 
 
 class _Forward:
@@ -60,24 +60,25 @@ class _Forward:
         plan: Plan,
         form: str,
         scale: float,
-        q: Tensor,
-        pair1: tuple[Tensor, Tensor],
-        pair2: tuple[Tensor, Tensor],
+        inputs: tuple[Tensor, ...],
         biases: tuple[float, float],
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         self.plan, self.form, self.scale = plan, form, scale
-        self.narrow_k, self.narrow_v, self.wide_k, self.wide_v = load_pairs(
-            plan, form, pair1, pair2, biases
+        q, k1, k2, v1, v2 = inputs
+        self.narrow_k, self.narrow_v, wide_k, self.wide_v = load_pairs(
+            plan, form, (k1, v1), (k2, v2), biases
         )
-        self.wide_k = self.wide_k.mT.contiguous().mT  # 8% faster in products with few rows
-        self.q = forms.to_components(form, pack_queries(plan, q)).mul_(self.scale)
+        self.q = forms.to_components(form, pack_queries(plan, q))
+        # Stored as [D, rows], products with few rows are 8% faster (Sapphire Rapids, torch 2.13).
+        self.wide_k = (wide_k.mT.contiguous() * scale).mT
         self.narrow_v, self.narrow_unit = _into_unit_range(self.narrow_v)
         self.wide_v, self.wide_unit = _into_unit_range(self.wide_v)
         # What each query gathered so far: the largest logit (or 0 where that is near enough), and
         # the sum, plain and weighted with values, of exp(logit - top).
-        self.top = torch.full_like(self.q[..., 0], -torch.inf)
-        self.total = torch.zeros_like(self.top)
-        self.values = self.q.new_zeros(*self.top.shape, self.wide_v.shape[2])
+        self.values, self.total = queries_to_fill(plan, out), queries_to_fill(plan, lse)
+        self.top = torch.full_like(self.total, -torch.inf)
         self.space = Workspace(self.q)
         self.is_tame = are_tame(self.q, self.narrow_k, self.wide_k, terms=q.shape[3])
         self.may_trust = self.is_tame
@@ -94,10 +95,9 @@ class _Forward:
             )
             q = tile.of(self.q)[:, :, :, None]  # [blocks, C, G, 1, D]
             rows = (*q.shape[:3], k2.shape[3])
-            virtual = forms.virtual_query(
-                self.form, q, k2, self.scale, self.space.take("virtual", *rows, q.shape[4])
-            )
-            constant = forms.row_constant(self.form, q, k2)
+            virtual = self.space.take("virtual", *rows, q.shape[4])
+            forms.virtual_query(self.form, q, k2, virtual)
+            constant = forms.row_constant(self.form, self.scale, q, k2)
             for wide_columns in wide.steps(plan.wide_step):
                 k1, v1 = (
                     tile.windows(plan.wide, x, *wide_columns, per_query=False)
@@ -161,23 +161,31 @@ class _Forward:
         old_values.mul_(keep[..., None]).addcmul_(values, take[..., None])
         old_top.copy_(new_top)
 
-    def store(self, out: Tensor, lse: Tensor) -> None:
-        """Divide by the sums, and write what every query gathered."""
+    def finish(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Divide by the sums, and return what every query gathered as out and lse."""
         sees_none = self.top == -torch.inf
-        values = self.values.div_(self.total[..., None])
-        values.mul_(self.wide_unit[..., None]).mul_(self.narrow_unit[..., None])
-        unpack_queries(self.plan, values.masked_fill_(sees_none[..., None], 0), out)
-        self.top.add_(self.total.log()).masked_fill_(sees_none, -torch.inf)
-        unpack_queries(self.plan, self.top, lse)
+        self.values.div_(self.total[..., None])
+        for unit in (self.wide_unit, self.narrow_unit):
+            if unit is not None:
+                self.values.mul_(unit[..., None])
+        if not is_known(~sees_none.any()):
+            self.values.masked_fill_(sees_none[..., None], 0)
+        self.total.log_().add_(self.top)
+        store_queries(self.plan, self.values, out)
+        store_queries(self.plan, self.total, lse)
+        return out, lse
 
 
-def _into_unit_range(v: Tensor) -> tuple[Tensor, Tensor]:
+def _into_unit_range(v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Divide the values of each kv head by a power of two near their largest, and return both.
 
-    Sums of products then neither overflow nor vanish, whatever the values' own range.
+    Sums of products then neither overflow nor vanish, whatever the values' own range. None says
+    that they were well inside it.
     """
     least, most = v.flatten(1).aminmax(dim=1)
     largest = torch.maximum(-least, most)[:, None, None]
     largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    if is_known(((largest > 1e-6) & (largest < 1e6)).all()):
+        return v, None
     unit = torch.exp2(torch.log2(largest).floor())
     return v / unit, unit

@@ -77,6 +77,11 @@ def make_mask(
     return Mask(rows, None, has_edges=side.slides)
 
 
+def is_known(claim: Tensor) -> bool:
+    """Is this true, and can it be told without a synchronisation?"""
+    return claim.device.type == "cpu" and bool(claim)
+
+
 def are_tame(*factors: Tensor, terms: int) -> bool:
     """Is every sum of `terms` products of elements of these tensors, or of some of them, finite?
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from simplex_ops.blocked.sides import Side, extent, make_side
 from simplex_ops.blocked.tiles import Tile
 
-CPU_TILE = 2**18  # logits in a tile: 1 MiB of float32, so that a core's share stays in its L2
+CPU_TILE = 2**20  # logits in a tile: twice the L2 of a core, where two cores share one
 DEVICE_TILE = 2**24  # elsewhere a larger tile hides the launches
 WIDE_STEP = 4096  # columns in a tile at most, however wide the window
 
