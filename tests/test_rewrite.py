@@ -392,8 +392,8 @@ def listing(graph: fx.Graph) -> str:
         target = str(node.target).split("_modules_")[-1]
         if callable(node.target):
             target = getattr(node.target, "__name__", target)
-        arguments = [*map(text, node.args), *(f"{k}={text(v)}" for k, v in node.kwargs.items())]
-        lines.append(f"{names[node]}{shape} = {target}({', '.join(arguments)})")
+        lines.append(f"{names[node]}{shape} = {target}({', '.join(map(text, node.args))})")
+        lines += [f"    {key}={text(value)}" for key, value in node.kwargs.items()]
     return "\n".join(lines)
 
 
@@ -433,7 +433,12 @@ class TestGraph(expecttest.TestCase):
 %19 [2, 12, 16] = linear(%1, %5, None)
 %20 [2, 12, 2, 8] = unflatten(%19, -1, (-1, 8))
 %21 [2, 2, 12, 8] = transpose(%20, 1, 2)
-%22 = attn.default(%15, %18, %9, %21, %12, 5, 3, is_causal=True, form='trilinear', k2_bias=1.0, v2_bias=1.0, scale=None)
+%22 = attn.default(%15, %18, %9, %21, %12, 5, 3)
+    is_causal=True
+    form='trilinear'
+    k2_bias=1.0
+    v2_bias=1.0
+    scale=None
 %23 [2, 4, 12, 8] = getitem(%22, 0)
 %24 [2, 12, 4, 8] = transpose(%23, 1, 2)
 %25 [2, 12, 32] = flatten(%24, 2)

@@ -1,0 +1,204 @@
+"""The plugin on Inductor: backend="simplex", enable(), their options, and the compile caches."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from tiny_llama import (
+    Attention,
+    Residual,
+    assert_same,
+    llama,
+    mark_layers,
+    matrix_products,
+    randomize,
+    states,
+    tokens,
+    train_step,
+)
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
+
+import lowering
+from lowering import compat, digest
+from simplex_ops.marking import mark, unmark
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(cache_key_tag=""):
+        yield
+    lowering.disable()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_llama_trains_on_inductor_as_in_eager(dynamic, device):
+    model = mark_layers(llama(layers=1, device=device), 0, window=(9, 4)).train()
+    run = torch.compile(model, backend=lowering.simplex, fullgraph=True, dynamic=dynamic)
+    for seq in (24, 7) if dynamic else (24,):
+        ids = tokens(seq, device=device)
+        assert_same(train_step(run, model, ids), train_step(model, model, ids))
+    assert [r.module for r in lowering.last_report().rewritten] == ["model.layers.0.self_attn"]
+
+
+def test_the_entry_point_is_found_by_name(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = tmp_path / "simplex_entry-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simplex-entry\nVersion: 0\n")
+    points = project["entry-points"]["torch_dynamo_backends"]
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[torch_dynamo_backends]", *lines]))
+    program = """
+import sys, torch
+assert "simplex" in torch._dynamo.list_backends()
+assert "lowering" not in sys.modules
+run = torch.compile(torch.nn.Linear(4, 4), backend="simplex", mode="reduce-overhead")
+import lowering
+assert lowering.simplex is sys.modules["lowering.backend"].simplex
+assert run.dynamo_ctx.callback is not None
+"""
+    path = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+    subprocess.run([sys.executable, "-c", path + program], check=True, timeout=120)
+
+
+def _recorded(found: list) -> dict:
+    """Return Inductor options under which compiling records the options in force."""
+
+    def record(_graph):
+        config = torch._inductor.config
+        found.append((config.max_autotune, config.epilogue_fusion))
+
+    return {"post_grad_custom_pre_pass": record}
+
+
+def test_options_reach_inductor():
+    found, module = [], randomize(mark(Attention()))
+    options = {**_recorded(found), "epilogue_fusion": False}
+    run = torch.compile(module, backend=lowering.simplex, options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(run(states()), module(states()))
+    assert found == [(False, False)]
+
+
+def test_mode_reaches_inductor():
+    found, module = [], randomize(mark(Attention()))
+    with torch._inductor.config.patch(_recorded(found)), torch.no_grad():
+        run = torch.compile(module, backend=lowering.simplex, mode="max-autotune-no-cudagraphs")
+        torch.testing.assert_close(run(states()), module(states()))
+    assert found == [(True, True)]
+
+
+def test_a_reset_forgets_cuda_graphs(monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    calls = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: calls.append(1))
+    torch._TorchCompileWrapper(lowering.simplex, None, None, None).reset()
+    assert calls == [1]
+
+
+def test_enable_serves_a_plain_compile_until_disable():
+    module, x = randomize(mark(Attention(), window=(5, 3))), states()
+    with torch.no_grad():
+        expected = module(x)
+        with lowering.enable():
+            lowering.enable()
+            torch.testing.assert_close(torch.compile(module)(x), expected)
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=r"compiled without the pass"):
+            torch.compile(module)(x)
+
+
+def test_enable_refuses_what_the_backend_refuses():
+    module = mark(Attention(matrix_products))
+    with lowering.enable(), pytest.raises(Exception, match=r"no scaled_dot_product_attention"):
+        torch.compile(module)(states())
+
+
+def test_enable_leaves_other_models_alone():
+    module, x, before = Attention(), states(), lowering.last_report()
+    with lowering.enable(), torch.no_grad():
+        torch.testing.assert_close(torch.compile(nn.ReLU())(x), x.relu())
+        assert lowering.last_report() is before
+        torch.testing.assert_close(torch.compile(module)(x), module(x))
+    assert not lowering.last_report().rewritten
+    assert not lowering.last_report().refused
+
+
+@pytest.mark.parametrize("how", ["backend", "enable"])
+def test_the_caches_follow_marks_windows_and_sources(how, monkeypatch):
+    """Fill Inductor's caches with one marking, then run others against them."""
+    x, first, second = states(), Attention(), Attention()
+    stack = Residual(first, second)
+
+    def run() -> tuple[int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(
+            stack, backend=lowering.simplex if how == "backend" else "inductor"
+        )
+        torch.testing.assert_close(compiled(x), stack(x))
+        found = counters["aot_autograd"]
+        return found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+    if how == "enable":
+        lowering.enable()
+    with torch.no_grad(), fresh_inductor_cache():
+        torch.manual_seed(0)
+        weights = randomize(mark(first, window=(5, 3))).state_dict()
+        assert run() == (0, 1)
+        assert run() == (1, 0)
+        unmark(first)
+        randomize(mark(second, window=(5, 3)))
+        assert run() == (0, 1)
+        unmark(second)
+        mark(first, window=(5, 3)).load_state_dict(weights)
+        assert run() == (1, 0)
+        unmark(first)
+        mark(first, window=(5, 2)).load_state_dict(weights)
+        assert run() == (0, 1)
+        unmark(first)
+        mark(first, window=(5, 3)).load_state_dict(weights)
+        assert run() == (1, 0)
+        monkeypatch.setattr(digest, "sources", lambda: "other sources")
+        assert run() == (0, 1)
+
+
+def test_the_digest_covers_every_source(tmp_path, monkeypatch):
+    package = tmp_path / "digested"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "kernel.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(digest, "PACKAGES", ("digested",))
+    read = digest.sources.__wrapped__
+    before = read()
+    assert read() == before
+    (package / "inner" / "kernel.py").write_text("a = 2")
+    changed = read()
+    (package / "inner" / "kernel.py").rename(package / "kernel.py")
+    assert len({before, changed, read()}) == 3
+
+
+def test_an_untested_torch_is_warned_of_once(monkeypatch):
+    compat.warn_if_untested.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    with pytest.warns(UserWarning, match=r"tested on torch 2\.11, 2\.13, 2\.14; this is 2\.99\.0"):
+        compat.warn_if_untested()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.warn_if_untested()
+        compat.warn_if_untested.cache_clear()
+        for release in compat.TESTED:
+            monkeypatch.setattr(torch, "__version__", f"{release}.1")
+            compat.warn_if_untested()
+            compat.warn_if_untested.cache_clear()
