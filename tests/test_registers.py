@@ -1,0 +1,89 @@
+"""The table of registers and spills: its rules, and that the kernels keep within it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tools import registers
+from tools.registers import Usage, complaints, read_amdgcn, read_ptxas
+
+ROOT = Path(__file__).parent.parent
+TABLE = {"sm_90": {"kernel": Usage(registers=128, spills=8, shared=1000)}}
+
+
+def test_no_more_than_the_table_is_well():
+    assert complaints({"sm_90": {"kernel": Usage(128, 8, 2000)}}, TABLE) == []
+    assert complaints({"sm_90": {"kernel": Usage(96, 0, 1000)}}, TABLE) == []
+
+
+@pytest.mark.parametrize(
+    ("usage", "complaint"),
+    [
+        (Usage(129, 0, 0), "sm_90 kernel: registers grew from 128 to 129"),
+        (Usage(96, 12, 0), "sm_90 kernel: spills grew from 8 to 12"),
+        (Usage(96, 0, 232_449), "sm_90 kernel: shared memory 232449 is over 232448"),
+    ],
+)
+def test_growth_is_a_complaint(usage, complaint):
+    assert complaints({"sm_90": {"kernel": usage}}, TABLE) == [complaint]
+
+
+def test_kernels_and_lines_match_one_to_one():
+    assert complaints({"sm_90": {"other": Usage(1, 0, 0)}}, TABLE) == [
+        "sm_90 other: not in the table; accept it with --update",
+        "sm_90 kernel: in the table, but no such kernel",
+    ]
+
+
+def test_what_the_assemblers_say_is_read():
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+        16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads
+    ptxas info    : Used 255 registers, used 1 barriers"""
+    assert read_ptxas(log) == (255, 24)
+    assert read_amdgcn(".vgpr_count:     219\n.vgpr_spill_count: 3\n") == (219, 12)
+    with pytest.raises(ValueError, match="no register count"):
+        read_ptxas("ptxas fatal")
+
+
+def test_updating_keeps_other_versions_and_targets(tmp_path, monkeypatch):
+    monkeypatch.setattr(registers, "TABLE", tmp_path / "registers.json")
+    old, new = Usage(1, 2, 3), Usage(4, 5, 6)
+    registers.write_table("3.6", {"sm_80": {"k": old}, "sm_90": {"k": old}})
+    registers.write_table("3.7", {"sm_80": {"k": old}})
+    registers.write_table("3.6", {"sm_90": {"k": new}})
+    assert registers.read_table("3.6") == {"sm_80": {"k": old}, "sm_90": {"k": new}}
+    assert registers.read_table("3.7") == {"sm_80": {"k": old}}
+    assert registers.read_table("3.8") is None
+
+
+def test_the_table_has_the_pinned_triton():
+    constraints = (ROOT / "tools/constraints.txt").read_text()
+    pinned = re.search(r"^triton==([\d.]+)", constraints, re.MULTILINE)
+    assert pinned is not None
+    table = json.loads(registers.TABLE.read_text())
+    assert set(table[pinned[1]]) == set(registers.TARGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_kernel_needs_more_than_the_table_says():
+    version = metadata.version("triton")
+    if registers.read_table(version) is None:
+        pytest.skip(f"no table for triton {version}")
+    # Another process: in this one triton.jit may have made interpreted functions.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    check = subprocess.run(
+        [sys.executable, "-m", "tools.registers", "--check"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
