@@ -182,10 +182,10 @@ def _into_unit_range(v: Tensor) -> tuple[Tensor, Tensor | None]:
     Sums of products then neither overflow nor vanish, whatever the values' own range. None says
     that they were well inside it.
     """
-    least, most = v.flatten(1).aminmax(dim=1)
-    largest = torch.maximum(-least, most)[:, None, None]
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    if is_known(((largest > 1e-6) & (largest < 1e6)).all()):
+    norm = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True)
+    if is_known(((norm > 1e-6) & (norm < 1e6)).all()):
         return v, None
+    largest = torch.maximum(-v.amin((1, 2), keepdim=True), v.amax((1, 2), keepdim=True))
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
     unit = torch.exp2(torch.log2(largest).floor())
     return v / unit, unit
