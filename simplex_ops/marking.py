@@ -138,7 +138,7 @@ class _Marked(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.simplex_arguments, args, strict=False)), **kwargs}
         x, mask = given["hidden_states"], given.get("attention_mask")
-        _refuse_filled_cache(given.get("past_key_values"), getattr(self, "layer_idx", 0))
+        _refuse_filled_cache(self, given.get("past_key_values"))
         setting = self.simplex_mark
         k2 = self.simplex_k2(x).unflatten(-1, (-1, setting.head_dim)).transpose(1, 2)
         v2 = self.simplex_v2(x).unflatten(-1, (-1, setting.v_head_dim)).transpose(1, 2)
@@ -239,10 +239,11 @@ def _checked_window(name: str, window: int | None) -> int | None:
     )
 
 
-def _refuse_filled_cache(cache: Any, layer: int) -> None:
+def _refuse_filled_cache(module: nn.Module, cache: Any) -> None:
     if cache is None:
         return
-    seen = cache.get_seq_length(layer)
+    # Read here and not before: a guard on layer_idx would compile every layer anew.
+    seen = cache.get_seq_length(getattr(module, "layer_idx", 0))
     if isinstance(seen, Tensor) or seen != 0:
         raise UnservedMarkError(
             "a marked module was called with a key-value cache that holds keys already, and the "

@@ -92,6 +92,35 @@ def test_other_forms_compile_to_what_eager_computes(form):
     assert_same(train_step(compiled(model), model, tokens()), expected)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_computes_what_it_does_in_eager(inside):
+    model = mark_layers(llama(), 0, 1, window=(9, 4)).train()
+
+    def cast(ids):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(ids)
+
+    def outside(ids):
+        with torch.autocast("cpu", torch.bfloat16):
+            return whole(ids)
+
+    expected = train_step(cast, model, tokens())
+    assert expected["logits"].dtype == torch.bfloat16
+    whole = compiled(model)
+    run = torch.compile(cast, backend=Passed(), fullgraph=True) if inside else outside
+    assert_same(train_step(run, model, tokens()), expected)
+    assert len(last_report().rewritten) == 2
+
+
+def test_layers_compiled_one_by_one_share_a_graph():
+    model = mark_layers(llama(layers=3), 0, 1, 2, window=(9, 4))
+    expected, backend = train_step(model, model, tokens()), Passed()
+    for layer in model.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    assert_same(train_step(model, model, tokens()), expected)
+    assert len(backend.reports) == 1
+
+
 def test_one_graph_serves_several_lengths():
     model = mark_layers(llama(), 1, window=(9, 4))
     counter = CompileCounterWithBackend("aot_eager")
@@ -242,15 +271,19 @@ def test_a_refusal_names_those_that_were_served():
             lambda q, k, v, **o: sdpa(q, torch.cat([k, k], 2), torch.cat([v, v], 2), **o),
             "12 queries and 24 keys but 12 rows of k2",
         ),
-        (
-            lambda q, k, v, **o: sdpa(q.double(), k.double(), v.double(), **o).float(),
-            "k2 must have the dtype of q, torch.float64, got torch.float32",
-        ),
     ],
-    ids=["twice", "dropout", "mask", "not causal", "repeated heads", "cache", "dtype"],
+    ids=["twice", "dropout", "mask", "not causal", "repeated heads", "cache"],
 )
 def test_a_call_that_a_mark_cannot_take_over_is_refused(attend, text):
     assert text in refusal_of(mark(Attention(attend)), states())
+
+
+def test_what_the_operator_refuses_is_refused_when_compiled():
+    def attend(q, k, v, **options):
+        return sdpa(q.double(), k.double(), v.double(), **options).float()
+
+    with pytest.raises(Exception, match=r"k2 must have the dtype of q, torch.float64, got"):
+        compiled(mark(Attention(attend)))(states())
 
 
 def test_dropout_is_refused_under_dynamic_shapes_too():
@@ -434,11 +467,11 @@ class TestGraph(expecttest.TestCase):
 %20 [2, 12, 2, 8] = unflatten(%19, -1, (-1, 8))
 %21 [2, 2, 12, 8] = transpose(%20, 1, 2)
 %22 = attn.default(%15, %18, %9, %21, %12, 5, 3)
+    scale=None
     is_causal=True
     form='trilinear'
     k2_bias=1.0
     v2_bias=1.0
-    scale=None
 %23 [2, 4, 12, 8] = getitem(%22, 0)
 %24 [2, 12, 4, 8] = transpose(%23, 1, 2)
 %25 [2, 12, 32] = flatten(%24, 2)
