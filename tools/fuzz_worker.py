@@ -9,9 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Event
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -50,11 +48,24 @@ class Message:
     failure: str = ""  # what makes two failures the same kind
 
 
+class Pipe(Protocol):
+    """Where messages go: a multiprocessing Connection."""
+
+    def send(self, message: Message, /) -> None: ...
+    def close(self) -> None: ...
+
+
+class Stop(Protocol):
+    """How the parent ends the drawing: an Event of multiprocessing or threading."""
+
+    def is_set(self) -> bool: ...
+
+
 class LostDeviceError(BaseException):
     """The GPU context is gone, and with it every later answer in this process."""
 
 
-def work(settings: Settings, number: int, pipe: Connection, stop: Event) -> None:
+def work(settings: Settings, number: int, pipe: Pipe, stop: Stop) -> None:
     """Draw and run cases until the time is up; the first failure of each kind is then shrunk."""
     torch.set_num_threads(settings.threads)
     quieten()
@@ -76,8 +87,8 @@ class Worker:
     """The loop of one process: batches that go on after failures, and their shrinking."""
 
     settings: Settings
-    pipe: Connection
-    stop: Event
+    pipe: Pipe
+    stop: Stop
     ends: float
     seen: set[str] = field(default_factory=set)
 

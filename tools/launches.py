@@ -59,7 +59,7 @@ def recorded(device: launch.Device) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(launch, "device_of", lambda _: device),
+        mock.patch.object(launch, "device_of", return_value=device),
     ):
         yield launches
 
