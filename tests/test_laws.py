@@ -38,6 +38,18 @@ def _assert_same(got, expected):
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def _assert_unmoved(got, expected, attn, name=""):
+    """Hold what a query gives to be the same after a change that it cannot see.
+
+    On the CPU the operator leaves out the row maximum where all sums of a call allow it, so that
+    the last bits are free to change with the rest of the call; everywhere else no bit is.
+    """
+    if attn is torch.ops.simplex.attn and got.device.type == "cpu":
+        torch.testing.assert_close(got, expected, msg=lambda text: f"{name}: {text}")
+    else:
+        assert torch.equal(got, expected), name
+
+
 def _band(n, m, w, is_causal, device):
     distance = torch.arange(n, device=device)[:, None] + m - n - torch.arange(m, device=device)
     return ((distance >= 0) | (not is_causal)) & (distance.abs() < (w or 2 * m + n))
@@ -98,28 +110,30 @@ def test_the_two_pairs_can_be_exchanged(attn, device, form, w1, w2, is_causal):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("w1", "w2"), [(6, 2), (None, None)])
-def test_a_query_never_feels_what_comes_after_it(attn, device, form, w1, w2):
+@pytest.mark.parametrize("size", [50.0, 1e4, 1e30])
+def test_a_query_never_feels_what_comes_after_it(attn, device, form, w1, w2, size):
     case = Case(1, 2, 2, 24, head_dim=9, w1=w1, w2=w2, form=form)
     q, *keys = case.inputs(device)
     later = [t.clone() for t in keys]
     for t in later:
-        t[:, :, 13:] = 50.0 * torch.randn_like(t[:, :, 13:])
+        t[:, :, 13:] *= size
     before, after = (attn(q, *t, w1, w2, form=form) for t in (keys, later))
     for name, a, b in zip(("out", "lse"), before, after, strict=True):
-        assert torch.equal(a[:, :, :13], b[:, :, :13]), name
+        _assert_unmoved(b[:, :, :13], a[:, :, :13], attn, name)
         assert not torch.equal(a[:, :, 13:], b[:, :, 13:]), name
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_a_query_never_feels_what_left_its_windows(attn, device, is_causal):
+@pytest.mark.parametrize("size", [50.0, 1e4, 1e30])
+def test_a_query_never_feels_what_left_its_windows(attn, device, is_causal, size):
     case = Case(1, 1, 3, 20, head_dim=8, w1=4, w2=2, is_causal=is_causal)
     q, *keys = case.inputs(device)
     older = [t.clone() for t in keys]
     for t in older:
-        t[:, :, :9] = 50.0 * torch.randn_like(t[:, :, :9])
+        t[:, :, :9] *= size
     before, after = (attn(q, *t, 4, 2, is_causal=is_causal) for t in (keys, older))
     for a, b in zip(before, after, strict=True):
-        assert torch.equal(a[:, :, 12:], b[:, :, 12:])
+        _assert_unmoved(b[:, :, 12:], a[:, :, 12:], attn)
         assert not torch.equal(a[:, :, 11], b[:, :, 11])
 
 
@@ -135,7 +149,7 @@ def test_a_document_never_feels_another(attn, device):
     before = _run(attn, case, device, kv_bounds=bounds)
     after = _run(attn, case, device, kv_bounds=bounds, **louder)
     for name, value in before.items():
-        assert torch.equal(value[:, :, :9], after[name][:, :, :9]), name
+        _assert_unmoved(after[name][:, :, :9], value[:, :, :9], attn, name)
 
 
 @pytest.mark.parametrize("form", FORMS)

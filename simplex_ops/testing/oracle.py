@@ -94,34 +94,38 @@ def judge(problem: Problem) -> tuple[dict[str, Tensor | None], dict[str, Tensor 
     """Return (exact, rounded): the reference's results in float64, and in the inputs' dtype.
 
     The error of `rounded` is the error that plain PyTorch makes. On a small problem that is a
-    matter of luck, and in float64, which has no wider dtype to be judged in, it is nought. So two
-    things are added to it, each found by moving what it is about and running the reference in
-    float64 again:
+    matter of luck, and in float64, which has no wider dtype to be judged in, it is nought. So to
+    it is added what a few roundings do, found by running the reference in float64 three times
+    with these moved, up or down at random, and keeping the largest change:
 
-    - A rounding of every input and incoming gradient, by a step of the dtype: what a
-      backward-stable algorithm may cost. It counts how ill-conditioned the problem is.
-    - A rounding of out and lse, which a backward is given, each in its dtype, where plain PyTorch
-      keeps all the probabilities. Out moves delta = dout·out, and with it the gradients, as a
-      gradient of lse of eps * Σ|dout out| would (all the error where a single pair is visible:
-      the exact dq is 0). Lse moves the probabilities P = exp(s - lse) of its row by a factor
-      eps * |lse|.
+    - Every input and incoming gradient, by a step of the dtype: what an algorithm may cost that
+      is stable on an ill-conditioned problem. It counts twice in float32 and float64, where every
+      operation rounds; half in float16 and bfloat16, where products are summed in float32 and
+      only what stands between two products is rounded.
+    - Out and lse, which a backward is given, by a step of their dtypes: plain PyTorch keeps all the
+      probabilities instead. Out moves the gradients by way of delta = dout·out (all the error
+      where a single pair is visible: the exact dq is 0). Lse moves the probabilities
+      P = exp(s - lse) of its row by a factor eps * |lse|, all rows alike (the constant that goes
+      from e to 2 as base), or each its own way.
     """
     dtype = problem.inputs[0].dtype
     exact = run_attn(reference.attn, problem.to(torch.float64))
     plain = torch.float32 if dtype == torch.float64 else dtype
+    roundings = 0.5 if plain.itemsize == 2 else 2.0
     shrink = torch.finfo(dtype).eps / torch.finfo(plain).eps
     rounded = run_attn(reference.attn, problem.to(plain))
     generator = torch.Generator().manual_seed(0)
+    wide = problem.to(torch.float64)
     moved = [
-        run_attn(reference.attn, _moved(problem.to(torch.float64), plain, exact, generator))
-        for _ in range(DRAWS)
+        run_attn(reference.attn, _moved(wide, plain, exact, generator, alike=draw == 0))
+        for draw in range(DRAWS)
     ]
     for name, value in rounded.items():
         truth = exact[name]
         if value is None or truth is None:
             continue
         error = (value.double() - truth).abs()
-        error += torch.stack([(other[name] - truth).abs() for other in moved]).amax(0)
+        error += roundings * torch.stack([(other[name] - truth).abs() for other in moved]).amax(0)
         rounded[name] = torch.where(truth.isfinite(), truth + shrink * error, truth)
     return exact, rounded
 
@@ -180,7 +184,12 @@ def assert_results(
 
 
 def _moved(
-    exact: Problem, dtype: torch.dtype, results: dict[str, Tensor | None], generator: torch.Generator
+    exact: Problem,
+    dtype: torch.dtype,
+    results: dict[str, Tensor | None],
+    generator: torch.Generator,
+    *,
+    alike: bool,
 ) -> Problem:
     """Return a float64 problem with all that is rounded to `dtype` moved, signs at random."""
     out, lse = results["out"], results["lse"]
@@ -193,12 +202,13 @@ def _moved(
     eps = torch.finfo(dtype).eps
     eps_of_lse = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     inputs = tuple(t * (1 + eps * signs(t)) for t in exact.inputs)
-    factor = 1 + eps_of_lse * lse.masked_fill(lse.isneginf(), 0.0) * signs(lse)  # of P, [B, H, N]
+    step = eps_of_lse * lse.masked_fill(lse.isneginf(), 0.0).abs()
+    factor = 1 + (step if alike else step * signs(lse))  # of P, [B, H, N]
     dout = dlse = None
     shift = torch.zeros_like(lse)
     if exact.dout is not None:
         dout = exact.dout * (1 + eps * signs(out)) * factor[..., None]
-        shift = eps * (exact.dout * out).abs().sum(-1) * signs(lse)
+        shift = eps * (exact.dout * out * signs(out)).sum(-1)
     if exact.dlse is not None:
         dlse = exact.dlse * factor
     if exact.dout is not None:
