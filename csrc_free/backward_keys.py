@@ -24,7 +24,7 @@ def backward_keys_kernel(
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_do_b, stride_do_h, stride_do_n, stride_dq_b, stride_dq_h, stride_dq_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -62,9 +62,9 @@ def backward_keys_kernel(
         base += start
     part_slot = (part * (tl.num_programs(0) // parts) + bh) * slots - base - narrow_first
 
-    one = tl.zeros([1], tl.int32)
+    one = tl.zeros([1], INDEX)
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP)
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
         position = start + i
         lo, hi = key_range(
             kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
@@ -78,8 +78,8 @@ def backward_keys_kernel(
         sees = (lo < hi) & (narrow_lo < narrow_hi)
         key_first = tl.min(tl.where(sees, narrow_lo, m_keys), 0)
         key_end = tl.max(tl.where(sees, narrow_hi, 0), 0)
-        query_offset = i.to(tl.int64) * stride_q_n + head * stride_q_h
-        dout_offset = i.to(tl.int64) * stride_do_n + head * stride_do_h
+        query_offset = i * stride_q_n + head * stride_q_h
+        dout_offset = i * stride_do_n + head * stride_do_h
         statistics = (bh * seq + i) * GROUP + head
         row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
         row_delta = tl.load(delta + statistics, mask=real, other=0.0)
@@ -100,7 +100,7 @@ def backward_keys_kernel(
                 k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 scale, log2_scale, k_wide_bias, v_wide_bias,
                 True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, TILE_STAGES,
+                BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
             )  # fmt: skip
             k, k_prev = load_for_form(
                 k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,
@@ -136,7 +136,7 @@ def backward_keys_kernel(
                 FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, DOT_DTYPE,
             )  # fmt: skip
-        to = i.to(tl.int64) * stride_dq_n + head * stride_dq_h
+        to = i * stride_dq_n + head * stride_dq_h
         tl.store(
             dq + to[:, None] + columns[None, :], acc,
             mask=real[:, None] & (columns < HEAD_DIM)[None, :],

@@ -56,7 +56,7 @@ def backward_pairs_kernel(
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_do_b, stride_do_h, stride_do_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -80,7 +80,7 @@ def backward_pairs_kernel(
     narrow_first = m_keys - narrow_rows
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
-    keys = tl.arange(0, BLOCK_N)
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
 
     there = tile * BLOCK_N + keys < wide_rows
     key_first = wide_first + tile * BLOCK_N
@@ -121,15 +121,15 @@ def backward_pairs_kernel(
         y = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
         for flat in tl.range(flat_first, flat_end, BLOCK_Q, num_stages=TILE_STAGES):
             row = flat + tl.arange(0, BLOCK_Q)
-            i, head, real = query_rows(row, seq, GROUP, GROUP)
+            i, head, real = query_rows(row, seq, GROUP, GROUP, INDEX)
             real = real & (row < flat_end)
             query = load_rows(
-                q, i.to(tl.int64) * stride_q_n + head * stride_q_h, 1, columns, real,
+                q, i * stride_q_n + head * stride_q_h, 1, columns, real,
                 HEAD_DIM, BLOCK_D,
             ).to(DOT_DTYPE)  # fmt: skip
             s = tl.dot(vk, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
             do = load_rows(
-                dout, i.to(tl.int64) * stride_do_n + head * stride_do_h, 1, value_columns, real,
+                dout, i * stride_do_n + head * stride_do_h, 1, value_columns, real,
                 VALUE_DIM, BLOCK_DV,
             ).to(DOT_DTYPE)  # fmt: skip
             dp = tl.dot(vv, tl.trans(do), input_precision=PRECISION)

@@ -24,7 +24,7 @@ def backward_query_kernel(
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_do_b, stride_do_h, stride_do_n, stride_dq_b, stride_dq_h, stride_dq_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -53,7 +53,7 @@ def backward_query_kernel(
 
     rows = tl.arange(0, M)
     replica = rows // BLOCK_Q
-    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS)
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS, INDEX)
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     position = start + i
     lo, hi = key_range(
@@ -75,8 +75,8 @@ def backward_query_kernel(
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    query_offset = i.to(tl.int64) * stride_q_n + head * stride_q_h
-    dout_offset = i.to(tl.int64) * stride_do_n + head * stride_do_h
+    query_offset = i * stride_q_n + head * stride_q_h
+    dout_offset = i * stride_do_n + head * stride_do_h
     statistics = (bh * seq + i) * GROUP + head
     row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=real, other=0.0)
@@ -98,7 +98,7 @@ def backward_query_kernel(
             k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
             scale, log2_scale, k_wide_bias, v_wide_bias,
             FILLS_PARTS, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, TILE_STAGES,
+            BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
         )  # fmt: skip
         k, k_prev = load_for_form(
             k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
@@ -111,9 +111,11 @@ def backward_query_kernel(
                 q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
             )
             dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
-            dk = tl.sum(tl.reshape(dk, [P, HEADS, BLOCK_D]), 1)
             do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
-            dv = tl.sum(tl.reshape(t * do, [P, HEADS, BLOCK_DV]), 1)
+            dv = t * do
+            if HEADS > 1:
+                dk = tl.sum(tl.reshape(dk, [P, HEADS, BLOCK_D]), 1)
+                dv = tl.sum(tl.reshape(dv, [P, HEADS, BLOCK_DV]), 1)
             base = slot_base(tile, part_rows, HEADS, part_shift)
             narrow_row = start + tile * P + tl.arange(0, P) - offset - narrow_first
             if PARTS_FOLLOW_QUERIES:
@@ -140,9 +142,9 @@ def backward_query_kernel(
 
     if REPLICAS > 1:
         acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, HEADS)
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, HEADS, INDEX)
     to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
-    to += i.to(tl.int64) * stride_dq_n
+    to += i * stride_dq_n
     tl.store(
         dq + to[:, None] + columns[None, :], acc, mask=real[:, None] & (columns < HEAD_DIM)[None, :]
     )

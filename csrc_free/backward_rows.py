@@ -53,13 +53,14 @@ def attend_backward(
     NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, TILE_STAGES: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
 
     t = sum of P · v is what the narrow values' gradient needs; sigma is the row sum of dS.
     """
-    keys = tl.arange(0, BLOCK_N)
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     dvq = tl.zeros([vq.shape[0], BLOCK_D], tl.float32)

@@ -20,7 +20,7 @@ def backward_wide_kernel(
     stride_do_b, stride_do_h, stride_do_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -43,7 +43,7 @@ def backward_wide_kernel(
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
 
-    wide_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide_row = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     there = wide_row < wide_rows
     key = wide_first + wide_row
     key_first = wide_first + tile * BLOCK_N
@@ -66,7 +66,7 @@ def backward_wide_kernel(
     flat_first = tl.maximum(key_first - wide_right - start, 0) * GROUP
     flat_end = tl.minimum(key_last + wide_left - start + 1, seq) * GROUP
     for flat in range(flat_first, flat_end, BLOCK_Q):
-        i, head, real = query_rows(flat + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP)
+        i, head, real = query_rows(flat + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
         position = start + i
         lo, hi = key_range(
             kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
@@ -83,11 +83,11 @@ def backward_wide_kernel(
         offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
 
         query, query_prev = load_for_form(
-            q, i.to(tl.int64) * stride_q_n + head * stride_q_h, 1, columns, real, 0.0,
+            q, i * stride_q_n + head * stride_q_h, 1, columns, real, 0.0,
             FORM, False, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         do = load_rows(
-            dout, i.to(tl.int64) * stride_do_n + head * stride_do_h, 1, value_columns, real,
+            dout, i * stride_do_n + head * stride_do_h, 1, value_columns, real,
             VALUE_DIM, BLOCK_DV,
         )  # fmt: skip
         row_lse2 = tl.load(
@@ -129,12 +129,12 @@ def backward_wide_kernel(
             dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
 
     mask = there[:, None]
-    to = batch * stride_dk_b + kv_head * stride_dk_h + wide_row.to(tl.int64) * stride_dk_n
+    to = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
     tl.store(
         dk_wide + to[:, None] + columns[None, :], dk * scale,
         mask=mask & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip
-    to = batch * stride_dv_b + kv_head * stride_dv_h + wide_row.to(tl.int64) * stride_dv_n
+    to = batch * stride_dv_b + kv_head * stride_dv_h + wide_row * stride_dv_n
     tl.store(
         dv_wide + to[:, None] + value_columns[None, :], dv,
         mask=mask & (value_columns < VALUE_DIM)[None, :],

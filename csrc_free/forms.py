@@ -24,7 +24,7 @@ def load_rows(
     mask = visible[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    offsets = rows[:, None] * stride + columns[None, :]
     return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 

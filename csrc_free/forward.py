@@ -27,14 +27,14 @@ def _attend(
     k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
     IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Attend from one tile of virtual queries to the wide window.
 
     Returns (t [M, BLOCK_DV], total [M], top [M]): sum of P · v, sum of P, and the maximum in P's
     exponents, in log2 units. Settled, the incoming maximum is used as it is.
     """
-    keys = tl.arange(0, BLOCK_N)
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     t = tl.zeros([vq.shape[0], BLOCK_DV], tl.float32)
@@ -109,7 +109,7 @@ def forward_kernel(
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_o_b, stride_o_h, stride_o_n,
     log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -133,7 +133,7 @@ def forward_kernel(
 
     rows = tl.arange(0, M)
     replica = rows // BLOCK_Q
-    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP)
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP, INDEX)
     position = positions(q_start, batch, i, q_start_default, HAS_Q_START)
     lo, hi = key_range(
         kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
@@ -153,7 +153,7 @@ def forward_kernel(
     k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    query_offset = i.to(tl.int64) * stride_q_n + head * stride_q_h
+    query_offset = i * stride_q_n + head * stride_q_h
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -167,28 +167,30 @@ def forward_kernel(
         log2_scale, k_wide_bias, k_narrow_bias,
         FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
     )  # fmt: skip
+    # The maximum is nearly always settled by the first offset; checked, never assumed.
+    is_settled = False
     for _offset in range(offset_first, offset_last + 1, REPLICAS):
-        # The maximum is nearly always settled by the first offset; checked, never assumed.
-        is_settled = tl.sum((seen & (top == float("-inf"))).to(tl.int32), 0) == 0
         t = tl.zeros([M, BLOCK_DV], tl.float32)
         new_total = total
         if is_settled:
             t, new_total, _top = _attend(
                 vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
                 k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-                True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION,
+                True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
             )  # fmt: skip
+            # Also false where a row saw nothing before: its exponentials are then infinite.
             is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
         if not is_settled:
             t, new_total, new_top = _attend(
                 vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
                 k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-                False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION,
+                False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
             )  # fmt: skip
             decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
             acc *= decay[:, None]
             total *= decay
             top = new_top
+        is_settled = True
         total += new_total
         if HAS_WIDE_BIAS:
             t += v_wide_bias * new_total[:, None]
@@ -215,10 +217,10 @@ def forward_kernel(
         total = tl.sum(tl.reshape(total, [REPLICAS, BLOCK_Q]) * weight, 0)
         acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_DV]) * weight[:, :, None], 0)
         top = highest
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP)
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     query_head = kv_head * GROUP + head
-    out_offset = batch * stride_o_b + query_head * stride_o_h + i.to(tl.int64) * stride_o_n
+    out_offset = batch * stride_o_b + query_head * stride_o_h + i * stride_o_n
     mask = real[:, None]
     if BLOCK_DV != VALUE_DIM:
         mask = mask & (value_columns < VALUE_DIM)[None, :]

@@ -108,6 +108,7 @@ class Problem:
             "FORM": CODES[self.form],
             "SIGN": -1 if self.is_exchanged else 1,
             "GROUP": self.group,
+            "INDEX": tl.int32 if max(map(_extent, self.tensors)) < 2**31 else tl.int64,
             "HAS_BOUNDS": self.kv_bounds is not None,
             "HAS_Q_START": self.q_start is not None,
             "HAS_WIDE_BIAS": has_bias and self.is_exchanged,
@@ -143,6 +144,11 @@ def problem_of(
         None if kv_bounds is None else kv_bounds.contiguous(),
         None if q_start is None else q_start.contiguous(),
     )  # fmt: skip
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return the distance in elements from a tensor's first element to its last."""
+    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _width(reach: tuple[int, int], keys: Tensor) -> int:

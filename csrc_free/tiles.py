@@ -9,9 +9,15 @@ import triton.language as tl
 
 
 @triton.jit
-def query_rows(flat, seq, GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """Return (i, head, real): the query and head of a row, and whether there is such a row."""
-    i = flat // HEADS
+def query_rows(
+    flat, seq, GROUP: tl.constexpr, HEADS: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
+    """Return (i, head, real): the query and head of a row, and whether there is such a row.
+
+    Whatever is computed from i and multiplied by a stride is of type INDEX: int32 where every
+    tensor ends within 2^31 elements, for half the registers, else int64.
+    """
+    i = (flat // HEADS).to(INDEX)
     head = flat % HEADS
     real = i < seq
     if HEADS != GROUP:
