@@ -15,7 +15,8 @@ from simplex_ops.blocked.buffers import (
     unpack_rows,
 )
 from simplex_ops.blocked.exponentials import shifted_exp_
-from simplex_ops.blocked.masks import Mask, are_tame, is_known, make_mask, own_windows
+from simplex_ops.blocked.host import are_tame, is_known
+from simplex_ops.blocked.masks import Mask, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of

@@ -12,7 +12,8 @@ from simplex_ops.blocked.buffers import (
     store_queries,
 )
 from simplex_ops.blocked.exponentials import plain_exp_, shifted_exp_
-from simplex_ops.blocked.masks import Mask, are_tame, is_known, make_mask, own_windows
+from simplex_ops.blocked.host import are_moderate, are_tame, is_known
+from simplex_ops.blocked.masks import Mask, make_mask, own_windows
 from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of, lse_dtype
@@ -73,15 +74,13 @@ class _Forward:
         self.q = forms.to_components(form, pack_queries(plan, q))
         # Stored as [D, rows], products with few rows are 8% faster (Sapphire Rapids, torch 2.13).
         self.wide_k = (wide_k.mT.contiguous() * scale).mT
-        self.narrow_v, self.narrow_unit = _into_unit_range(self.narrow_v)
-        self.wide_v, self.wide_unit = _into_unit_range(self.wide_v)
         # What each query gathered so far: the largest logit (or 0 where that is near enough), and
         # the sum, plain and weighted with values, of exp(logit - top).
         self.values, self.total = queries_to_fill(plan, out), queries_to_fill(plan, lse)
         self.top = torch.full_like(self.total, -torch.inf)
         self.space = Workspace(self.q)
         self.is_tame = are_tame(self.q, self.narrow_k, self.wide_k, terms=q.shape[3])
-        self.may_trust = self.is_tame
+        self.may_trust = self.is_tame and are_moderate(self.narrow_v, self.wide_v)
 
     def attend(self, tile: Tile) -> None:
         """Gather what the tile's queries see."""
@@ -165,27 +164,9 @@ class _Forward:
         """Divide by the sums, and return what every query gathered as out and lse."""
         sees_none = self.top == -torch.inf
         self.values.div_(self.total[..., None])
-        for unit in (self.wide_unit, self.narrow_unit):
-            if unit is not None:
-                self.values.mul_(unit[..., None])
         if not is_known(~sees_none.any()):
             self.values.masked_fill_(sees_none[..., None], 0)
         self.total.log_().add_(self.top)
         store_queries(self.plan, self.values, out)
         store_queries(self.plan, self.total, lse)
         return out, lse
-
-
-def _into_unit_range(v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Divide the values of each kv head by a power of two near their largest, and return both.
-
-    Sums of products then neither overflow nor vanish, whatever the values' own range. None says
-    that they were well inside it.
-    """
-    norm = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True)
-    if is_known(((norm > 1e-6) & (norm < 1e6)).all()):
-        return v, None
-    largest = torch.maximum(-v.amin((1, 2), keepdim=True), v.amax((1, 2), keepdim=True))
-    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    unit = torch.exp2(torch.log2(largest).floor())
-    return v / unit, unit

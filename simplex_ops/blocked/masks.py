@@ -9,8 +9,6 @@ from torch import Tensor
 from simplex_ops.blocked.sides import Side
 from simplex_ops.blocked.tiles import Span, Tile
 
-TAME = 1e36  # sums of products that stay below it cannot overflow float32
-
 
 @dataclass(frozen=True)
 class Mask:
@@ -75,24 +73,6 @@ def make_mask(
     if span.is_masked:
         return Mask(rows, tile.hidden(side, *columns, per_query=False), has_edges=False)
     return Mask(rows, None, has_edges=side.slides)
-
-
-def is_known(claim: Tensor) -> bool:
-    """Is this true, and can it be told without a synchronisation?"""
-    return claim.device.type == "cpu" and bool(claim)
-
-
-def are_tame(*factors: Tensor, terms: int) -> bool:
-    """Is every sum of `terms` products of elements of these tensors, or of some of them, finite?
-
-    Looking at values synchronises, so that the answer is False where that costs: off the CPU.
-    """
-    if factors[0].device.type != "cpu":
-        return False
-    bound = 8.0 * terms
-    for factor in factors:
-        bound *= 1 + torch.linalg.vector_norm(factor).item()  # the cheapest bound of an element
-    return bound < TAME  # False for NaN
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simplex_ops.blocked.host import can_look
 from simplex_ops.windows import reach
 
 
@@ -79,7 +80,7 @@ def make_side(
     position = start - extent.left if extent.slides else torch.full_like(start, first)
     begin, end = _rows_seen(extent, m, first, start, position, seq, padded, kv_bounds)
     seen = None
-    if start.device.type == "cpu":
+    if can_look(start):
         seen = _summary(begin, end, block, extent.width)
     elif is_static:
         on_host = torch.full(start.shape, m - seq, dtype=torch.long)
