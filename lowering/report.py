@@ -70,9 +70,9 @@ def keep(report: Report) -> None:
     _KEPT.append(report)
 
 
-def last_report() -> Report | None:
-    """Return the report of the last graph with marks or attention; None before the first.
+def last_report() -> Report:
+    """Return the report of the last graph with marks or attention; an empty one before the first.
 
     A model that compiles to several graphs leaves several reports, and compiling again another.
     """
-    return _KEPT[-1] if _KEPT else None
+    return _KEPT[-1] if _KEPT else Report()

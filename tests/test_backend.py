@@ -22,6 +22,7 @@ from tiny_llama import (
 )
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch._inductor.utils import fresh_inductor_cache
 
 import lowering
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
-    with torch.compiler.config.patch(cache_key_tag=""):
+    patch = torch.compiler.config.patch  # pyright: ignore[reportAttributeAccessIssue]
+    with patch(cache_key_tag=""):
         yield
     lowering.disable()
 
@@ -74,7 +76,6 @@ def _recorded(found: list) -> dict:
     """Return Inductor options under which compiling records the options in force."""
 
     def record(_graph):
-        config = torch._inductor.config
         found.append((config.max_autotune, config.epilogue_fusion))
 
     return {"post_grad_custom_pre_pass": record}
@@ -91,7 +92,7 @@ def test_options_reach_inductor():
 
 def test_mode_reaches_inductor():
     found, module = [], randomize(mark(Attention()))
-    with torch._inductor.config.patch(_recorded(found)), torch.no_grad():
+    with config.patch(_recorded(found)), torch.no_grad():
         run = torch.compile(module, backend=lowering.simplex, mode="max-autotune-no-cudagraphs")
         torch.testing.assert_close(run(states()), module(states()))
     assert found == [(True, True)]

@@ -9,6 +9,7 @@ import re
 import expecttest
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tiny_llama import (
     Attention,
@@ -27,6 +28,7 @@ from tiny_llama import (
 )
 from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.backend import serve_marks
@@ -60,7 +62,7 @@ def compiled(model: nn.Module, **options):
 def refusal_of(module: nn.Module, *inputs, fullgraph: bool = True, **kwargs) -> str:
     """Compile and run; return the message of the refusal that must come."""
     run = torch.compile(module, backend=Passed(), fullgraph=fullgraph)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+    with pytest.raises(BackendCompilerFailed) as caught:
         run(*inputs, **kwargs)
     assert "UnservedMarkError" in str(caught.value)
     return str(caught.value)
@@ -223,6 +225,24 @@ def test_a_graph_break_between_mark_and_attention_is_refused():
     message = refusal_of(mark(Attention(breaks)), states(), fullgraph=False)
     assert "a graph break parts the two" in message
     assert "torch._dynamo.config.optimize_ddp = False" in message
+
+
+def test_a_split_by_ddp_is_refused_and_goes_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # split within each layer
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "ddp"), 1), rank=0, world_size=1
+    )
+    try:
+        model = mark_layers(llama(), 0, 1, window=(9, 4))
+        parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+        message = refusal_of(parallel, tokens(), fullgraph=False)
+        assert "DDPOptimizer did (set torch._dynamo.config.optimize_ddp = False)" in message
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            run = torch.compile(parallel, backend=Passed())
+            assert_same(train_step(run, model, tokens()), train_step(model, model, tokens()))
+        assert len(last_report().rewritten) == 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_another_attention_implementation_is_refused():

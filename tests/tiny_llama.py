@@ -14,7 +14,7 @@ SEQ = 24
 VOCABULARY = 64
 
 
-def llama(layers: int = 2, seed: int = 0, device: str = "cpu", **config: Any) -> LlamaForCausalLM:
+def llama(layers: int = 2, seed: int = 0, device: str = "cpu", **config: Any) -> Any:
     """Build a Llama of 4 query heads and 2 key-value heads with random weights."""
     torch.manual_seed(seed)
     settings = {
@@ -28,14 +28,15 @@ def llama(layers: int = 2, seed: int = 0, device: str = "cpu", **config: Any) ->
         "use_cache": False,
         "initializer_range": 0.2,  # so that attention is far from uniform
     }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).to(device)
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    return model.to(device)
 
 
-def attention(model: LlamaForCausalLM, layer: int) -> nn.Module:
+def attention(model: Any, layer: int) -> Any:
     return model.model.layers[layer].self_attn
 
 
-def mark_layers(model: LlamaForCausalLM, *layers: int, **how: Any) -> LlamaForCausalLM:
+def mark_layers(model: Any, *layers: int, **how: Any) -> Any:
     """Mark some layers with random k2 and v2 around 1, so that no two paths agree by accident."""
     for layer in layers:
         randomize(mark(attention(model, layer), **how))
