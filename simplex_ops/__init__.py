@@ -4,5 +4,20 @@ Importing this package registers `torch.ops.simplex.attn`; it needs neither a GP
 """
 
 from simplex_ops import register as _register  # noqa: F401  (registers the operators)
+from simplex_ops.bounds import (
+    kv_bounds_from_cu_seqlens,
+    kv_bounds_from_document_ids,
+    kv_bounds_from_padding_mask,
+)
+from simplex_ops.functional import simplicial_attention
+from simplex_ops.module import SimplicialAttention
+
+__all__ = [
+    "SimplicialAttention",
+    "kv_bounds_from_cu_seqlens",
+    "kv_bounds_from_document_ids",
+    "kv_bounds_from_padding_mask",
+    "simplicial_attention",
+]
 
 __version__ = "0.1.0"

@@ -151,9 +151,9 @@ def window_pair(window: Any) -> tuple[int | None, int | None]:
     """
     if window is None:
         return None, None
-    torch._check_value(
-        isinstance(window, (tuple, list)) and len(window) == 2,
-        lambda: f"window must be None or a pair (w1, w2), each an int or None, got {window!r}",
-    )
+    if not (isinstance(window, (tuple, list)) and len(window) == 2):
+        raise ValueError(
+            f"window must be None or a pair (w1, w2), each an int or None, got {window!r}"
+        )
     w1, w2 = window
     return w1, w2

@@ -69,24 +69,18 @@ class SimplicialAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        torch._check_value(
-            num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
-            lambda: (
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
-            ),
-        )
-        torch._check_value(
-            head_dim is not None or embed_dim % num_heads == 0,
-            lambda: (
+            )
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
                 "embed_dim must be a multiple of num_heads where head_dim is not given, "
                 f"got {embed_dim} and {num_heads}"
-            ),
-        )
+            )
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        torch._check_value(
-            rope_theta is None or head_dim % 2 == 0,
-            lambda: f"head_dim must be even for a rotary embedding, got {head_dim}",
-        )
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
