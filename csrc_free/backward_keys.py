@@ -30,7 +30,8 @@ def backward_keys_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    DQ_IN_MEMORY: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns `tiles_of_a_part` tiles of BLOCK_Q rows: their dq, and one part.
@@ -55,7 +56,6 @@ def backward_keys_kernel(
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    dq += batch * stride_dq_b + kv_head * GROUP * stride_dq_h
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     base = slot_base(part, part_rows, GROUP, part_shift)
     if PARTS_FOLLOW_QUERIES:
@@ -84,7 +84,12 @@ def backward_keys_kernel(
         row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
         row_delta = tl.load(delta + statistics, mask=real, other=0.0)
 
-        acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        mask_dq = real[:, None] & (columns < HEAD_DIM)[None, :]
+        if DQ_IN_MEMORY:
+            flat = bh * seq * GROUP + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            to_dq = dq + flat[:, None] * HEAD_DIM + columns[None, :]
+        else:
+            acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         seen = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
             q, dout, k_narrow, v_narrow, query_offset, dout_offset,
@@ -106,7 +111,11 @@ def backward_keys_kernel(
                 k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,
                 FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+            step = query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+            if DQ_IN_MEMORY:
+                tl.store(to_dq, tl.load(to_dq, mask=mask_dq, other=0.0) + step, mask=mask_dq)
+            else:
+                acc += step
             query, query_prev = load_for_form(
                 q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
             )
@@ -136,10 +145,9 @@ def backward_keys_kernel(
                 FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, DOT_DTYPE,
             )  # fmt: skip
-        to = i * stride_dq_n + head * stride_dq_h
-        tl.store(
-            dq + to[:, None] + columns[None, :], acc,
-            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
-        )  # fmt: skip
+        if not DQ_IN_MEMORY:
+            to = batch * stride_dq_b + kv_head * GROUP * stride_dq_h
+            to += i * stride_dq_n + head * stride_dq_h
+            tl.store(dq + to[:, None] + columns[None, :], acc, mask=mask_dq)
         # The next tile meets the same narrow keys.
         tl.debug_barrier()

@@ -31,7 +31,7 @@ def backward_query_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEADS: tl.constexpr, FILLS_PARTS: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    DQ_IN_MEMORY: tl.constexpr, HEADS: tl.constexpr, FILLS_PARTS: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_Q rows of one key-value head: their dq, and one part where it fills any.
@@ -81,7 +81,11 @@ def backward_query_kernel(
     row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=real, other=0.0)
 
-    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    if DQ_IN_MEMORY:
+        to_dq = dq + (bh * seq * HEADS + tile * BLOCK_Q + rows)[:, None] * HEAD_DIM + columns[None, :]
+        mask_dq = real[:, None] & (columns < HEAD_DIM)[None, :]
+    else:
+        acc = tl.zeros([M, BLOCK_D], tl.float32)
     key = position - offset_first - replica
     seen = sees & (key >= narrow_lo) & (key < narrow_hi)
     # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
@@ -104,7 +108,11 @@ def backward_query_kernel(
             k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
             FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+        step = query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+        if DQ_IN_MEMORY:
+            tl.store(to_dq, tl.load(to_dq, mask=mask_dq, other=0.0) + step, mask=mask_dq)
+        else:
+            acc += step
         if FILLS_PARTS:
             P: tl.constexpr = BLOCK_Q // HEADS
             query, query_prev = load_for_form(
@@ -140,11 +148,13 @@ def backward_query_kernel(
             DOT_DTYPE,
         )  # fmt: skip
 
-    if REPLICAS > 1:
-        acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, HEADS, INDEX)
-    to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
-    to += i * stride_dq_n
-    tl.store(
-        dq + to[:, None] + columns[None, :], acc, mask=real[:, None] & (columns < HEAD_DIM)[None, :]
-    )
+    if not DQ_IN_MEMORY:
+        if REPLICAS > 1:
+            acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
+            flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            i, head, real = query_rows(flat, seq, GROUP, HEADS, INDEX)
+        to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
+        to += i * stride_dq_n
+        tl.store(
+            dq + to[:, None] + columns[None, :], acc, mask=real[:, None] & (columns < HEAD_DIM)[None, :]
+        )

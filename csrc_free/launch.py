@@ -70,6 +70,10 @@ def forward_choice(traits: Traits, device: Device) -> Choice:
     if not traits.is_bf16 or widest > 128 or traits.form != "trilinear":
         block_q = 64 if widest <= 64 else 32
         return Choice(4, 1, {"BLOCK_Q": block_q, "REPLICAS": 1, "BLOCK_N": 32})
+    if traits.group >= 64:
+        return Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64})
+    if traits.group >= 8:
+        return Choice(8, 2, {"BLOCK_Q": 128, "REPLICAS": 1, "BLOCK_N": 64})
     return Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64})
 
 
@@ -78,22 +82,22 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
     if device.backend == "cpu":
         return BackwardChoice(
             wide=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1}),
-            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1}, 2),
+            query=Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}),
+            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}, 2),
         )
     widest = max(traits.block_d, traits.block_dv)
     if not traits.is_bf16 or widest > 128 or traits.form != "trilinear":
         rows = 32 if widest <= 128 else 16
         return BackwardChoice(
             wide=Choice(4, 1, {"BLOCK_Q": rows, "BLOCK_N": 32, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}),
-            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
+            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}),
+            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}, 2),
         )
     wide = Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1})
-    query = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2})
-    keys = Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3}, 2)
-    pairs = Choice(4, 2, {"BLOCK_Q": 64, "BLOCK_N": 64, "TILE_STAGES": 2})
-    with_parts = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 2})
+    query = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2, "DQ_IN_MEMORY": False})
+    keys = Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3, "DQ_IN_MEMORY": False}, 2)
+    pairs = Choice(8, 3, {"BLOCK_Q": 64, "BLOCK_N": 128, "TILE_STAGES": 3})
+    with_parts = Choice(8, 3, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 3, "DQ_IN_MEMORY": False})
     return BackwardChoice(
         wide, query, keys,
         query_with_parts=with_parts if traits.group < 8 else None,
