@@ -94,7 +94,10 @@ def _serve(
     given = SdpaCall.bind(call.args, call.kwargs)
     seen = SdpaCall(*(compat.example(getattr(given, f)) for f in SdpaCall.__dataclass_fields__))
     seen = replace(seen, dropout_p=_constant(given.dropout_p), scale=_constant(given.scale))
-    reason = reason or refusal(seen, compat.example(k2), is_causal)
+    tensors = (seen.query, seen.key, compat.example(k2))
+    if not all(isinstance(t, torch.Tensor) for t in tensors):
+        return Refused(name, "its graph holds no example tensors, so it is not Dynamo's own")
+    reason = reason or refusal(seen, tensors[2], is_causal)
     if reason is not None:
         return Refused(name, reason)
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)

@@ -313,12 +313,41 @@ def test_dropout_is_refused_under_dynamic_shapes_too():
         run(tokens())
 
 
+def _traced(function) -> fx.GraphModule:
+    """Trace f(x, k2, v2) as fx alone does, without the modules that Dynamo notes."""
+    gm = fx.symbolic_trace(function)
+    for node in gm.graph.nodes:
+        node.meta["example_value"] = torch.zeros(1, 2, 6, 8)
+    return gm
+
+
+def _two_layers(x, k2, v2):
+    first = F.scaled_dot_product_attention(MARK_OP(x, k2, v2, None, 3, 2), x, x, is_causal=True)
+    return F.scaled_dot_product_attention(first + x, x, x, is_causal=True)
+
+
+def test_dataflow_stops_at_other_attention():
+    gm = _traced(_two_layers)
+    report = rewrite(gm)
+    assert (len(report.rewritten), len(report.refused), len(report.unmarked)) == (1, 0, 1)
+    x, k2, v2 = torch.randn(3, 1, 2, 6, 8)
+    first, _ = torch.ops.simplex.attn(x, x, k2, x, v2, 3, 2)
+    expected = F.scaled_dot_product_attention(first + x, x, x, is_causal=True)
+    torch.testing.assert_close(gm(x, k2, v2), expected)
+
+
+def test_a_graph_without_example_tensors_is_refused():
+    report = rewrite(fx.symbolic_trace(_two_layers))
+    assert not report.rewritten
+    assert "its graph holds no example tensors" in report.refused[0].reason
+
+
 def test_a_query_from_two_marks_is_refused():
     def two(x, k2, v2):
         first, second = (MARK_OP(x, k2, v2, None, 3, 2) for _ in range(2))
         return F.scaled_dot_product_attention(first + second, x, x, is_causal=True)
 
-    report = rewrite(fx.symbolic_trace(two))
+    report = rewrite(_traced(two))
     assert not report.rewritten
     assert len(report.refused) == 2
     assert all("comes from other marks" in r.reason for r in report.refused)
