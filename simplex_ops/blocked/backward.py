@@ -52,9 +52,9 @@ def attn_backward(
     )
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0 or not any(grad_mask):
         return tuple(grad.zero_() for grad in grads)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    factor = q.shape[3] ** -0.5 if scale is None else scale
     plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=64, block=8)
-    run = _Backward(plan, form, scale, inputs, (k2_bias, v2_bias), grads)
+    run = _Backward(plan, form, factor, inputs, (k2_bias, v2_bias), grads)
     run.load_gradients(dout, dlse, out, lse)
     for tile in plan.tiles():
         run.propagate(tile)

@@ -17,7 +17,7 @@ def shifted_exp_(x: Tensor, shift: Tensor) -> Tensor:
     """Replace x by exp(x - shift), and by 0 where that is too small to matter beside 1."""
     smallest = -1000.0 if x.dtype == torch.float64 else -100.0
     torch.add(shift * -LOG2_E, x, alpha=LOG2_E, out=x)
-    return torch.nn.functional.threshold_(x, smallest, -torch.inf).exp2_()
+    return torch.threshold_(x, smallest, -torch.inf).exp2_()
 
 
 def plain_exp_(x: Tensor, *, is_masked: bool) -> Tensor:

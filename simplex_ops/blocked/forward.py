@@ -45,9 +45,9 @@ def attn_forward(
     lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=64, block=1)
-    run = _Forward(plan, form, scale, (q, k1, k2, v1, v2), (k2_bias, v2_bias), out, lse)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=16, block=1)
+    run = _Forward(plan, form, factor, (q, k1, k2, v1, v2), (k2_bias, v2_bias), out, lse)
     for tile in plan.tiles():
         run.attend(tile)
     return run.finish(out, lse)
