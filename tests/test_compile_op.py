@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import simplex_ops  # noqa: F401  (registers the operators)
+from simplex_ops import reference
+from simplex_ops.testing import assert_within_budget
 
 NAMES = ("q", "k1", "k2", "v1", "v2")
 
@@ -30,7 +31,8 @@ def problem(seq, keys=None, device="cpu", dtype=torch.float32, heads=4, kv_heads
 def graded(run, inputs, *args, **options):
     """Return out, lse and the five gradients of a loss on both."""
     out, lse = run(*inputs, *args, **options)
-    loss = (out.float() * out.float().cos()).sum() + lse.sin().sum()
+    wide = out.to(lse.dtype)
+    loss = (wide * wide.cos()).sum() + lse.sin().sum()
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, inputs)
 
 
@@ -40,10 +42,10 @@ def assert_same(got, expected):
         assert a.stride() == b.stride() or a.numel() == 0, name
 
 
-def around(*inputs, **options):
+def around(*inputs, attn=torch.ops.simplex.attn, **options):
     """Call the operator between other operations, for the compiler to fuse around it."""
     q, *rest = inputs
-    out, lse = torch.ops.simplex.attn(q * 1.5, *rest, **options)
+    out, lse = attn(q * 1.5, *rest, **options)
     return out.sigmoid(), lse + 1
 
 
@@ -114,13 +116,19 @@ def test_only_wanted_gradients_are_asked_of_the_compiled_backward(wanted):
         torch.testing.assert_close(got[name], expected[name])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_gpu_compiles_every_dtype(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiling_costs_no_accuracy(dtype, device):
+    """Inductor fuses around the operator and rounds elsewhere: it may err as eager code does."""
     run = torch.compile(around, fullgraph=True, dynamic=True)
-    for seq in (96, 200):
-        inputs = problem(seq, device="cuda", dtype=dtype, kv_heads=1)
-        assert_same(graded(run, inputs, 64, 8), graded(around, inputs, 64, 8))
+    for seq in (48, 30):
+        inputs = problem(seq, device=device, dtype=dtype, kv_heads=1)
+        doubles = [t.detach().double().requires_grad_() for t in inputs]
+        exact = graded(around, doubles, 16, 8, attn=reference.attn)
+        rounded = graded(around, inputs, 16, 8)
+        for name, *judged in zip(
+            ("out", "lse", *NAMES), graded(run, inputs, 16, 8), exact, rounded, strict=True
+        ):
+            assert_within_budget(name, *judged)
 
 
 @pytest.mark.gpu
