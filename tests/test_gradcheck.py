@@ -77,7 +77,7 @@ def test_autograd_hands_over_what_needs_a_gradient(device, asked, monkeypatch):
 
 
 def test_an_output_without_gradient_costs_none(device):
-    """lse alone, and out alone, through autograd: the other's gradient is None, not zeros."""
+    """Lse alone, and out alone, through autograd: the other's gradient is None, not zeros."""
     case = Case(1, 1, 2, 6, head_dim=8, w1=3, w2=2)
     inputs = [t.requires_grad_() for t in case.inputs(device)]
     out, lse = torch.ops.simplex.attn(*inputs, 3, 2)

@@ -56,10 +56,13 @@ def _by_definition(problem):
                 ]
                 if not pairs:
                     continue
-                s = torch.stack([
-                    scale * _logit(o["form"], q[b, h, i], k1[b, g, j], k2[b, g, k] + o["k2_bias"])
-                    for j, k in pairs
-                ])
+                s = torch.stack(
+                    [
+                        scale
+                        * _logit(o["form"], q[b, h, i], k1[b, g, j], k2[b, g, k] + o["k2_bias"])
+                        for j, k in pairs
+                    ]
+                )
                 lse[b, h, i] = s.logsumexp(0)
                 for weight, (j, k) in zip(s.softmax(0), pairs, strict=True):
                     out[b, h, i] += weight * v1[b, g, j] * (v2[b, g, k] + o["v2_bias"])
@@ -119,7 +122,9 @@ def test_the_reference_imports_torch_alone():
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in (
-            [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
         )
     }
     assert roots == {"torch"}

@@ -166,9 +166,7 @@ def assert_matches_reference(
     return got
 
 
-def assert_results(
-    problem: Problem, got: dict[str, Tensor | None], *, slack: float = 2.0
-) -> None:
+def assert_results(problem: Problem, got: dict[str, Tensor | None], *, slack: float = 2.0) -> None:
     """Hold results to shapes, dtypes, presence, and the budget that `judge` gives them."""
     exact, rounded = judge(problem)
     dtype = problem.inputs[0].dtype
