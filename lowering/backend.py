@@ -31,7 +31,10 @@ def simplex(
 
 
 def serve_marks(gm: fx.GraphModule) -> None:
-    """Run the pass on a graph, keep its report, and raise where a mark was refused."""
+    """Run the pass on a graph, once, keep its report, and raise where a mark was refused."""
+    if gm.meta.get("simplex_served"):
+        return  # Inductor's entry calls itself to apply options, and the backend calls it
+    gm.meta["simplex_served"] = True
     compat.warn_if_untested()
     compat.add_to_cache_keys(f"simplex:{digest.sources()}")
     found = rewrite(gm)
