@@ -1,4 +1,4 @@
-"""kv_bounds from what packed and padded batches come with: cu_seqlens, document ids, a padding mask.
+"""kv_bounds from what batches come with: cu_seqlens, document ids or a padding mask.
 
 Each function returns int32 [B, N, 2]: query i of batch row b may see the key positions
 [start, end) = kv_bounds[b, i]. As a mask [B, N, M], it reads

@@ -1,4 +1,4 @@
-"""The operator as a function: `simplicial_attention`. What every argument means stands here, once."""
+"""The operator as a function; what every argument means stands here, once."""
 
 from typing import Any, Literal, overload
 

@@ -24,7 +24,7 @@ def test_out_has_the_dtype_that_dot_product_attention_has(device, dtype, to):
     assert out.dtype == expected.dtype
     assert lse.dtype == (torch.float64 if out.dtype == torch.float64 else torch.float32)
     (out.float().sum() + lse.float().sum()).backward()
-    assert all(t.grad.dtype == dtype for t in inputs)
+    assert all(t.grad is not None and t.grad.dtype == dtype for t in inputs)
 
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])

@@ -1,5 +1,7 @@
 """kv_bounds from cu_seqlens, document ids and padding masks, against the masks they stand for."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +36,7 @@ def test_cu_seqlens_stand_for_their_documents(rows, tail, first):
     length = int(edges.max()) + tail
     expected = torch.zeros(len(rows), length, length, dtype=torch.bool)
     for b, row in enumerate(edges.tolist()):
-        for start, end in zip(row, row[1:], strict=False):
+        for start, end in pairwise(row):
             expected[b, start:end, start:end] = True
     assert torch.equal(_mask(kv_bounds_from_cu_seqlens(edges, length), length), expected)
     one = kv_bounds_from_cu_seqlens(edges[0].int(), length)

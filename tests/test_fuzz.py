@@ -16,20 +16,20 @@ ASKED = "SIMPLEX_FUZZ_EXAMPLES" in os.environ
 
 
 @given(case=cases(dtypes=DTYPES, max_work=200_000))
-@(settings() if ASKED else settings(max_examples=250))
+@(settings() if ASKED else settings(max_examples=800))
 def test_the_operator_is_within_its_budget(case, device):
     assert_matches_reference(case, device=device)
 
 
 @given(case=cases(max_seq=70, max_head_dim=24, max_heads=4, max_batch=2, max_work=2_000_000))
-@(settings() if ASKED else settings(max_examples=40))
+@(settings() if ASKED else settings(max_examples=200))
 def test_longer_sequences_are_within_the_budget(case, device):
     """More than one block of queries, keys and offsets."""
     assert_matches_reference(case, device=device)
 
 
 @given(case=cases(dtypes=DTYPES))
-@(settings() if ASKED else settings(max_examples=150))
+@(settings() if ASKED else settings(max_examples=300))
 def test_the_fake_kernels_say_what_comes(case, device):
     problem = Problem.of(case, device)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:

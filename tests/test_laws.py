@@ -1,6 +1,8 @@
 """Laws that every path keeps: identities, symmetries, and what a query can never feel."""
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def attn(request):
 def _run(attn, case, device, **changes):
     """Return results of a case, its inputs or options replaced by name."""
     problem = Problem.of(case, device)
-    inputs = dict(zip(("q", "k1", "k2", "v1", "v2"), problem.inputs, strict=True))
+    inputs: dict[str, Any] = dict(zip(("q", "k1", "k2", "v1", "v2"), problem.inputs, strict=True))
     options = dict(problem.options)
     for name, value in changes.items():
         (inputs if name in inputs else options)[name] = value
@@ -60,7 +62,7 @@ def test_trilinear_with_a_second_pair_of_ones_is_dot_product_attention(
     attn, device, is_causal, w1, w2, kv_heads, group
 ):
     case = Case(2, kv_heads, group, 21, 26, 26, 20, w1=w1, w2=w2, is_causal=is_causal)
-    q, k1, k2, v1, v2 = case.inputs(device)
+    q, k1, k2, v1, _ = case.inputs(device)
     zeros = torch.zeros_like(k2)
     options = {"is_causal": is_causal, "k2_bias": 1.0, "v2_bias": 1.0}
     out, lse = attn(q, k1, zeros, v1, zeros, w1, w2, **options)
@@ -155,11 +157,13 @@ def test_packed_documents_are_computed_as_if_alone(attn, device, form):
     case = Case(2, 1, 3, 22, head_dim=6, w1=7, w2=4, form=form, through="both", k2_bias=1.0)
     edges = [0, 5, 6, 22]
     bounds = torch.empty(2, 22, 2, dtype=torch.int32, device=device)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         bounds[:, start:end] = torch.tensor([start, end], dtype=torch.int32, device=device)
     packed = _run(attn, case, device, kv_bounds=bounds)
     whole = Problem.of(case, device)
-    for start, end in zip(edges, edges[1:], strict=False):
+    assert whole.dout is not None
+    assert whole.dlse is not None
+    for start, end in pairwise(edges):
         rows = slice(start, end)
         alone = Problem(
             tuple(t[:, :, rows] for t in whole.inputs),
@@ -178,8 +182,8 @@ def test_heads_and_batch_rows_are_independent(attn, device):
     kv_heads = torch.tensor([1, 2, 0], device=device)
     heads = (kv_heads[:, None] * 2 + torch.tensor([1, 0], device=device)).flatten()
 
-    def shuffled(t, order):
-        return None if t is None else t[rows][:, order]
+    def shuffled(t: Any, order: torch.Tensor) -> torch.Tensor:
+        return t[rows][:, order]
 
     q, *keys = problem.inputs
     options = problem.options | {"kv_bounds": problem.options["kv_bounds"][rows]}
@@ -362,8 +366,8 @@ def test_a_bias_keeps_the_bits_of_a_small_second_key():
     case = Case(1, 1, 2, 16, head_dim=16, w1=8, w2=4, dtype=torch.bfloat16)
     q, k1, k2, v1, v2 = case.inputs()
     k2 = k2 * 1e-3
-    wide = [t.double() for t in (q, k1, k2, v1, v2)]
-    exact = reference.attn(*wide, 8, 4, k2_bias=1.0)[1]
+    wide = Problem((q, k1, k2, v1, v2), (8, 4), {"k2_bias": 1.0}).to(torch.float64)
+    exact = run_attn(reference.attn, wide)["lse"]
     inside = torch.ops.simplex.attn(q, k1, k2, v1, v2, 8, 4, k2_bias=1.0)[1]
     outside = torch.ops.simplex.attn(q, k1, k2 + 1.0, v1, v2, 8, 4)[1]
     assert (inside - exact).abs().max() < 0.25 * (outside - exact).abs().max()

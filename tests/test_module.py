@@ -67,16 +67,16 @@ def test_it_learns_to_leave_ordinary_attention(device, qk_norm):
     )  # fmt: skip
     x = torch.randn(2, 16, 32, device=device)
     target = torch.randn_like(x)
+    first = F.mse_loss(layer(x), target)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        loss = F.mse_loss(layer(x), target)
-        loss.backward()
+        F.mse_loss(layer(x), target).backward()
         optimizer.step()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-        assert parameter.grad.abs().max() < 10, name
-    assert F.mse_loss(layer(x), target) < loss
+        assert parameter.grad is not None, name
+        assert 0 < parameter.grad.abs().max() < 10, name
+    assert F.mse_loss(layer(x), target) < first
     started = _ordinary_attention(layer, x, 7)
     assert (layer(x) - started).abs().max() > 1e-4
 
@@ -171,8 +171,7 @@ def test_it_says_what_it_is():
     ("arguments", "options", "text"),
     [
         ((24, 4), {"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
-        ((26, 4), {}, "embed_dim must be a multiple of num_heads where head_dim is not given, got "
-                      "26 and 4"),
+        ((26, 4), {}, "embed_dim must be a multiple of num_heads where head_dim is not given"),
         ((24, 8), {"rope_theta": 10.0}, "head_dim must be even for a rotary embedding, got 3"),
         ((24, 8), {"window": 3}, "window must be None or a pair"),
     ],

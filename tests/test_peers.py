@@ -130,7 +130,7 @@ def test_F3_lse_is_a_natural_logarithm(amplitude, device):
 def test_F4_a_layer_can_be_trained(device):
     layer = SimplicialAttention(16, 2, window=(5, 3), device=device)
     layer(torch.randn(2, 9, 16, device=device)).square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
 # F5: every head read key-value head 0; F6: the backward took Hkv for H
@@ -146,6 +146,8 @@ def test_F7_every_batch_row_has_its_delta(batch, device):
     case = Case(batch, 2, 2, 10, w1=6, w2=3, through="both")
     whole = run_attn(attn, Problem.of(case, device))
     problem = Problem.of(case, device)
+    assert problem.dout is not None
+    assert problem.dlse is not None
     for b in range(batch):
         row = Problem(
             tuple(t[b : b + 1] for t in problem.inputs), problem.windows, problem.options,
@@ -158,6 +160,7 @@ def test_F7_every_batch_row_has_its_delta(batch, device):
 # F7: dout was read by the strides of out
 def test_F7_dout_has_strides_of_its_own(device):
     problem = Problem.of(Case(2, 1, 3, 9, w1=5, w2=3, through="both"), device)
+    assert problem.dout is not None
     gap = torch.full((9, 2, 3, 16), torch.nan, device=device)
     view = gap[..., ::2].permute(1, 2, 0, 3)
     view.copy_(problem.dout)

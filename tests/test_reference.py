@@ -3,12 +3,15 @@
 import ast
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from simplex_ops import reference
 from simplex_ops.testing import Case, Problem
+
+attn: Any = reference.attn
 
 
 def _logit(form, q, k1, k2):
@@ -85,7 +88,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_the_reference_is_the_definition(case):
     problem = Problem.of(case).to(torch.float64)
-    out, lse = reference.attn(*problem.inputs, *problem.windows, **problem.options)
+    out, lse = attn(*problem.inputs, *problem.windows, **problem.options)
     expected_out, expected_lse = _by_definition(problem)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
@@ -96,16 +99,14 @@ def test_the_references_gradients_are_those_of_finite_differences(form):
     case = Case(group=2, seq=4, keys1=6, head_dim=4, w1=3, w2=2, form=form, k2_bias=1.0)
     problem = Problem.of(case).to(torch.float64)
     leaves = [t.requires_grad_() for t in problem.inputs]
-    torch.autograd.gradcheck(
-        lambda *t: reference.attn(*t, *problem.windows, **problem.options), leaves
-    )
+    torch.autograd.gradcheck(lambda *t: attn(*t, *problem.windows, **problem.options), leaves)
 
 
 def test_the_reference_gives_zero_gradients_where_nothing_is_visible():
     case = Case(batch=2, seq=6, bounds="ranges", starts="random", through="both", seed=3)
     problem = Problem.of(case).to(torch.float64)
     q, *rest = (t.requires_grad_() for t in problem.inputs)
-    out, lse = reference.attn(q, *rest, *problem.windows, **problem.options)
+    out, lse = attn(q, *rest, *problem.windows, **problem.options)
     blind = lse.isneginf()
     assert blind.any()
     assert not blind.all()

@@ -30,7 +30,7 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schema_is_what_exported_programs_know(name):
-    """A change here breaks saved programs: add arguments at the end, with a default, or not at all."""
+    """A change breaks saved programs: add arguments at the end, with a default, or none."""
     assert str(getattr(torch.ops.simplex, name).default._schema) == SCHEMAS[name]
 
 

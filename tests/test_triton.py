@@ -1,4 +1,4 @@
-"""The Triton kernels through Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 pytest <this>.
+"""The Triton kernels through Triton's interpreter, on CPU tensors: run with TRITON_INTERPRET=1.
 
 Everything goes by way of the GPU implementation, `simplex_ops.gpu`, as on a GPU. bfloat16 products
 are wrong in the interpreter: a GPU runs them, by tests/test_budgets.py and tests/test_fuzz.py.
@@ -6,6 +6,7 @@ are wrong in the interpreter: a GPU runs them, by tests/test_budgets.py and test
 
 import math
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -43,16 +44,17 @@ class _Attn(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, *grads):
         mask = ctx.needs_input_grad[2:]
-        grads = gpu.attn_backward(
-            dout, dlse, *ctx.saved_tensors, *ctx.windows, **ctx.options, grad_mask=mask
+        found = gpu.attn_backward(
+            *grads, *ctx.saved_tensors, *ctx.windows, **ctx.options, grad_mask=mask
         )
-        return None, None, *(g if m else None for g, m in zip(grads, mask, strict=True))
+        return None, None, *(g if m else None for g, m in zip(found, mask, strict=True))
 
 
-def _attn(q, k1, k2, v1, v2, w1=None, w2=None, **options):
-    return _Attn.apply((w1, w2), options, q, k1, k2, v1, v2)
+def _attn(*arguments: Any, **options: Any) -> Any:
+    inputs, windows = arguments[:5], arguments[5:] or (None, None)
+    return _Attn.apply(windows, options, *inputs)
 
 
 CASES = {
@@ -92,7 +94,7 @@ def test_any_strides_are_within_the_budget(layout):
 
 
 @given(case=cases(dtypes=DTYPES, max_seq=20, max_heads=6, max_head_dim=40, max_batch=2,
-                  max_work=50_000))  # fmt: skip
+                  max_work=10_000))  # fmt: skip
 @(settings() if ASKED else settings(max_examples=15))
 def test_any_case_is_within_the_budget(case):
     assert_matches_reference(case, _attn)
@@ -136,7 +138,7 @@ def test_large_finite_inputs_stay_finite(form, dtype):
 
 
 def test_the_same_call_gives_the_same_bits():
-    problem = Problem.of(Case(1, 2, 3, 14, w1=8, w2=4, through="both"))
+    problem = Problem.of(Case(1, 2, 1, 14, w1=8, w2=4, through="both"))
     first, second = run_attn(_attn, problem), run_attn(_attn, problem)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -12,11 +12,14 @@ with the arguments of `torch.ops.simplex.attn` to an error budget against float6
 the Python expression that makes it again. `cases` needs hypothesis (the extra `testing`).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simplex_ops.testing.budget import assert_within_budget
 from simplex_ops.testing.case import Case
 from simplex_ops.testing.oracle import Problem, assert_matches_reference, judge, run_attn
+
+if TYPE_CHECKING:
+    from simplex_ops.testing.strategies import cases
 
 __all__ = [
     "Case",

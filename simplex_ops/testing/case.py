@@ -1,6 +1,7 @@
 """A test case: a whole problem in one frozen, printable value."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,10 @@ LAYOUTS = ("contiguous", "transposed", "fused", "strided", "expanded")
 BOUNDS = ("none", "documents", "padding", "ranges", "wild")
 STARTS = ("none", "end", "random")
 THROUGH = ("out", "lse", "both")
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k1, k2, v1, v2."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,14 @@ class Case:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
-    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    def inputs(self, device: torch.device | str = "cpu") -> Inputs:
         """Return q, k1, k2, v1, v2: normal, the same on every device, requiring no gradient."""
         generator = self.generator()
         values = [torch.randn(shape, generator=generator) for shape in self.shapes]
         values[0] *= self.amplitude
         laid = _lay_out(self.layout, [v.to(self.dtype) for v in values])
-        return tuple(_moved(t, device) for t in laid)
+        q, k1, k2, v1, v2 = (_moved(t, device) for t in laid)
+        return q, k1, k2, v1, v2
 
     def cotangents(self, device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor | None]:
         """Return dout [B, H, N, Dv] and dlse [B, H, N], None for an output without gradient."""
@@ -174,7 +180,7 @@ class Case:
         low = -self.seq - 1
         return torch.randint(low, m + 2, (self.batch,), generator=generator).to(device, torch.int32)
 
-    def options(self, device: torch.device | str = "cpu") -> dict[str, object]:
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Return the keyword arguments of the operator."""
         return {
             "scale": self.scale,
