@@ -116,38 +116,22 @@ class _Backward:
             parts = parts_of_queries(problem, problem.group, rows)
             tiles_of_a_part *= 2
         count = rows // choice.block_q
-        sums = self._dq_sums(choice, problem.group)
         self._launch(
-            backward_keys_kernel, choice, triton.cdiv(tiles, count),
-            [dq if sums is None else sums, parts.dk, parts.dv],
+            backward_keys_kernel, choice, triton.cdiv(tiles, count), [dq, parts.dk, parts.dv],
             (*parts.numbers, count), dq.stride()[:3],
             PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
         )  # fmt: skip
-        if sums is not None:
-            dq.unflatten(1, (-1, problem.group)).copy_(sums.transpose(2, 3))
         self._sum(parts, narrow)
 
     def _run_query(self, choice: Choice, dq: Tensor, parts: Parts | None) -> None:
         heads = self.problem.group if parts is None else parts.per_position
-        sums = self._dq_sums(choice, heads)
         self._launch(
             backward_query_kernel, choice, self._query_tiles(choice, heads),
-            [dq if sums is None else sums, *((None, None) if parts is None else (parts.dk, parts.dv))],
+            [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
             (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
             HEADS=heads, FILLS_PARTS=parts is not None,
             PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
         )  # fmt: skip
-        if sums is not None:
-            group = self.problem.group
-            dq.unflatten(1, (-1, group)).copy_(sums[:, :, :, :group].transpose(2, 3))
-
-    def _dq_sums(self, choice: Choice, heads: int) -> Tensor | None:
-        """Allocate float32 [B, Hkv, N, heads, D] where a kernel keeps its sums in memory."""
-        if not choice.constants["DQ_IN_MEMORY"]:
-            return None
-        batch, _, seq, head_dim = self.problem.q.shape
-        shape = (batch, self.problem.k_wide.shape[1], seq, heads, head_dim)
-        return torch.zeros(shape, dtype=torch.float32, device=self.problem.q.device)
 
     def _sum(self, parts: Parts, narrow: Pair) -> None:
         problem = self.problem

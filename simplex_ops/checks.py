@@ -43,7 +43,7 @@ def check_attn(
     _check_window("w1", w1)
     _check_window("w2", w2)
     torch._check_value(form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
-    batch, _, seq, _ = q.shape
+    batch, seq = q.shape[0], q.shape[2]
     if kv_bounds is not None:
         _check_positions("kv_bounds", kv_bounds, "[batch, queries, 2]", (batch, seq, 2))
     if q_start is not None:
@@ -99,8 +99,10 @@ def _check_devices(tensors: dict[str, Tensor | None]) -> None:
     q = tensors["q"]
     assert q is not None
     for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         torch._check(
-            tensor is None or tensor.device == q.device,
+            tensor.device == q.device,
             lambda name=name, tensor=tensor: (
                 f"{name} must be on the device of q, {q.device}, got {tensor.device}"
             ),
@@ -161,7 +163,5 @@ def _check_positions(name: str, tensor: Tensor, meaning: str, expected: tuple[An
     torch._check_value(
         tensor.dim() == len(expected)
         and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
-        lambda: (
-            f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}"
-        ),
+        lambda: f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}",
     )

@@ -53,9 +53,7 @@ def attn(
     from csrc_free.forward import attn_forward
 
     out, lse = fake.attn(q, k1, k2, v1, v2)
-    attn_forward(
-        q, k1, k2, v1, v2, out=out, lse=lse, **kernel_arguments(w1, w2, q, options)
-    )
+    attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **kernel_arguments(w1, w2, q, options))
     return out, lse
 
 
