@@ -18,7 +18,7 @@ def _rotate_as_llama(t, theta, offset=0):
     return t * angle.cos() + torch.cat((-t[..., half:], t[..., :half]), -1) * angle.sin()
 
 
-def _ordinary_attention(layer, x, w1, *, is_causal=True, mask=None):
+def _ordinary_attention(layer, x, w1, *, is_causal=True):
     """Apply F.scaled_dot_product_attention with the layer's weights and its band mask."""
     group = layer.num_heads // layer.num_kv_heads
     q, k, v = (
@@ -31,7 +31,7 @@ def _ordinary_attention(layer, x, w1, *, is_causal=True, mask=None):
         q, k = (_rotate_as_llama(t, layer.rope_theta) for t in (q, k))
     distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
     band = ((distance >= 0) | (not is_causal)) & (distance.abs() < w1)
-    band = (band if mask is None else band & mask).to(x.device)
+    band = band.to(x.device)
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=band, scale=layer.scale)
     return layer.out_proj(out.transpose(1, 2).flatten(2))
