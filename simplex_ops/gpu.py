@@ -86,7 +86,7 @@ def attn_backward(
     found = fake.attn_backward(
         dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, grad_mask=grad_mask, **options
     )
-    wanted = tuple(g if mask else None for g, mask in zip(found, grad_mask, strict=True))
+    wanted: Any = tuple(g if mask else None for g, mask in zip(found, grad_mask, strict=True))
     launch(
         dout, dlse, q, k1, k2, v1, v2, out, lse,
         grads=wanted, **kernel_arguments(w1, w2, q, options),
