@@ -25,6 +25,9 @@ settings.load_profile("simplex")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _EXAMPLES:  # as long as they take
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU")
         for item in items:
