@@ -65,7 +65,7 @@ class _Backward:
         if needs_narrow:
             self._run_query_with_parts(dq, narrow)
         elif dq is not None:
-            self._run_query(self.choice.query, dq, None)
+            self._run_query(self.choice.query, dq)
 
     def _run_pairs(self, wide: Pair, narrow: Pair) -> bool:
         choice, problem = self.choice.pairs, self.problem
@@ -99,14 +99,8 @@ class _Backward:
     def _run_query_with_parts(self, dq: Tensor | None, narrow: Pair) -> None:
         problem = self.problem
         dq = torch.empty_like(problem.q) if dq is None else dq
-        choice = self.choice.query_with_parts
-        if choice is not None:
-            heads = triton.next_power_of_2(problem.group)
-            parts = parts_of_queries(problem, heads, choice.block_q)
-            if parts is not None:
-                self._run_query(choice, dq, parts)
-                self._sum(parts, narrow)
-                return
+        if self.choice.query_with_dk is not None and self._run_query_twice(dq, narrow):
+            return
         choice = self.choice.keys
         tiles = self._query_tiles(choice)
         tiles_of_a_part = choice.tiles_of_a_part
@@ -123,13 +117,28 @@ class _Backward:
         )  # fmt: skip
         self._sum(parts, narrow)
 
-    def _run_query(self, choice: Choice, dq: Tensor, parts: Parts | None) -> None:
+    def _run_query_twice(self, dq: Tensor, narrow: Pair) -> bool:
+        with_dk, with_dv = self.choice.query_with_dk, self.choice.query_with_dv
+        heads = triton.next_power_of_2(self.problem.group)
+        parts = parts_of_queries(self.problem, heads, with_dk.block_q)
+        if parts is None:
+            return False
+        self._run_query(with_dk, dq, parts, FILLS_DK=True, FILLS_DV=with_dv is None)
+        if with_dv is not None:
+            self._run_query(with_dv, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
+        self._sum(parts, narrow)
+        return True
+
+    def _run_query(
+        self, choice: Choice, dq: Tensor, parts: Parts | None = None, *,
+        NEEDS_DQ: bool = True, FILLS_DK: bool = False, FILLS_DV: bool = False,
+    ) -> None:  # fmt: skip
         heads = self.problem.group if parts is None else parts.per_position
         self._launch(
             backward_query_kernel, choice, self._query_tiles(choice, heads),
             [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
             (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
-            HEADS=heads, FILLS_PARTS=parts is not None,
+            HEADS=heads, NEEDS_DQ=NEEDS_DQ, FILLS_DK=FILLS_DK, FILLS_DV=FILLS_DV,
             PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
         )  # fmt: skip
 

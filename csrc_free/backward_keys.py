@@ -30,8 +30,7 @@ def backward_keys_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    DQ_IN_MEMORY: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns `tiles_of_a_part` tiles of BLOCK_Q rows: their dq, and one part.
@@ -56,6 +55,7 @@ def backward_keys_kernel(
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
+    dq += batch * stride_dq_b + kv_head * GROUP * stride_dq_h
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     base = slot_base(part, part_rows, GROUP, part_shift)
     if PARTS_FOLLOW_QUERIES:
@@ -84,12 +84,7 @@ def backward_keys_kernel(
         row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
         row_delta = tl.load(delta + statistics, mask=real, other=0.0)
 
-        mask_dq = real[:, None] & (columns < HEAD_DIM)[None, :]
-        if DQ_IN_MEMORY:
-            flat = bh * seq * GROUP + tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            to_dq = dq + flat[:, None] * HEAD_DIM + columns[None, :]
-        else:
-            acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         seen = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
             q, dout, k_narrow, v_narrow, query_offset, dout_offset,
@@ -104,36 +99,22 @@ def backward_keys_kernel(
                 vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
                 k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 scale, log2_scale, k_wide_bias, v_wide_bias,
-                True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
+                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
             )  # fmt: skip
+            # Every load stands before the stores, which no load may be moved over.
             k, k_prev = load_for_form(
                 k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,
                 FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            step = query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-            if DQ_IN_MEMORY:
-                tl.store(to_dq, tl.load(to_dq, mask=mask_dq, other=0.0) + step, mask=mask_dq)
-            else:
-                acc += step
             query, query_prev = load_for_form(
                 q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
             )
-            dk = tl.sum(
-                key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM), 0
-            )
             do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
-            dv = tl.sum(t * do, 0)
             to_dk = dk_parts + (part_slot + key) * HEAD_DIM + columns
             to_dv = dv_parts + (part_slot + key) * VALUE_DIM + value_columns
-            tl.store(
-                to_dk, tl.load(to_dk, mask=columns < HEAD_DIM, other=0.0) + dk,
-                mask=columns < HEAD_DIM,
-            )  # fmt: skip
-            tl.store(
-                to_dv, tl.load(to_dv, mask=value_columns < VALUE_DIM, other=0.0) + dv,
-                mask=value_columns < VALUE_DIM,
-            )  # fmt: skip
+            dk = tl.load(to_dk, mask=columns < HEAD_DIM, other=0.0)
+            dv = tl.load(to_dv, mask=value_columns < VALUE_DIM, other=0.0)
 
             ahead = key + 1
             seen = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
@@ -145,9 +126,14 @@ def backward_keys_kernel(
                 FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, DOT_DTYPE,
             )  # fmt: skip
-        if not DQ_IN_MEMORY:
-            to = batch * stride_dq_b + kv_head * GROUP * stride_dq_h
-            to += i * stride_dq_n + head * stride_dq_h
-            tl.store(dq + to[:, None] + columns[None, :], acc, mask=mask_dq)
+            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+            step = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
+            tl.store(to_dk, dk + tl.sum(step, 0), mask=columns < HEAD_DIM)
+            tl.store(to_dv, dv + tl.sum(t * do, 0), mask=value_columns < VALUE_DIM)
+        to = i * stride_dq_n + head * stride_dq_h
+        tl.store(
+            dq + to[:, None] + columns[None, :], acc,
+            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
+        )  # fmt: skip
         # The next tile meets the same narrow keys.
         tl.debug_barrier()

@@ -1,5 +1,8 @@
 """The query side of the backward, offset by offset: dq, and for small groups the narrow pair's parts.
 
+One launch makes dq and the parts of dk, another the parts of dv: that is one matrix product more
+than both at once, but both at once spill, and run at half the speed.
+
 A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries, as in the forward.
 """
 
@@ -31,13 +34,14 @@ def backward_query_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
-    DQ_IN_MEMORY: tl.constexpr, HEADS: tl.constexpr, FILLS_PARTS: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    HEADS: tl.constexpr, NEEDS_DQ: tl.constexpr, FILLS_DK: tl.constexpr, FILLS_DV: tl.constexpr,
+    PARTS_FOLLOW_QUERIES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_Q rows of one key-value head: their dq, and one part where it fills any.
 
     Filling parts needs REPLICAS = 1 and HEADS a power of two; parts must come zeroed. The rows of
-    a part move by one with every offset, hence the barrier before each turn.
+    a part move by one with every offset, from thread to thread: hence the barrier in each turn.
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
@@ -81,11 +85,7 @@ def backward_query_kernel(
     row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=real, other=0.0)
 
-    if DQ_IN_MEMORY:
-        to_dq = dq + (bh * seq * HEADS + tile * BLOCK_Q + rows)[:, None] * HEAD_DIM + columns[None, :]
-        mask_dq = real[:, None] & (columns < HEAD_DIM)[None, :]
-    else:
-        acc = tl.zeros([M, BLOCK_D], tl.float32)
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
     key = position - offset_first - replica
     seen = sees & (key >= narrow_lo) & (key < narrow_hi)
     # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
@@ -97,46 +97,41 @@ def backward_query_kernel(
         DOT_DTYPE,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
+        if FILLS_DK | FILLS_DV:
+            tl.debug_barrier()
         dvq, t, sigma = attend_backward(
             vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
             k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
             scale, log2_scale, k_wide_bias, v_wide_bias,
-            FILLS_PARTS, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
+            NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
             BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
         )  # fmt: skip
-        k, k_prev = load_for_form(
-            k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
-            FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        step = query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-        if DQ_IN_MEMORY:
-            tl.store(to_dq, tl.load(to_dq, mask=mask_dq, other=0.0) + step, mask=mask_dq)
-        else:
-            acc += step
-        if FILLS_PARTS:
+        # Every load stands before the stores, which no load may be moved over: one latency, not five.
+        if NEEDS_DQ:
+            k, k_prev = load_for_form(
+                k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
+                FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+        if FILLS_DK | FILLS_DV:
             P: tl.constexpr = BLOCK_Q // HEADS
-            query, query_prev = load_for_form(
-                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
-            )
-            dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
-            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
-            dv = t * do
-            if HEADS > 1:
-                dk = tl.sum(tl.reshape(dk, [P, HEADS, BLOCK_D]), 1)
-                dv = tl.sum(tl.reshape(dv, [P, HEADS, BLOCK_DV]), 1)
             base = slot_base(tile, part_rows, HEADS, part_shift)
             narrow_row = start + tile * P + tl.arange(0, P) - offset - narrow_first
             if PARTS_FOLLOW_QUERIES:
                 base += start
             held = ((narrow_row >= 0) & (narrow_row < narrow_rows))[:, None]
             where = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
+        if FILLS_DK:
             to_dk = dk_parts + where[:, None] * HEAD_DIM + columns[None, :]
-            to_dv = dv_parts + where[:, None] * VALUE_DIM + value_columns[None, :]
             mask_dk = held & (columns < HEAD_DIM)[None, :]
+            dk = tl.load(to_dk, mask=mask_dk, other=0.0)
+            query, query_prev = load_for_form(
+                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+            )
+        if FILLS_DV:
+            to_dv = dv_parts + where[:, None] * VALUE_DIM + value_columns[None, :]
             mask_dv = held & (value_columns < VALUE_DIM)[None, :]
-            tl.debug_barrier()
-            tl.store(to_dk, tl.load(to_dk, mask=mask_dk, other=0.0) + dk, mask=mask_dk)
-            tl.store(to_dv, tl.load(to_dv, mask=mask_dv, other=0.0) + dv, mask=mask_dv)
+            dv = tl.load(to_dv, mask=mask_dv, other=0.0)
+            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
 
         key -= REPLICAS
         seen = sees & (key >= narrow_lo) & (key < narrow_hi)
@@ -147,8 +142,17 @@ def backward_query_kernel(
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             DOT_DTYPE,
         )  # fmt: skip
+        if NEEDS_DQ:
+            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+        if FILLS_DK:
+            step = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
+            dk += tl.sum(tl.reshape(step, [P, HEADS, BLOCK_D]), 1)
+            tl.store(to_dk, dk, mask=mask_dk)
+        if FILLS_DV:
+            dv += tl.sum(tl.reshape(t * do, [P, HEADS, BLOCK_DV]), 1)
+            tl.store(to_dv, dv, mask=mask_dv)
 
-    if not DQ_IN_MEMORY:
+    if NEEDS_DQ:
         if REPLICAS > 1:
             acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
             flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -156,5 +160,6 @@ def backward_query_kernel(
         to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
         to += i * stride_dq_n
         tl.store(
-            dq + to[:, None] + columns[None, :], acc, mask=real[:, None] & (columns < HEAD_DIM)[None, :]
-        )
+            dq + to[:, None] + columns[None, :], acc,
+            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
+        )  # fmt: skip

@@ -50,7 +50,7 @@ def attend_backward(
     vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
     k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
     scale, log2_scale, k_wide_bias, v_wide_bias,
-    NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
+    NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
@@ -58,7 +58,8 @@ def attend_backward(
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
 
-    t = sum of P · v is what the narrow values' gradient needs; sigma is the row sum of dS.
+    t = sum of P · v is what the narrow values' gradient needs; dq and the narrow keys' need dvq,
+    and sigma, the row sum of dS. What is not asked for stays 0.
     """
     keys = tl.arange(0, BLOCK_N).to(INDEX)
     columns = tl.arange(0, BLOCK_D)
@@ -79,17 +80,20 @@ def attend_backward(
             v_wide + row.to(tl.int64) * stride_vw_n, keys, stride_vw_n, value_columns, there,
             VALUE_DIM, BLOCK_DV,
         ).to(DOT_DTYPE)  # fmt: skip
-        dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
+        if NEEDS_DVQ:
+            dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
         if (j < full_lo) | (j + BLOCK_N > full_hi):
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
             p = tl.where(visible, p, 0.0)
         if NEEDS_T:
             t = tl.dot(p.to(DOT_DTYPE), v, t, input_precision=PRECISION)
-        ds = p * (dp + row_dp[:, None])
-        dvq = tl.dot(ds.to(DOT_DTYPE), k, dvq, input_precision=PRECISION)
+        if NEEDS_DVQ:
+            ds = p * (dp + row_dp[:, None])
+            dvq = tl.dot(ds.to(DOT_DTYPE), k, dvq, input_precision=PRECISION)
+            if NEEDS_SUMS:
+                sigma += tl.sum(ds, 1)
         if NEEDS_SUMS:
-            sigma += tl.sum(ds, 1)
             mass += tl.sum(p, 1)
     if NEEDS_SUMS:
         dvq = (dvq + k_wide_bias * sigma[:, None]) * scale

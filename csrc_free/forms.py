@@ -20,12 +20,18 @@ def load_rows(
     pointer, rows, stride, columns, visible,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Load rows [M, BLOCK_D] of a matrix [rows, head_dim]; 0 where not visible or beyond head_dim."""
+    """Load rows [M, BLOCK_D] of a matrix [rows, head_dim]; 0 where not visible or beyond head_dim.
+
+    float16 comes back as float32: a product of two of its numbers may be past its range.
+    """
     mask = visible[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
     offsets = rows[:, None] * stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0)
+    x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    if x.dtype == tl.float16:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit

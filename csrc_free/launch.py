@@ -49,7 +49,8 @@ class BackwardChoice:
     wide: Choice  # the wide pair's gradients
     query: Choice  # dq alone
     keys: Choice  # dq and the narrow pair's gradients, narrow key by narrow key
-    query_with_parts: Choice | None = None  # the same offset by offset; None: take `keys`
+    query_with_dk: Choice | None = None  # the same offset by offset: dq and dk; None: take `keys`
+    query_with_dv: Choice | None = None  # and dv, in tiles of as many rows
     pairs: Choice | None = None  # all four key-value gradients at once; None: the others
 
 
@@ -82,24 +83,25 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
     if device.backend == "cpu":
         return BackwardChoice(
             wide=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}),
-            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}, 2),
+            query=Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1}),
+            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1}, 2),
         )
     widest = max(traits.block_d, traits.block_dv)
     if not traits.is_bf16 or widest > 128 or traits.form != "trilinear":
         rows = 32 if widest <= 128 else 16
         return BackwardChoice(
             wide=Choice(4, 1, {"BLOCK_Q": rows, "BLOCK_N": 32, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}),
-            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1, "DQ_IN_MEMORY": False}, 2),
+            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}),
+            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
         )
     wide = Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1})
-    query = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2, "DQ_IN_MEMORY": False})
-    keys = Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3, "DQ_IN_MEMORY": False}, 2)
+    query = Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2})
+    keys = Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3}, 2)
     pairs = Choice(8, 3, {"BLOCK_Q": 64, "BLOCK_N": 128, "TILE_STAGES": 3})
-    with_parts = Choice(8, 3, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 3, "DQ_IN_MEMORY": False})
+    with_part = Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 2})
     return BackwardChoice(
         wide, query, keys,
-        query_with_parts=with_parts if traits.group < 8 else None,
+        query_with_dk=with_part if traits.group < 8 else None,
+        query_with_dv=with_part if traits.group < 8 else None,
         pairs=pairs if traits.group >= 32 else None,
     )  # fmt: skip

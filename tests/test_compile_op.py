@@ -36,9 +36,9 @@ def graded(run, inputs, *args, **options):
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def assert_same(got, expected):
+def assert_same(got, expected, **tolerance):
     for name, a, b in zip(("out", "lse", *NAMES), got, expected, strict=True):
-        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
         assert a.stride() == b.stride() or a.numel() == 0, name
 
 
@@ -138,7 +138,8 @@ def test_a_gpu_replays_the_operator_in_cuda_graphs():
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         got = [t.clone() for t in graded(run, inputs, 64, 8)]
-        assert_same(got, graded(around, inputs, 64, 8))
+        # Inductor keeps in float32 what eager code rounds to bfloat16 on the way.
+        assert_same(got, graded(around, inputs, 64, 8), atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize(
