@@ -10,14 +10,20 @@ from simplex_ops.bounds import (
     kv_bounds_from_padding_mask,
 )
 from simplex_ops.functional import simplicial_attention
+from simplex_ops.marking import mark, marked_modules, unmark
 from simplex_ops.module import SimplicialAttention
+from simplex_ops.sdpa import UnservedMarkError
 
 __all__ = [
     "SimplicialAttention",
+    "UnservedMarkError",
     "kv_bounds_from_cu_seqlens",
     "kv_bounds_from_document_ids",
     "kv_bounds_from_padding_mask",
+    "mark",
+    "marked_modules",
     "simplicial_attention",
+    "unmark",
 ]
 
 __version__ = "0.1.0"

@@ -27,7 +27,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import lowering
 from lowering import compat, digest
-from simplex_ops.marking import mark, unmark
+from simplex_ops import mark, unmark
 
 ROOT = Path(__file__).parents[1]
 

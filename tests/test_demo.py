@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simplex_ops.marking import mark
+from simplex_ops import mark
 from tools import corpus
 from tools.llama import CPU, build
 from tools.train import Trainer

@@ -25,8 +25,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from simplex_ops.marking import is_marked, mark, marked_modules, unmark
-from simplex_ops.sdpa import UnservedMarkError
+from simplex_ops import UnservedMarkError, mark, marked_modules, unmark
+from simplex_ops.marking import is_marked
 from simplex_ops.testing import assert_within_budget
 
 

@@ -34,8 +34,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lowering.backend import serve_marks
 from lowering.report import Report, last_report
 from lowering.rewrite import rewrite
+from simplex_ops import mark, unmark
 from simplex_ops.mark_op import MARK_OP
-from simplex_ops.marking import mark, unmark
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simplex_ops.marking import mark
+from simplex_ops import mark
 
 SEQ = 24
 VOCABULARY = 64

@@ -30,7 +30,7 @@ except ImportError as error:
 import torch
 
 import lowering
-from simplex_ops.marking import mark
+from simplex_ops import mark
 from tools import corpus
 from tools.curves import plot_curves
 from tools.environment import device_name
