@@ -1,6 +1,6 @@
 """Every private name of Dynamo and Inductor that this plugin touches, and where it was seen.
 
-Seen in 2.11 and 2.13:
+Seen in 2.11, 2.13 and 2.14:
 
     torch._inductor.compile_fx.compile_fx   Inductor's entry: called by the backend, wrapped by
                                             enable()
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-TESTED = ("2.11", "2.13")
+TESTED = ("2.11", "2.13", "2.14")
 
 
 @functools.cache
