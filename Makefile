@@ -18,8 +18,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-test: $(VENV)/.test ## set up and run the tests; make test ARGS="-k laws"
+test: $(VENV)/.test ## set up and run all tests; some: make test ARGS="-k laws"
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(strip $(ARGS)),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py)
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)
