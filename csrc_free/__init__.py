@@ -1,1 +1,4 @@
-"""Triton kernels of 2-simplicial attention and their launchers: tensors and numbers, no operators."""
+"""Triton kernels of 2-simplicial attention, and their launchers.
+
+This floor knows tensors and numbers, not operators.
+"""

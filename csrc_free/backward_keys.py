@@ -10,7 +10,7 @@ from csrc_free.backward_rows import attend_backward, virtual_rows
 from csrc_free.backward_sum import slot_base
 from csrc_free.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, positions, query_rows, spread
+from csrc_free.tiles import key_range, place, positions, query_rows, spread
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -39,10 +39,7 @@ def backward_keys_kernel(
     window. Parts must come zeroed; only this program adds to its part.
     """
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
-    part = tl.program_id(0) % parts
-    bh = (tl.program_id(0) // parts).to(tl.int64)
-    batch = bh // kv_heads
-    kv_head = bh % kv_heads
+    part, bh, batch, kv_head = place(parts, kv_heads, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -102,19 +99,29 @@ def backward_keys_kernel(
                 True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
             )  # fmt: skip
-            # Every load stands before the stores, which no load may be moved over.
             k, k_prev = load_for_form(
                 k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,
                 FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
+            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
             query, query_prev = load_for_form(
                 q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
             )
+            dk = tl.sum(
+                key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM), 0
+            )
             do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            dv = tl.sum(t * do, 0)
             to_dk = dk_parts + (part_slot + key) * HEAD_DIM + columns
             to_dv = dv_parts + (part_slot + key) * VALUE_DIM + value_columns
-            dk = tl.load(to_dk, mask=columns < HEAD_DIM, other=0.0)
-            dv = tl.load(to_dv, mask=value_columns < VALUE_DIM, other=0.0)
+            tl.store(
+                to_dk, tl.load(to_dk, mask=columns < HEAD_DIM, other=0.0) + dk,
+                mask=columns < HEAD_DIM,
+            )  # fmt: skip
+            tl.store(
+                to_dv, tl.load(to_dv, mask=value_columns < VALUE_DIM, other=0.0) + dv,
+                mask=value_columns < VALUE_DIM,
+            )  # fmt: skip
 
             ahead = key + 1
             seen = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
@@ -126,10 +133,6 @@ def backward_keys_kernel(
                 FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, DOT_DTYPE,
             )  # fmt: skip
-            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-            step = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
-            tl.store(to_dk, dk + tl.sum(step, 0), mask=columns < HEAD_DIM)
-            tl.store(to_dv, dv + tl.sum(t * do, 0), mask=value_columns < VALUE_DIM)
         to = i * stride_dq_n + head * stride_dq_h
         tl.store(
             dq + to[:, None] + columns[None, :], acc,

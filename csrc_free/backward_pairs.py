@@ -14,7 +14,7 @@ import triton.language as tl
 
 from csrc_free.forms import load_rows
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, positions, query_rows
+from csrc_free.tiles import key_range, place, positions, query_rows
 
 
 @triton.jit
@@ -71,10 +71,7 @@ def backward_pairs_kernel(
     its sums there. Parts are zeroed too, and each slot is written once.
     """
     tiles = tl.cdiv(wide_rows, BLOCK_N)
-    tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    batch = bh // kv_heads
-    kv_head = bh % kv_heads
+    tile, bh, batch, kv_head = place(tiles, kv_heads, False)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -139,7 +136,10 @@ def backward_pairs_kernel(
             # Scalars where they decide: a reduction over rows would cost a barrier an iteration.
             is_partial = (
                 (key_last > start + flat // GROUP + wide_right)
-                | (key_first < start + (tl.minimum(flat + BLOCK_Q, flat_end) - 1) // GROUP - wide_left)
+                | (
+                    key_first
+                    < start + (tl.minimum(flat + BLOCK_Q, flat_end) - 1) // GROUP - wide_left
+                )
                 | (key_last - key_first + 1 < BLOCK_N)
             )
             if HAS_BOUNDS | is_partial:
@@ -170,9 +170,7 @@ def backward_pairs_kernel(
         )  # fmt: skip
         dk = tl.sum(x * (k.to(tl.float32) + k_wide_bias), 0) * scale
         dv = tl.sum(y * (v.to(tl.float32) + v_wide_bias), 0)
-        tl.store(
-            dk_parts + (part_slot + m) * HEAD_DIM + columns, dk, mask=columns < HEAD_DIM
-        )
+        tl.store(dk_parts + (part_slot + m) * HEAD_DIM + columns, dk, mask=columns < HEAD_DIM)
         tl.store(
             dv_parts + (part_slot + m) * VALUE_DIM + value_columns, dv,
             mask=value_columns < VALUE_DIM,

@@ -1,4 +1,4 @@
-"""The query side of the backward, offset by offset: dq, and for small groups the narrow pair's parts.
+"""The query side of the backward, offset by offset: dq, and parts of the narrow pair's gradients.
 
 One launch makes dq and the parts of dk, another the parts of dv: that is one matrix product more
 than both at once, but both at once spill, and run at half the speed.
@@ -13,7 +13,24 @@ from csrc_free.backward_rows import attend_backward, virtual_rows
 from csrc_free.backward_sum import slot_base
 from csrc_free.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, positions, query_rows, spread
+from csrc_free.tiles import key_range, place, positions, query_rows, spread
+
+
+@triton.jit
+def _add_in_turn(
+    parts, where, replica, held, gradient, columns,
+    REPLICAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Add rows of a gradient to the slots of a part, one replica after the other.
+
+    A slot meets the next row of the tile with every offset, hence another thread: the barrier makes
+    what that one wrote visible.
+    """
+    to = parts + where[:, None] * HEAD_DIM + columns[None, :]
+    for turn in tl.static_range(REPLICAS):
+        mask = (held & (replica == turn))[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.debug_barrier()
+        tl.store(to, tl.load(to, mask=mask, other=0.0) + gradient, mask=mask)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -38,17 +55,13 @@ def backward_query_kernel(
     PARTS_FOLLOW_QUERIES: tl.constexpr,
     TILE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_Q rows of one key-value head: their dq, and one part where it fills any.
+    """One program owns BLOCK_Q rows of one key-value head: their dq, and a part where it fills one.
 
-    Filling parts needs REPLICAS = 1 and HEADS a power of two; parts must come zeroed. The rows of
-    a part move by one with every offset, from thread to thread: hence the barrier in each turn.
+    Filling parts needs HEADS a power of two; parts must come zeroed.
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
-    tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    batch = bh // kv_heads
-    kv_head = bh % kv_heads
+    tile, bh, batch, kv_head = place(tiles, kv_heads, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -97,8 +110,6 @@ def backward_query_kernel(
         DOT_DTYPE,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
-        if FILLS_DK | FILLS_DV:
-            tl.debug_barrier()
         dvq, t, sigma = attend_backward(
             vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
             k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
@@ -106,32 +117,32 @@ def backward_query_kernel(
             NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
             BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
         )  # fmt: skip
-        # Every load stands before the stores, which no load may be moved over: one latency, not five.
         if NEEDS_DQ:
             k, k_prev = load_for_form(
                 k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
                 FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
+            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
         if FILLS_DK | FILLS_DV:
             P: tl.constexpr = BLOCK_Q // HEADS
+            summed = tl.arange(0, P * REPLICAS)
             base = slot_base(tile, part_rows, HEADS, part_shift)
-            narrow_row = start + tile * P + tl.arange(0, P) - offset - narrow_first
             if PARTS_FOLLOW_QUERIES:
                 base += start
-            held = ((narrow_row >= 0) & (narrow_row < narrow_rows))[:, None]
+            narrow_row = start + tile * P + summed % P - offset - summed // P - narrow_first
+            held = (narrow_row >= 0) & (narrow_row < narrow_rows) & (narrow_row >= base)
             where = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
         if FILLS_DK:
-            to_dk = dk_parts + where[:, None] * HEAD_DIM + columns[None, :]
-            mask_dk = held & (columns < HEAD_DIM)[None, :]
-            dk = tl.load(to_dk, mask=mask_dk, other=0.0)
             query, query_prev = load_for_form(
                 q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
             )
+            dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
+            dk = tl.sum(tl.reshape(dk, [P * REPLICAS, HEADS, BLOCK_D]), 1)
+            _add_in_turn(dk_parts, where, summed // P, held, dk, columns, REPLICAS, HEAD_DIM)
         if FILLS_DV:
-            to_dv = dv_parts + where[:, None] * VALUE_DIM + value_columns[None, :]
-            mask_dv = held & (value_columns < VALUE_DIM)[None, :]
-            dv = tl.load(to_dv, mask=mask_dv, other=0.0)
             do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            dv = tl.sum(tl.reshape(t * do, [P * REPLICAS, HEADS, BLOCK_DV]), 1)
+            _add_in_turn(dv_parts, where, summed // P, held, dv, value_columns, REPLICAS, VALUE_DIM)
 
         key -= REPLICAS
         seen = sees & (key >= narrow_lo) & (key < narrow_hi)
@@ -142,15 +153,6 @@ def backward_query_kernel(
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             DOT_DTYPE,
         )  # fmt: skip
-        if NEEDS_DQ:
-            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-        if FILLS_DK:
-            step = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
-            dk += tl.sum(tl.reshape(step, [P, HEADS, BLOCK_D]), 1)
-            tl.store(to_dk, dk, mask=mask_dk)
-        if FILLS_DV:
-            dv += tl.sum(tl.reshape(t * do, [P, HEADS, BLOCK_DV]), 1)
-            tl.store(to_dv, dv, mask=mask_dv)
 
     if NEEDS_DQ:
         if REPLICAS > 1:

@@ -1,4 +1,4 @@
-"""The inner loop of the query side: what one tile of virtual queries receives from the wide window."""
+"""The inner loop of the query side: what virtual queries receive from the wide window."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,8 @@ def virtual_rows(
 ):  # fmt: skip
     """Return virtual queries and virtual dout of one narrow key a row, and the rows' constants.
 
-    key_row and there are [M], or [1] where all rows meet the same narrow key. P is exp2(log2_scale · vq · k - shift), and dS is P · (vdo · v + row_dp).
+    key_row and there are [M], or [1] where all rows meet the same narrow key.
+    P is exp2(log2_scale · vq · k - shift), and dS is P · (vdo · v + row_dp).
     """
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)

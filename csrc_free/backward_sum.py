@@ -12,7 +12,9 @@ def slot_base(part, part_rows, PER_POSITION: tl.constexpr, shift):
     return part * part_rows // PER_POSITION + shift
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "slots", "part_rows", "part_shift", "q_start_default"])
+@triton.jit(
+    do_not_specialize=["rows", "parts", "slots", "part_rows", "part_shift", "q_start_default"]
+)
 def sum_parts_kernel(
     dk_parts, dv_parts, dk, dv, q_start,
     kv_heads, rows, parts, slots, part_rows, part_shift, q_start_default,
@@ -48,9 +50,7 @@ def sum_parts_kernel(
         if PARTS_MOVE:
             slot -= slot_base(part, part_rows, PER_POSITION, part_shift)
         where = (part * heads + bh) * slots + slot
-        dk_sum += tl.load(
-            dk_parts + where * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0
-        )
+        dk_sum += tl.load(dk_parts + where * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
         dv_sum += tl.load(
             dv_parts + where * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM, other=0.0
         )

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, positions, query_rows, spread
+from csrc_free.tiles import key_range, place, positions, query_rows, spread
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -34,9 +34,7 @@ def backward_wide_kernel(
     narrow window. delta and lse2 are [B, Hkv, N, G].
     """
     tiles = tl.cdiv(wide_rows, BLOCK_N)
-    tile = tl.program_id(0) % tiles
-    batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, False)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -61,7 +59,7 @@ def backward_wide_kernel(
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    statistics = (batch * kv_heads + kv_head) * seq * GROUP
+    statistics = bh * seq * GROUP
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     flat_first = tl.maximum(key_first - wide_right - start, 0) * GROUP
     flat_end = tl.minimum(key_last + wide_left - start + 1, seq) * GROUP
@@ -77,7 +75,7 @@ def backward_wide_kernel(
             m_keys, HAS_BOUNDS,
         )  # fmt: skip
         sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
-        first, last, full_lo, full_hi = spread(lo, hi, m_keys)
+        _first, _last, full_lo, full_hi = spread(lo, hi, m_keys)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi)
         offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
         offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)

@@ -4,17 +4,15 @@ A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries; each copy
 REPLICAS-th offset, and the copies are merged by their log-sum-exp at the end.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free import launch
-from csrc_free.problem import NOT_SPECIALIZED, Problem, problem_of
-from csrc_free.tiles import key_range, positions, query_rows, spread
+from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
+from csrc_free.problem import NOT_SPECIALIZED, problem_of
+from csrc_free.tiles import key_range, place, positions, query_rows, spread
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
 # nothing: float32 has room for 2^30 times any value below 2^97.
@@ -123,9 +121,7 @@ def forward_kernel(
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
-    tile = tl.program_id(0) % tiles
-    batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -225,7 +221,7 @@ def forward_kernel(
     if BLOCK_DV != VALUE_DIM:
         mask = mask & (value_columns < VALUE_DIM)[None, :]
     tl.store(out + out_offset[:, None] + value_columns[None, :], acc, mask=mask)
-    lse_offset = (batch * kv_heads * GROUP + query_head) * seq + i
+    lse_offset = (bh * GROUP + head) * seq + i
     logarithm = tl.log2(tl.where(total > 0, total, 1.0))
     tl.store(lse + lse_offset, (top + logarithm) * LN_2, mask=real)
 

@@ -153,4 +153,3 @@ def _extent(tensor: Tensor) -> int:
 
 def _width(reach: tuple[int, int], keys: Tensor) -> int:
     return min(reach[0] + reach[1] + 1, keys.shape[2])
-
