@@ -99,8 +99,15 @@ class _Backward:
     def _run_query_with_parts(self, dq: Tensor | None, narrow: Pair) -> None:
         problem = self.problem
         dq = torch.empty_like(problem.q) if dq is None else dq
-        if self.choice.query_with_dk is not None and self._run_query_twice(dq, narrow):
-            return
+        if self.choice.query_with_parts is not None:
+            choice = self.choice.query_with_parts
+            heads = triton.next_power_of_2(problem.group)
+            parts = parts_of_queries(problem, heads, choice.block_q)
+            if parts is not None:
+                self._run_query(choice, dq, parts, FILLS_DK=True)
+                self._run_query(choice, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
+                self._sum(parts, narrow)
+                return
         choice = self.choice.keys
         tiles = self._query_tiles(choice)
         tiles_of_a_part = choice.tiles_of_a_part
@@ -116,18 +123,6 @@ class _Backward:
             PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
         )  # fmt: skip
         self._sum(parts, narrow)
-
-    def _run_query_twice(self, dq: Tensor, narrow: Pair) -> bool:
-        with_dk, with_dv = self.choice.query_with_dk, self.choice.query_with_dv
-        heads = triton.next_power_of_2(self.problem.group)
-        parts = parts_of_queries(self.problem, heads, with_dk.block_q)
-        if parts is None:
-            return False
-        self._run_query(with_dk, dq, parts, FILLS_DK=True, FILLS_DV=with_dv is None)
-        if with_dv is not None:
-            self._run_query(with_dv, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
-        self._sum(parts, narrow)
-        return True
 
     def _run_query(
         self, choice: Choice, dq: Tensor, parts: Parts | None = None, *,

@@ -54,8 +54,7 @@ class BackwardChoice:
     wide: Choice  # the wide pair's gradients
     query: Choice  # dq alone
     keys: Choice  # dq and the narrow pair's gradients, narrow key by narrow key
-    query_with_dk: Choice | None = None  # the same offset by offset: dq and dk; None: take `keys`
-    query_with_dv: Choice | None = None  # and dv, in tiles of as many rows
+    query_with_parts: Choice | None = None  # the same offset by offset; None: take `keys`
     pairs: Choice | None = None  # all four key-value gradients at once; None: the others
 
 
@@ -93,8 +92,7 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
             query=Choice(4, 1, query),
             keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1}, 2),
             # The interpreter meets every kernel, each at one range of group sizes.
-            query_with_dk=Choice(4, 1, query) if traits.group == 1 else None,
-            query_with_dv=Choice(4, 1, query) if traits.group == 1 else None,
+            query_with_parts=Choice(4, 1, query) if traits.group == 1 else None,
             pairs=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1})
             if traits.group >= 4 and traits.form == "trilinear"
             else None,
@@ -107,13 +105,12 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
             keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
         )
     # As above: 256 TFLOP/s of 2.5 times the forward's at a group of 64, 214 at 8, 161 at 1.
-    with_part = Choice(8, 3, {"BLOCK_Q": 32, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3})
+    with_parts = Choice(8, 3, {"BLOCK_Q": 32, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3})
     return BackwardChoice(
         wide=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1}),
         query=Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2}),
         keys=Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3}, 2),
-        query_with_dk=with_part if traits.group < 8 else None,
-        query_with_dv=with_part if traits.group < 8 else None,
+        query_with_parts=with_parts if traits.group < 8 else None,
         pairs=Choice(8, 3, {"BLOCK_Q": 64, "BLOCK_N": 128, "TILE_STAGES": 3})
         if traits.group >= 32
         else None,
