@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import fx
 
-from lowering import compat, digest, report
+from lowering import compat, report
 from lowering.rewrite import rewrite
+from simplex_ops import cache_key
 
 
 def simplex(
@@ -36,7 +37,7 @@ def serve_marks(gm: fx.GraphModule) -> None:
         return  # Inductor's entry calls itself to apply options, and the backend calls it
     gm.meta["simplex_served"] = True
     compat.warn_if_untested()
-    compat.add_to_cache_keys(f"simplex:{digest.sources()}")
+    cache_key.extend()
     found = rewrite(gm)
     if found != report.Report():
         report.keep(found)

@@ -12,7 +12,6 @@ Seen in 2.11, 2.13 and 2.14:
     SymInt.node.hint                        a symbolic size's example, without a guard
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
-    torch.compiler.config.cache_key_tag     (public) part of the compile caches' keys
 """
 
 import contextlib
@@ -90,13 +89,6 @@ def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[
         inductor.compile_fx = inner
 
     return undo
-
-
-def add_to_cache_keys(tag: str) -> None:
-    """Add a tag to the key of every compiled graph from here on."""
-    config = torch.compiler.config
-    if tag not in config.cache_key_tag:
-        config.cache_key_tag = f"{config.cache_key_tag}|{tag}"
 
 
 def example(value: Any) -> Any:

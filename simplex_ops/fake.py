@@ -1,4 +1,7 @@
-"""Fake kernels: the outputs' shapes, dtypes and strides, after the same checks as the real ones."""
+"""Fake kernels: the outputs' shapes, dtypes and strides, after the same checks as the real ones.
+
+Since tracing runs them, they also see to it that what is cached of a trace is known by its sources.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simplex_ops import cache_key
 from simplex_ops.checks import check_attn, check_attn_backward
 from simplex_ops.layout import empty_in_order_of, lse_dtype
 from simplex_ops.schema import ALL_GRADS
@@ -22,6 +26,7 @@ def attn(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return empty out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
+    cache_key.extend()
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
     return empty_in_order_of(q, v1.shape[3]), lse
@@ -44,6 +49,7 @@ def attn_backward(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Return an empty gradient in the memory order of each input, or [0] where none is wanted."""
+    cache_key.extend()
     check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     return tuple(
         empty_in_order_of(t, t.shape[3]) if wanted else t.new_empty(0)

@@ -26,8 +26,8 @@ from torch._inductor import config
 from torch._inductor.utils import fresh_inductor_cache
 
 import lowering
-from lowering import compat, digest
-from simplex_ops import mark, unmark
+from lowering import compat
+from simplex_ops import cache_key, mark, unmark
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_the_caches_follow_marks_windows_and_sources(how, monkeypatch):
         unmark(first)
         mark(first, window=(5, 3)).load_state_dict(weights)
         assert run() == (1, 0)
-        monkeypatch.setattr(digest, "sources", lambda: "other sources")
+        monkeypatch.setattr(cache_key, "sources", lambda: "other sources")
         assert run() == (0, 1)
 
 
@@ -189,8 +189,8 @@ def test_the_digest_covers_every_source(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "inner" / "kernel.py").write_text("a = 1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(digest, "PACKAGES", ("digested",))
-    read = digest.sources.__wrapped__
+    monkeypatch.setattr(cache_key, "PACKAGES", ("digested",))
+    read = cache_key.sources.__wrapped__
     before = read()
     assert read() == before
     (package / "inner" / "kernel.py").write_text("a = 2")

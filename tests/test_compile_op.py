@@ -1,10 +1,14 @@
 """torch.compile over the operator itself: one graph, forward and backward, for any length."""
 
+import threading
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
 
-from simplex_ops import reference
+from simplex_ops import cache_key, reference
 from simplex_ops.testing import assert_within_budget
 
 NAMES = ("q", "k1", "k2", "v1", "v2")
@@ -163,3 +167,30 @@ def test_bad_input_is_refused_in_compiled_code_by_the_eager_text(change, error, 
         attn(**arguments)
     with pytest.raises(Exception, match=text):
         torch.compile(attn, backend="aot_eager", fullgraph=True)(**arguments)
+
+
+def test_the_caches_follow_the_sources(monkeypatch):
+    """Fill Inductor's caches, then ask them as the same version does, and as others do."""
+    inputs, found = problem(9), []
+
+    def alone(*inputs, **options):  # nothing to fuse, no C++ to wait for
+        return torch.ops.simplex.attn(*inputs, **options)
+
+    def train() -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.compiler.config.patch(cache_key_tag=""):
+            graded(torch.compile(alone, fullgraph=True), inputs, w1=5, w2=3)
+        caches = counters["aot_autograd"]
+        found.append((caches["autograd_cache_hit"], caches["autograd_cache_miss"]))
+
+    with fresh_inductor_cache():
+        for sources in ("these", "these", "others"):
+            monkeypatch.setattr(cache_key, "sources", lambda s=sources: s)
+            train()
+        for sources in ("others", "yet others"):
+            monkeypatch.setattr(cache_key, "sources", lambda s=sources: s)
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+    assert found == [(0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]

@@ -1,4 +1,4 @@
-"""A digest of simplex's own sources, for the compile caches' key.
+"""A digest of simplex's own sources, as a part of the compile caches' keys.
 
 A cached graph holds what the autograd formula, the fake kernels and the pass made of it, and
 none of their sources is in torch's key: without this an upgrade could run the old answer.
@@ -9,7 +9,21 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import torch
+
 PACKAGES = ("simplex_ops", "csrc_free", "lowering")
+
+
+def extend() -> None:
+    """Let the key of every graph that this thread compiles from here on hold the digest.
+
+    The fake kernels call it: tracing runs them, in the thread that then asks the caches. Importing
+    would be too early, since from torch 2.13 on (not in 2.11) a thread does not see what another
+    put into `torch.compiler.config`.
+    """
+    tag, config = f"simplex:{sources()}", torch.compiler.config
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag += f"|{tag}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
