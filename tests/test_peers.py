@@ -1,6 +1,12 @@
 """Each bug that a peer has, and that this operator must not: the label is the peer's.
 
 L: lucidrains/simplicial-attention 0.1.6. F: FBGEMM's experimental simplicial_attention.
+
+Tested elsewhere, each where its kind is:
+L5, L6: work done twice, in an order that changes. test_laws.py, the same call gives the same bits
+F11: a wheel without its inner packages. test_packaging.py, the wheel holds the three packages whole
+F13: FLOPs undercounted. test_functional.py, the FLOPs counted are those of visible pairs
+L11, causal attention refused for three sets of keys or more, has nothing here to be tested on.
 """
 
 import pytest
@@ -54,9 +60,6 @@ def test_L4_strides_of_each_input_are_its_own(which, device):
     assert not inputs[which].is_contiguous()
     odd = Problem(tuple(inputs), problem.windows, problem.options, problem.dout, problem.dlse)
     assert_matches_reference(odd, device=device)
-
-
-# L5, L6: work done twice, in an order that changes: see test_the_same_call_gives_the_same_bits
 
 
 # L7: the module was causal whatever it was told
@@ -220,6 +223,17 @@ def test_F10_forms_are_three(device):
 def test_F_sizes_need_not_be_powers_of_two(kv_heads, group, head_dim, device):
     case = Case(1, kv_heads, group, 9, head_dim=head_dim, w1=5, w2=3, through="both")
     assert_matches_reference(case, device=device)
+
+
+# F: hidden pairs scored -1e6, more than visible ones may
+@pytest.mark.parametrize(("w1", "w2", "is_causal"), [(4, 2, True), (2, 4, True), (3, 2, False)])
+def test_F_hidden_pairs_weigh_nothing_however_low_the_visible(w1, w2, is_causal, device):
+    q, k1, k2, v1, v2 = Case(1, 1, 2, 12, head_dim=4).inputs(device)
+    low = torch.ones_like(q) * 1e4, -1e4 * torch.ones_like(k1), torch.ones_like(k2)  # s = -2e8
+    out, lse = attn(*low, v1, v2, w1, w2, is_causal=is_causal)
+    assert (lse < -1e8).all()
+    average, _ = attn(q, k1, k2, v1, v2, w1, w2, is_causal=is_causal, scale=0.0)
+    torch.testing.assert_close(out, average)
 
 
 # F12: bfloat16 was judged by bfloat16
