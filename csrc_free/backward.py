@@ -159,7 +159,7 @@ class _Backward:
             problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
             *problem.strides(), *self.dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),
-            **problem.constants(), **choice.constants, **constants,
+            **problem.constants(self.dout, *outputs), **choice.constants, **constants,
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
 

@@ -244,6 +244,6 @@ def attn_forward(
     forward_kernel[grid](
         *problem.tensors, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
         *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
-        **problem.constants(), **choice.constants,
+        **problem.constants(out), **choice.constants,
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip

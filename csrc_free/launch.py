@@ -74,8 +74,8 @@ def forward_choice(traits: Traits, device: Device) -> Choice:
     if not _is_measured(traits, device):
         rows = 64 if traits.columns <= 64 else 32
         return Choice(4, 1, {"BLOCK_Q": rows, "REPLICAS": 1, "BLOCK_N": 32})
-    # H100, torch 2.11.0, Triton 3.6.0, 2026-11-22, D 128, windows 512 x 32: 382 TFLOP/s at a group
-    # of 64, 322 at 8, 277 at 1.
+    # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22, D 128, windows
+    # 512 x 32, nominal TFLOP/s: 361 at a group of 64, 292 at 8, 240 at 1.
     if traits.group >= 64:
         return Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64})
     if traits.group >= 8:
@@ -104,7 +104,7 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
             query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}),
             keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
         )
-    # As above: 256 TFLOP/s of 2.5 times the forward's at a group of 64, 214 at 8, 161 at 1.
+    # In the same run: 229 at a group of 64, 194 at 8, 161 at 1, of 2.5 times the forward's FLOPs.
     with_parts = Choice(8, 3, {"BLOCK_Q": 32, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3})
     return BackwardChoice(
         wide=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1}),

@@ -100,15 +100,19 @@ class Problem:
         given, none = (self.k2_bias, self.v2_bias), (0.0, 0.0)
         return none + given if not self.is_exchanged else given + none
 
-    def constants(self) -> dict[str, object]:
-        """Return the compile-time constants that every kernel takes."""
+    def constants(self, *others: Tensor | None) -> dict[str, object]:
+        """Return the compile-time constants that every kernel takes.
+
+        Offsets are of 64 bits where an input, or one of the kernel's other tensors, needs them.
+        """
+        tensors = [*self.tensors, *(t for t in others if t is not None)]
         has_bias = self.k2_bias != 0.0 or self.v2_bias != 0.0
         head_dim, value_dim = self.q.shape[3], self.v_wide.shape[3]
         return {
             "FORM": CODES[self.form],
             "SIGN": -1 if self.is_exchanged else 1,
             "GROUP": self.group,
-            "INDEX": tl.int32 if max(map(_extent, self.tensors)) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if max(map(_extent, tensors)) < 2**31 else tl.int64,
             "HAS_BOUNDS": self.kv_bounds is not None,
             "HAS_Q_START": self.q_start is not None,
             "HAS_WIDE_BIAS": has_bias and self.is_exchanged,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from simplex_ops.schema import ATTN_BACKWARD_OP, ATTN_OP
 
@@ -63,10 +64,22 @@ def attn(
 ) -> tuple[Tensor, Tensor]:
     """Run simplex::attn, recording its backward where a gradient is wanted."""
     inputs = (q, k1, k2, v1, v2)
+    _refuse_tangents(inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _Attn.apply(w1, w2, options, *inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return ATTN_OP(*inputs, w1, w2, **options)
+
+
+def _refuse_tangents(inputs: tuple[Tensor, ...]) -> None:
+    """Raise in forward-mode differentiation, which would otherwise lose the tangents in silence."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError(
+            "simplex::attn has no forward-mode derivative (jvp, dual tensors); "
+            "simplex_ops.reference.attn has one"
+        )
 
 
 def attn_backward(*inputs: Any, **options: Any) -> tuple[Tensor, ...]:

@@ -89,3 +89,16 @@ def test_an_output_without_gradient_costs_none(device):
     together = torch.autograd.grad([out.sum(), lse.sum()], both)
     for a, b, c in zip(from_out, from_lse, together, strict=True):
         torch.testing.assert_close(a if b is None else a + b, c)
+
+
+def test_forward_mode_is_refused_and_not_lost(device):
+    inputs = [torch.randn(1, 2, 5, 4, device=device) for _ in range(5)]
+    tangent = torch.ones_like(inputs[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], tangent)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.ops.simplex.attn(dual, *inputs[1:], 3, 2)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(
+            lambda q: torch.ops.simplex.attn(q, *inputs[1:], 3, 2)[0], (inputs[0],), (tangent,)
+        )
