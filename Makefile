@@ -13,14 +13,18 @@ ARGS ?=
 # processes used too, and no faster on two free ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test demo check format lint types floors package test-torch clean
+.PHONY: help test suite interpreted demo check format lint types floors package test-torch clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-test: $(VENV)/.test ## set up and run all tests; some: make test ARGS="-k laws"
+test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run all tests; some: make test ARGS="-k laws"
+
+suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
-	$(if $(strip $(ARGS)),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py)
+
+interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)
