@@ -122,9 +122,16 @@ def backward_wide_kernel(
             if is_partial:
                 visible = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
                 p = tl.where(visible, p, 0.0)
-            dv = tl.dot(p.to(DOT_DTYPE), vdo, dv, input_precision=PRECISION)
-            ds = p * (dp + row_dp[None, :])
-            dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
+            if PRECISION == "ieee":
+                # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
+                # would lose what float32 is asked for. The mask keeps the additions apart.
+                dv += tl.where(there[:, None], tl.dot(p, vdo, input_precision=PRECISION), 0.0)
+                ds = p * (dp + row_dp[None, :])
+                dk += tl.where(there[:, None], tl.dot(ds, vq, input_precision=PRECISION), 0.0)
+            else:
+                dv = tl.dot(p.to(DOT_DTYPE), vdo, dv, input_precision=PRECISION)
+                ds = p * (dp + row_dp[None, :])
+                dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
 
     mask = there[:, None]
     to = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
