@@ -1,7 +1,7 @@
 """The query side of the backward, offset by offset: dq, and parts of the narrow pair's gradients.
 
 One launch makes dq and the parts of dk, another the parts of dv: that is one matrix product more
-than both at once, but both at once spill, and run at half the speed.
+than both at once, but both at once spill, and take longer.
 
 A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries, as in the forward.
 """
