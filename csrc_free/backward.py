@@ -160,6 +160,7 @@ class _Backward:
             *problem.strides(), *self.dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),
             **problem.constants(self.dout, *outputs), **choice.constants, **constants,
+            IS_SMALL_GRID=launch.is_small(grid),
             num_warps=choice.num_warps, num_stages=choice.num_stages,
         )  # fmt: skip
 

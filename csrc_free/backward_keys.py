@@ -25,7 +25,7 @@ def backward_keys_kernel(
     stride_do_b, stride_do_h, stride_do_n, stride_dq_b, stride_dq_h, stride_dq_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
     FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    IS_SMALL_GRID: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -39,7 +39,7 @@ def backward_keys_kernel(
     window. Parts must come zeroed; only this program adds to its part.
     """
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
-    part, bh, batch, kv_head = place(parts, kv_heads, True)
+    part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows

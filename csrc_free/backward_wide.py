@@ -21,7 +21,7 @@ def backward_wide_kernel(
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
     FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    IS_SMALL_GRID: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -34,7 +34,7 @@ def backward_wide_kernel(
     narrow window. delta and lse2 are [B, Hkv, N, G].
     """
     tiles = tl.cdiv(wide_rows, BLOCK_N)
-    tile, bh, batch, kv_head = place(tiles, kv_heads, False)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows

@@ -108,7 +108,7 @@ def forward_kernel(
     stride_o_b, stride_o_h, stride_o_n,
     log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
     FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    IS_SMALL_GRID: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -121,7 +121,7 @@ def forward_kernel(
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
-    tile, bh, batch, kv_head = place(tiles, kv_heads, True)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)
     wide_first = m_keys - wide_rows
     narrow_first = m_keys - narrow_rows
@@ -244,6 +244,6 @@ def attn_forward(
     forward_kernel[grid](
         *problem.tensors, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
         *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
-        **problem.constants(out), **choice.constants,
+        **problem.constants(out), IS_SMALL_GRID=launch.is_small(grid), **choice.constants,
         num_warps=choice.num_warps, num_stages=choice.num_stages,
     )  # fmt: skip

@@ -58,6 +58,11 @@ class BackwardChoice:
     pairs: Choice | None = None  # all four key-value gradients at once; None: the others
 
 
+def is_small(grid: tuple[int]) -> bool:
+    """Tell whether a grid has so few programs for each multiprocessor that its last ones matter."""
+    return grid[0] <= 1024
+
+
 @functools.cache
 def device_of(device: torch.device) -> Device:
     """Return what launch choices know of a device."""

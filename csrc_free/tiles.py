@@ -7,27 +7,26 @@ the group size, or the power of two above it where a kernel sums over the heads 
 import triton
 import triton.language as tl
 
-SMALL_GRID = tl.constexpr(1024)  # programs: a few for each multiprocessor
-
 
 @triton.jit
-def place(tiles, kv_heads, LAST_FIRST: tl.constexpr):
+def place(tiles, kv_heads, IS_SMALL_GRID: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Return (tile, bh, batch, kv_head) of this program; bh counts key-value heads of the batch.
 
     In a small grid the tiles with little to see come last, to fill the gaps: under a causal window
     those are the first queries (LAST_FIRST), or the last keys. In a large one the tiles of a head
-    follow one another, for the cache.
+    follow one another, for the cache. A test of the grid at run time would cost registers.
     """
     heads = tl.num_programs(0) // tiles
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
-    if tl.num_programs(0) <= SMALL_GRID:
+    if IS_SMALL_GRID:
         tile = tl.program_id(0) // heads
         bh = tl.program_id(0) % heads
-    if LAST_FIRST:
-        tile = tiles - 1 - tile
-    bh = bh.to(tl.int64)
-    return tile, bh, bh // kv_heads, bh % kv_heads
+        if LAST_FIRST:
+            tile = tiles - 1 - tile
+    batch = (bh // kv_heads).to(tl.int64)
+    kv_head = (bh % kv_heads).to(tl.int64)
+    return tile, bh.to(tl.int64), batch, kv_head
 
 
 @triton.jit
