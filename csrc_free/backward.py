@@ -155,7 +155,7 @@ class _Backward:
         problem = self.problem
         grid = (tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1],)
         kernel[grid](
-            *problem.tensors, self.dout, self.delta, self.lse2, *outputs,
+            *problem.sources(choice), self.dout, self.delta, self.lse2, *outputs,
             problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
             *problem.strides(), *self.dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),

@@ -31,7 +31,7 @@ def backward_keys_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
-    TILE_STAGES: tl.constexpr,
+    TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program owns `tiles_of_a_part` tiles of BLOCK_Q rows: their dq, and one part.
 
@@ -46,8 +46,9 @@ def backward_keys_kernel(
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
 
-    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    if not DESCRIPTORS:
+        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
     k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
@@ -94,10 +95,11 @@ def backward_keys_kernel(
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
                 vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
-                k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 scale, log2_scale, k_wide_bias, v_wide_bias,
                 True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
                 BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
+                DESCRIPTORS,
             )  # fmt: skip
             k, k_prev = load_for_form(
                 k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,

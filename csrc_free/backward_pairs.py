@@ -103,15 +103,20 @@ def backward_pairs_kernel(
     query_end = tl.minimum(key_last + wide_left - start + 1, seq)
     narrow_begin = tl.maximum(start + query_first - narrow_left, narrow_first)
     narrow_end = tl.minimum(start + query_end + narrow_right, m_keys)
+    count = narrow_end - narrow_begin
     if query_first >= query_end:
-        narrow_end = narrow_begin
+        count = 0
+    # At turn t a program is at the narrow key congruent to t: tiles that share narrow keys, and so
+    # queries, meet them at the same time, and read them from the cache.
+    shift = count - narrow_begin % tl.maximum(count, 1)
+    m = narrow_begin + shift % tl.maximum(count, 1)
     vk, vv = _virtual_keys(
-        k_wide, v_wide, k_narrow, v_narrow, narrow_begin - narrow_first,
+        k_wide, v_wide, k_narrow, v_narrow, m - narrow_first,
         stride_kw_n, stride_vw_n, stride_kn_n, stride_vn_n, keys, there,
-        narrow_begin < narrow_end, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+        count > 0, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
     )  # fmt: skip
-    for m in range(narrow_begin, narrow_end):
+    for turn in range(count):
         flat_first = tl.maximum(query_first, m - narrow_right - start) * GROUP
         flat_end = tl.minimum(query_end, m + narrow_left - start + 1) * GROUP
         x = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -179,9 +184,10 @@ def backward_pairs_kernel(
         y *= (v_row.to(tl.float32) + v_narrow_bias)[None, :]
         tl.store(dk_sums, tl.load(dk_sums, mask=mask_dk, other=0.0) + x, mask=mask_dk)
         tl.store(dv_sums, tl.load(dv_sums, mask=mask_dv, other=0.0) + y, mask=mask_dv)
+        m = narrow_begin + (turn + 1 + shift) % count
         vk, vv = _virtual_keys(
-            k_wide, v_wide, k_narrow, v_narrow, m + 1 - narrow_first,
+            k_wide, v_wide, k_narrow, v_narrow, m - narrow_first,
             stride_kw_n, stride_vw_n, stride_kn_n, stride_vn_n, keys, there,
-            m + 1 < narrow_end, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+            True, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
         )  # fmt: skip

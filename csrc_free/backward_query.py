@@ -53,7 +53,7 @@ def backward_query_kernel(
     BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, NEEDS_DQ: tl.constexpr, FILLS_DK: tl.constexpr, FILLS_DV: tl.constexpr,
     PARTS_FOLLOW_QUERIES: tl.constexpr,
-    TILE_STAGES: tl.constexpr,
+    TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_Q rows of one key-value head: their dq, and a part where it fills one.
 
@@ -86,8 +86,9 @@ def backward_query_kernel(
     offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
     offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
 
-    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    if not DESCRIPTORS:
+        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
     k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
@@ -112,10 +113,11 @@ def backward_query_kernel(
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
             vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
-            k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+            k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
             scale, log2_scale, k_wide_bias, v_wide_bias,
             NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
             BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
+            DESCRIPTORS,
         )  # fmt: skip
         if NEEDS_DQ:
             k, k_prev = load_for_form(

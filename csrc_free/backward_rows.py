@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from csrc_free.descriptors import load_keys
 from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 
 
@@ -49,37 +50,34 @@ def virtual_rows(
 @triton.jit
 def attend_backward(
     vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
-    k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+    k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
     scale, log2_scale, k_wide_bias, v_wide_bias,
     NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    TILE_STAGES: tl.constexpr,
+    TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
 
     t = sum of P · v is what the narrow values' gradient needs; dq and the narrow keys' need dvq,
     and sigma, the row sum of dS. What is not asked for stays 0.
     """
-    keys = tl.arange(0, BLOCK_N).to(INDEX)
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
+    keys = tl.arange(0, BLOCK_N)
     dvq = tl.zeros([vq.shape[0], BLOCK_D], tl.float32)
     t = tl.zeros([vq.shape[0], BLOCK_DV], tl.float32)
     sigma = tl.zeros([vq.shape[0]], tl.float32)
     mass = tl.zeros([vq.shape[0]], tl.float32)
     for j in tl.range(first, last, BLOCK_N, num_stages=TILE_STAGES):
         row = j - wide_first
-        there = row + keys < wide_rows
-        k = load_rows(
-            k_wide + row.to(tl.int64) * stride_kw_n, keys, stride_kw_n, columns, there,
-            HEAD_DIM, BLOCK_D,
+        k = load_keys(
+            k_wide, batch, kv_head, row, wide_rows, stride_kw_n,
+            HEAD_DIM, BLOCK_D, BLOCK_N, INDEX, DESCRIPTORS,
         ).to(DOT_DTYPE)  # fmt: skip
         s = tl.dot(vq, tl.trans(k), input_precision=PRECISION)
-        v = load_rows(
-            v_wide + row.to(tl.int64) * stride_vw_n, keys, stride_vw_n, value_columns, there,
-            VALUE_DIM, BLOCK_DV,
+        v = load_keys(
+            v_wide, batch, kv_head, row, wide_rows, stride_vw_n,
+            VALUE_DIM, BLOCK_DV, BLOCK_N, INDEX, DESCRIPTORS,
         ).to(DOT_DTYPE)  # fmt: skip
         if NEEDS_DVQ:
             dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)

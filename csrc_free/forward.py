@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import launch
+from csrc_free.descriptors import load_keys
 from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.problem import NOT_SPECIALIZED, problem_of
 from csrc_free.tiles import key_range, place, positions, query_rows, spread
@@ -22,28 +23,28 @@ LAGGING_LIMIT = tl.constexpr(2.0**30)
 @triton.jit
 def _attend(
     vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-    k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+    k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
     IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Attend from one tile of virtual queries to the wide window.
 
     Returns (t [M, BLOCK_DV], total [M], top [M]): sum of P · v, sum of P, and the maximum in P's
     exponents, in log2 units. Settled, the incoming maximum is used as it is.
     """
-    keys = tl.arange(0, BLOCK_N).to(INDEX)
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    t = tl.zeros([vq.shape[0], BLOCK_DV], tl.float32)
-    total = tl.zeros([vq.shape[0]], tl.float32)
+    M: tl.constexpr = vq.shape[0]
+    keys = tl.arange(0, BLOCK_N)
+    t = tl.zeros([M, BLOCK_DV], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    totals = tl.zeros([M, 4], tl.float32)
     shift = tl.where(seen, top - row_constant, float("inf"))
     for j in range(first, last, BLOCK_N):
         row = j - wide_first
-        there = row + keys < wide_rows
-        k = load_rows(
-            k_wide + row.to(tl.int64) * stride_kw_n, keys, stride_kw_n, columns, there,
-            HEAD_DIM, BLOCK_D,
+        k = load_keys(
+            k_wide, batch, kv_head, row, wide_rows, stride_kw_n,
+            HEAD_DIM, BLOCK_D, BLOCK_N, INDEX, DESCRIPTORS,
         )  # fmt: skip
         s = tl.dot(vq, tl.trans(k.to(DOT_DTYPE)), input_precision=PRECISION)
         if IS_SETTLED:
@@ -51,6 +52,9 @@ def _attend(
             if (j < full_lo) | (j + BLOCK_N > full_hi):
                 visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
                 p = tl.where(visible, p, 0.0)
+            # In a tensor core's result a row has four threads, and each of them two columns of
+            # every eight: these sums stay within a thread.
+            totals += tl.sum(tl.sum(tl.reshape(p, [M, BLOCK_N // 8, 4, 2]), 3), 1)
         else:
             s = s * log2_scale + row_constant[:, None]
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
@@ -62,13 +66,13 @@ def _attend(
             t = t * decay[:, None]
             total = total * decay
             top = new_top
-        total += tl.sum(p, 1)
-        v = load_rows(
-            v_wide + row.to(tl.int64) * stride_vw_n, keys, stride_vw_n, value_columns, there,
-            VALUE_DIM, BLOCK_DV,
+            total += tl.sum(p, 1)
+        v = load_keys(
+            v_wide, batch, kv_head, row, wide_rows, stride_vw_n,
+            VALUE_DIM, BLOCK_DV, BLOCK_N, INDEX, DESCRIPTORS,
         )  # fmt: skip
         t = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), t, input_precision=PRECISION)
-    return t, total, top
+    return t, total + tl.sum(totals, 1), top
 
 
 @triton.jit
@@ -114,10 +118,12 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_Q rows (position, head) of one key-value head, and writes only them.
 
     It loops over the offsets of the narrow window, and inside over tiles of the wide window.
+    With DESCRIPTORS, k_wide and v_wide are descriptors.
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
@@ -144,8 +150,9 @@ def forward_kernel(
     offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
     offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
 
-    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    if not DESCRIPTORS:
+        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
     k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
@@ -171,16 +178,18 @@ def forward_kernel(
         if is_settled:
             t, new_total, _top = _attend(
                 vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-                k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
+                DESCRIPTORS,
             )  # fmt: skip
             # Also false where a row saw nothing before: its exponentials are then infinite.
             is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
         if not is_settled:
             t, new_total, new_top = _attend(
                 vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-                k_wide, v_wide, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
+                DESCRIPTORS,
             )  # fmt: skip
             decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
             acc *= decay[:, None]
@@ -242,7 +251,7 @@ def attn_forward(
     tiles = triton.cdiv(q.shape[2] * problem.group, choice.block_q)
     grid = (tiles * q.shape[0] * k1.shape[1],)
     forward_kernel[grid](
-        *problem.tensors, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
+        *problem.sources(choice), out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
         *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
         **problem.constants(out), IS_SMALL_GRID=launch.is_small(grid), **choice.constants,
         num_warps=choice.num_warps, num_stages=choice.num_stages,

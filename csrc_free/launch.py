@@ -18,6 +18,7 @@ class Traits:
     block_dv: int  # columns of v in a tile
     is_bf16: bool  # the other dtypes are multiplied as float32
     form: str
+    is_describable: bool  # the wide pair's addresses and strides allow tensor descriptors
 
     @property
     def columns(self) -> int:
@@ -45,6 +46,11 @@ class Choice:
     @property
     def block_q(self) -> int:
         return self.constants["BLOCK_Q"]
+
+    @property
+    def reads_by_descriptor(self) -> bool:
+        """Tell whether the kernel takes the wide pair as tensor descriptors."""
+        return bool(self.constants.get("DESCRIPTORS", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,51 +80,70 @@ def device_of(device: torch.device) -> Device:
 
 def forward_choice(traits: Traits, device: Device) -> Choice:
     """Choose the forward's tiles: BLOCK_Q rows, REPLICAS offsets at a time, BLOCK_N wide keys."""
+
+    def tiles(warps: int, stages: int, rows: int, replicas: int, keys: int) -> Choice:
+        sizes = {"BLOCK_Q": rows, "REPLICAS": replicas, "BLOCK_N": keys}
+        return Choice(warps, stages, sizes | {"DESCRIPTORS": _reads_by_descriptor(traits, device)})
+
     if device.backend == "cpu":
-        return Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16})
+        return tiles(4, 1, 16, 2, 16)
     if not _is_measured(traits, device):
-        rows = 64 if traits.columns <= 64 else 32
-        return Choice(4, 1, {"BLOCK_Q": rows, "REPLICAS": 1, "BLOCK_N": 32})
-    # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-22, D 128, windows
-    # 512 x 32, nominal TFLOP/s: 361 at a group of 64, 292 at 8, 240 at 1.
+        return tiles(4, 1, 64 if traits.columns <= 64 else 32, 1, 32)
     if traits.group >= 64:
-        return Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64})
+        return tiles(4, 2, 64, 1, 64)
     if traits.group >= 8:
-        return Choice(8, 2, {"BLOCK_Q": 128, "REPLICAS": 1, "BLOCK_N": 64})
-    return Choice(8, 2, {"BLOCK_Q": 16, "REPLICAS": 8, "BLOCK_N": 64})
+        return tiles(4, 3, 64, 1, 64)
+    return tiles(8, 2, 16, 8, 64)
 
 
 def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
     """Choose the backward's kernels and their tiles."""
+    by_descriptor = _reads_by_descriptor(traits, device)
+
+    def wide(warps: int, rows: int, keys: int) -> Choice:
+        return Choice(warps, 1, {"BLOCK_Q": rows, "BLOCK_N": keys, "OFFSET_STAGES": 1})
+
+    def query(warps: int, stages: int, rows: int, replicas: int, keys: int) -> Choice:
+        sizes = {"BLOCK_Q": rows, "REPLICAS": replicas, "BLOCK_N": keys, "TILE_STAGES": stages}
+        return Choice(warps, stages, sizes | {"DESCRIPTORS": by_descriptor})
+
+    def keys(warps: int, stages: int, rows: int, keys: int, tiles_of_a_part: int) -> Choice:
+        sizes = {"BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages}
+        return Choice(warps, stages, sizes | {"DESCRIPTORS": by_descriptor}, tiles_of_a_part)
+
+    def pairs(warps: int, stages: int, rows: int, keys: int) -> Choice:
+        sizes = {"BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages}
+        return Choice(warps, stages, sizes)
+
     if device.backend == "cpu":
-        query = {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1}
+        # The interpreter meets every kernel, each at one range of group sizes.
         return BackwardChoice(
-            wide=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, query),
-            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1}, 2),
-            # The interpreter meets every kernel, each at one range of group sizes.
-            query_with_parts=Choice(4, 1, query) if traits.group == 1 else None,
-            pairs=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1})
-            if traits.group >= 4 and traits.form == "trilinear"
-            else None,
+            wide=wide(4, 16, 16),
+            query=query(4, 1, 16, 2, 16),
+            keys=keys(4, 1, 16, 16, 2),
+            query_with_parts=query(4, 1, 16, 2, 16) if traits.group == 1 else None,
+            pairs=pairs(4, 1, 16, 16) if traits.group >= 4 and traits.form == "trilinear" else None,
         )
     if not _is_measured(traits, device):
-        rows = 32 if traits.columns <= 128 else 16
         return BackwardChoice(
-            wide=Choice(4, 1, {"BLOCK_Q": rows, "BLOCK_N": 32, "OFFSET_STAGES": 1}),
-            query=Choice(4, 1, {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}),
-            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1}, 2),
+            wide=wide(4, 32 if traits.columns <= 128 else 16, 32),
+            query=query(4, 1, 32, 1, 32),
+            keys=keys(4, 1, 32, 32, 2),
         )
-    # In the same run: 229 at a group of 64, 194 at 8, 161 at 1, of 2.5 times the forward's FLOPs.
-    with_parts = Choice(8, 3, {"BLOCK_Q": 32, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3})
     return BackwardChoice(
-        wide=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1}),
-        query=Choice(8, 2, {"BLOCK_Q": 64, "REPLICAS": 2, "BLOCK_N": 64, "TILE_STAGES": 2}),
-        keys=Choice(4, 3, {"BLOCK_Q": 64, "BLOCK_N": 32, "TILE_STAGES": 3}, 2),
-        query_with_parts=with_parts if traits.group < 8 else None,
-        pairs=Choice(8, 3, {"BLOCK_Q": 64, "BLOCK_N": 128, "TILE_STAGES": 3})
-        if traits.group >= 32
-        else None,
+        wide=wide(4, 32, 64),
+        query=query(4, 2, 64, 1, 64),
+        keys=keys(4, 2, 64, 64, 1),
+        query_with_parts=query(4, 3, 16, 4, 32) if traits.group < 8 else None,
+        pairs=pairs(8, 3, 64, 128) if traits.group >= 32 else None,
+    )
+
+
+def _reads_by_descriptor(traits: Traits, device: Device) -> bool:
+    """Tell whether tiles are read through descriptors; the interpreter takes them too."""
+    has_copy_engine = device.backend == "cuda" and device.capability >= 90
+    return traits.is_describable and (
+        device.backend == "cpu" or (has_copy_engine and _is_measured(traits, device))
     )
 
 

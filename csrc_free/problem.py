@@ -5,15 +5,18 @@ wide window. Which of (k1, v1) and (k2, v2) is narrow follows from the windows a
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from csrc_free.descriptors import can_describe, describe
 from csrc_free.forms import CODES
-from csrc_free.launch import Traits
+from csrc_free.launch import Choice, Traits
 
 _SMALLEST_DOT = 16
 
@@ -62,6 +65,16 @@ class Problem:
         """Return the strides of batch, heads and rows of the five inputs."""
         return tuple(s for t in self.tensors for s in t.stride()[:3])
 
+    def sources(self, choice: Choice) -> tuple[Tensor | TensorDescriptor, ...]:
+        """Return the five inputs, the wide pair through descriptors where the choice says so."""
+        if not choice.reads_by_descriptor:
+            return self.tensors
+        wide = (
+            describe(t, choice.constants["BLOCK_N"], block(t.shape[3]))
+            for t in (self.k_wide, self.v_wide)
+        )
+        return self.q, *wide, self.k_narrow, self.v_narrow
+
     def traits(self) -> Traits:
         """Return what launch choices depend on."""
         return Traits(
@@ -70,6 +83,7 @@ class Problem:
             block_dv=block(self.v_wide.shape[3]),
             is_bf16=self.q.dtype == torch.bfloat16,
             form=self.form,
+            is_describable=can_describe(self.k_wide) and can_describe(self.v_wide),
         )
 
     @property
@@ -126,6 +140,7 @@ class Problem:
         }
 
 
+@functools.cache
 def block(dim: int) -> int:
     """Return the power of two that holds `dim` columns of a matrix product."""
     return max(_SMALLEST_DOT, triton.next_power_of_2(dim))

@@ -4,6 +4,7 @@ Each rule raises before any kernel starts, with the argument, the rule and what 
 Values of tensors are never read: that would synchronise with the device.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def check_attn(
     _check_shapes(q, k1, k2, v1, v2)
     _check_window("w1", w1)
     _check_window("w2", w2)
-    torch._check_value(form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+    _check(ValueError, form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
     batch, seq = q.shape[0], q.shape[2]
     if kv_bounds is not None:
         _check_positions("kv_bounds", kv_bounds, "[batch, queries, 2]", (batch, seq, 2))
@@ -78,16 +79,24 @@ def check_attn_backward(
     _check_devices({"q": q, "out": out, "dout": dout, "lse": lse, "dlse": dlse})
 
 
+def _check(error: type[Exception], condition: Any, message: Callable[[], str]) -> None:
+    """Do as `torch._check` does, which takes symbolic conditions, and 2 us for plain ones."""
+    if condition is not True:
+        torch._check_with(error, condition, message)
+
+
 def _check_dtypes(tensors: dict[str, Tensor]) -> None:
     q = tensors["q"]
     for name, tensor in tensors.items():
-        torch._check_type(
+        _check(
+            TypeError,
             tensor.dtype in _FLOATS,
             lambda name=name, tensor=tensor: (
                 f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
             ),
         )
-        torch._check_type(
+        _check(
+            TypeError,
             tensor.dtype == q.dtype,
             lambda name=name, tensor=tensor: (
                 f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}"
@@ -101,7 +110,8 @@ def _check_devices(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        torch._check(
+        _check(
+            RuntimeError,
             tensor.device == q.device,
             lambda name=name, tensor=tensor: (
                 f"{name} must be on the device of q, {q.device}, got {tensor.device}"
@@ -110,7 +120,8 @@ def _check_devices(tensors: dict[str, Tensor | None]) -> None:
 
 
 def _check_rank(name: str, tensor: Tensor) -> None:
-    torch._check_value(
+    _check(
+        ValueError,
         tensor.dim() == 4,
         lambda: (
             f"{name} must have 4 dimensions [batch, heads, seq, head_dim], "
@@ -122,12 +133,13 @@ def _check_rank(name: str, tensor: Tensor) -> None:
 def _check_shapes(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> None:
     batch, heads, _, head_dim = q.shape
     kv_heads, value_dim = k1.shape[1], v1.shape[3]
-    torch._check_value(head_dim >= 1, lambda: f"q must have head_dim at least 1, got {head_dim}")
-    torch._check_value(value_dim >= 1, lambda: f"v1 must have head_dim at least 1, got {value_dim}")
-    torch._check_value(
-        kv_heads >= 1, lambda: f"k1 must have at least 1 key-value head, got {kv_heads}"
+    _check(ValueError, head_dim >= 1, lambda: f"q must have head_dim at least 1, got {head_dim}")
+    _check(ValueError, value_dim >= 1, lambda: f"v1 must have head_dim at least 1, got {value_dim}")
+    _check(
+        ValueError, kv_heads >= 1, lambda: f"k1 must have at least 1 key-value head, got {kv_heads}"
     )
-    torch._check_value(
+    _check(
+        ValueError,
         heads % kv_heads == 0,
         lambda: (
             f"q must have a multiple of k1's key-value heads, got {heads} heads in q "
@@ -141,7 +153,8 @@ def _check_shapes(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> 
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
-    torch._check_value(
+    _check(
+        ValueError,
         tensor.dim() == len(expected)
         and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
         lambda: f"{name} must have shape {list(expected)}, got {list(tensor.shape)}",
@@ -149,18 +162,21 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
 
 
 def _check_window(name: str, window: Any) -> None:
-    torch._check_value(
+    _check(
+        ValueError,
         window is None or window >= 1,
         lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
     )
 
 
 def _check_positions(name: str, tensor: Tensor, meaning: str, expected: tuple[Any, ...]) -> None:
-    torch._check_type(
+    _check(
+        TypeError,
         tensor.dtype == torch.int32,
         lambda: f"{name} must be int32, got {tensor.dtype}",
     )
-    torch._check_value(
+    _check(
+        ValueError,
         tensor.dim() == len(expected)
         and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
         lambda: f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}",

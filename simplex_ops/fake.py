@@ -6,12 +6,11 @@ Since tracing runs them, they also see to it that what is cached of a trace is k
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simplex_ops import cache_key
 from simplex_ops.checks import check_attn, check_attn_backward
-from simplex_ops.layout import empty_in_order_of, lse_dtype
+from simplex_ops.layout import empty_gradients, empty_outputs
 from simplex_ops.schema import ALL_GRADS
 
 
@@ -28,8 +27,7 @@ def attn(
     """Return empty out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
     cache_key.extend()
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
-    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
-    return empty_in_order_of(q, v1.shape[3]), lse
+    return empty_outputs(q, v1)
 
 
 def attn_backward(
@@ -51,7 +49,4 @@ def attn_backward(
     """Return an empty gradient in the memory order of each input, or [0] where none is wanted."""
     cache_key.extend()
     check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
-    return tuple(
-        empty_in_order_of(t, t.shape[3]) if wanted else t.new_empty(0)
-        for t, wanted in zip((q, k1, k2, v1, v2), grad_mask, strict=True)
-    )
+    return empty_gradients((q, k1, k2, v1, v2), grad_mask)

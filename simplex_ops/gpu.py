@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simplex_ops import cpu, fake
+from simplex_ops import cpu
 from simplex_ops.checks import check_attn, check_attn_backward
+from simplex_ops.layout import empty_gradients, empty_outputs
 from simplex_ops.schema import ALL_GRADS, DEFAULTS
 from simplex_ops.windows import reach
 
@@ -52,7 +53,7 @@ def attn(
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     from csrc_free.forward import attn_forward
 
-    out, lse = fake.attn(q, k1, k2, v1, v2)
+    out, lse = empty_outputs(q, v1)
     attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **kernel_arguments(w1, w2, q, options))
     return out, lse
 
@@ -83,9 +84,7 @@ def attn_backward(
     check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     from csrc_free.backward import attn_backward as launch
 
-    found = fake.attn_backward(
-        dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, grad_mask=grad_mask, **options
-    )
+    found = empty_gradients((q, k1, k2, v1, v2), grad_mask)
     wanted: Any = tuple(g if mask else None for g, mask in zip(found, grad_mask, strict=True))
     launch(
         dout, dlse, q, k1, k2, v1, v2, out, lse,

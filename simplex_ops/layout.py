@@ -1,7 +1,23 @@
 """Memory order: outputs and gradients are dense, in the order of the input they follow."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def empty_outputs(q: Tensor, v1: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
+    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
+    return empty_in_order_of(q, v1.shape[3]), lse
+
+
+def empty_gradients(inputs: Sequence[Tensor], grad_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Allocate a gradient in the memory order of each input, or [0] where none is wanted."""
+    return tuple(
+        empty_in_order_of(t, t.shape[3]) if wanted else t.new_empty(0)
+        for t, wanted in zip(inputs, grad_mask, strict=True)
+    )
 
 
 def empty_in_order_of(

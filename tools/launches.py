@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import launch
 
@@ -72,6 +73,9 @@ def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
         value = values[param.name]
         if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = _POINTER[value.base.dtype].removeprefix("*")
+            signature[param.name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = _POINTER[value.dtype]
             divisible.append(param.name)
