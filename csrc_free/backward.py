@@ -9,6 +9,7 @@ import dataclasses
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import launch
 from csrc_free.backward_delta import delta_kernel
@@ -16,6 +17,7 @@ from csrc_free.backward_keys import backward_keys_kernel
 from csrc_free.backward_pairs import backward_pairs_kernel
 from csrc_free.backward_query import backward_query_kernel
 from csrc_free.backward_wide import backward_wide_kernel
+from csrc_free.descriptors import describe
 from csrc_free.launch import BackwardChoice, Choice
 from csrc_free.parts import Parts, parts_of_queries, parts_of_wide_keys
 from csrc_free.problem import Problem, block, problem_of
@@ -42,8 +44,9 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     first, second = (dk1, dv1), (dk2, dv2)
     wide, narrow = (second, first) if problem.is_exchanged else (first, second)
-    choice = launch.backward_choice(problem.traits(), launch.device_of(q.device))
-    _Backward(problem, choice, *_statistics(problem, dout, dlse, out, lse)).run(dq, wide, narrow)
+    dout, delta, lse2 = _statistics(problem, dout, dlse, out, lse)
+    choice = launch.backward_choice(problem.traits(dout), launch.device_of(q.device))
+    _Backward(problem, choice, dout, delta, lse2).run(dq, wide, narrow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +81,15 @@ class _Backward:
             torch.zeros(t.shape, dtype=torch.float32, device=t.device)
             for t in (problem.k_wide, problem.v_wide)
         ]
+        inputs = [*problem.tensors, self.dout, self.delta, self.lse2]
+        if choice.reads_by_descriptor:
+            for where in (0, 5):  # q and dout, as [B, N, H, D]
+                columns = block(inputs[where].shape[3])
+                inputs[where] = describe(inputs[where].transpose(1, 2), choice.block_q, columns)
+            inputs[6:] = (describe(t, 1, choice.block_q) for t in inputs[6:])
         self._launch(
-            backward_pairs_kernel, choice, self._wide_tiles(choice), [*sums, parts.dk, parts.dv],
-            parts.numbers,
+            backward_pairs_kernel, choice, self._wide_tiles(choice), inputs,
+            [*sums, parts.dk, parts.dv], parts.numbers,
         )  # fmt: skip
         for grad, total in zip(wide, sums, strict=True):
             if grad is not None:
@@ -92,7 +101,7 @@ class _Backward:
         choice, problem = self.choice.wide, self.problem
         dk, dv = _complete(wide, problem.k_wide, problem.v_wide)
         self._launch(
-            backward_wide_kernel, choice, self._wide_tiles(choice), [dk, dv],
+            backward_wide_kernel, choice, self._wide_tiles(choice), self._inputs(choice), [dk, dv],
             strides=(*dk.stride()[:3], *dv.stride()[:3]),
         )  # fmt: skip
 
@@ -118,7 +127,8 @@ class _Backward:
             tiles_of_a_part *= 2
         count = rows // choice.block_q
         self._launch(
-            backward_keys_kernel, choice, triton.cdiv(tiles, count), [dq, parts.dk, parts.dv],
+            backward_keys_kernel, choice, triton.cdiv(tiles, count), self._inputs(choice),
+            [dq, parts.dk, parts.dv],
             (*parts.numbers, count), dq.stride()[:3],
             PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
         )  # fmt: skip
@@ -130,7 +140,7 @@ class _Backward:
     ) -> None:  # fmt: skip
         heads = self.problem.group if parts is None else parts.per_position
         self._launch(
-            backward_query_kernel, choice, self._query_tiles(choice, heads),
+            backward_query_kernel, choice, self._query_tiles(choice, heads), self._inputs(choice),
             [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
             (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
             HEADS=heads, NEEDS_DQ=NEEDS_DQ, FILLS_DK=FILLS_DK, FILLS_DV=FILLS_DV,
@@ -148,14 +158,18 @@ class _Backward:
         rows = self.problem.q.shape[2] * (heads or self.problem.group)
         return triton.cdiv(rows, choice.block_q)
 
+    def _inputs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
+        return [*self.problem.sources(choice), self.dout, self.delta, self.lse2]
+
     def _launch(
-        self, kernel: triton.JITFunction, choice: Choice, tiles: int, outputs: list[Tensor | None],
+        self, kernel: triton.JITFunction, choice: Choice, tiles: int,
+        inputs: list[Tensor | TensorDescriptor], outputs: list[Tensor | None],
         numbers: tuple[int, ...] = (), strides: tuple[int, ...] = (), **constants: object,
     ) -> None:  # fmt: skip
         problem = self.problem
         grid = (tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1],)
         kernel[grid](
-            *problem.sources(choice), self.dout, self.delta, self.lse2, *outputs,
+            *inputs, *outputs,
             problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
             *problem.strides(), *self.dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),

@@ -12,6 +12,7 @@ so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_
 import triton
 import triton.language as tl
 
+from csrc_free.descriptors import load_described
 from csrc_free.forms import load_rows
 from csrc_free.problem import NOT_SPECIALIZED
 from csrc_free.tiles import key_range, place, positions, query_rows
@@ -63,12 +64,15 @@ def backward_pairs_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, TILE_STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_N wide keys of one key-value head, and one part of the narrow pair's.
 
     It loops over the narrow keys, and inside over the rows (position, head) that see both.
     dk_wide and dv_wide are zeroed float32 [B, Hkv, rows, D]: between narrow keys the owner keeps
-    its sums there. Parts are zeroed too, and each slot is written once.
+    its sums there. Parts are zeroed too, and each slot is written once. With DESCRIPTORS, q and
+    dout are descriptors of [B, N, H, D], delta and lse2 of [B, Hkv, N, G]; a tile of rows is then
+    of one position.
     """
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
@@ -87,8 +91,9 @@ def backward_pairs_kernel(
     v_wide += batch * stride_vw_b + kv_head * stride_vw_h + tile_row * stride_vw_n
     k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
     v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
+    if not DESCRIPTORS:
+        q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+        dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
     statistics = bh * seq * GROUP
     sum_rows = (bh * wide_rows + tile_row + keys)[:, None]
     dk_sums = dk_wide + sum_rows * HEAD_DIM + columns[None, :]
@@ -125,18 +130,30 @@ def backward_pairs_kernel(
             row = flat + tl.arange(0, BLOCK_Q)
             i, head, real = query_rows(row, seq, GROUP, GROUP, INDEX)
             real = real & (row < flat_end)
-            query = load_rows(
-                q, i * stride_q_n + head * stride_q_h, 1, columns, real,
-                HEAD_DIM, BLOCK_D,
-            ).to(DOT_DTYPE)  # fmt: skip
+            if DESCRIPTORS:
+                position, first_head = flat // GROUP, flat % GROUP
+                of_all = kv_head * GROUP + first_head
+                query = load_described(q, batch, position, of_all, 0, BLOCK_Q, BLOCK_D)
+                do = load_described(dout, batch, position, of_all, 0, BLOCK_Q, BLOCK_DV)
+                row_lse2 = load_described(lse2, batch, kv_head, position, first_head, 1, BLOCK_Q)
+                row_delta = load_described(delta, batch, kv_head, position, first_head, 1, BLOCK_Q)
+                row_lse2 = tl.reshape(row_lse2, [BLOCK_Q])
+                row_delta = tl.reshape(row_delta, [BLOCK_Q])
+            else:
+                query = load_rows(
+                    q, i * stride_q_n + head * stride_q_h, 1, columns, real,
+                    HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
+                do = load_rows(
+                    dout, i * stride_do_n + head * stride_do_h, 1, value_columns, real,
+                    VALUE_DIM, BLOCK_DV,
+                )  # fmt: skip
+                row_lse2 = tl.load(lse2 + statistics + row, mask=real, other=float("inf"))
+                row_delta = tl.load(delta + statistics + row, mask=real, other=0.0)
+            query = query.to(DOT_DTYPE)
+            do = do.to(DOT_DTYPE)
             s = tl.dot(vk, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            do = load_rows(
-                dout, i * stride_do_n + head * stride_do_h, 1, value_columns, real,
-                VALUE_DIM, BLOCK_DV,
-            ).to(DOT_DTYPE)  # fmt: skip
             dp = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
-            row_lse2 = tl.load(lse2 + statistics + row, mask=real, other=float("inf"))
-            row_delta = tl.load(delta + statistics + row, mask=real, other=0.0)
             p = tl.exp2(s * log2_scale - row_lse2[None, :])
             # Scalars where they decide: a reduction over rows would cost a barrier an iteration.
             is_partial = (

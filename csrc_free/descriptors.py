@@ -32,6 +32,18 @@ def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @triton.jit
+def load_described(
+    source, first, second, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Load a tile [ROWS, COLUMNS] of the matrix source[first, second], from (row, column) on."""
+    x = source.load([
+        tl.cast(first, tl.int32), tl.cast(second, tl.int32), tl.cast(row, tl.int32),
+        tl.cast(column, tl.int32),
+    ])  # fmt: skip
+    return tl.reshape(x, [ROWS, COLUMNS])
+
+
+@triton.jit
 def load_keys(
     source, batch, kv_head, row, rows, stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -43,8 +55,7 @@ def load_keys(
     float16 comes back as float32, as in `load_rows`.
     """
     if DESCRIPTORS:
-        x = source.load([batch.to(tl.int32), kv_head.to(tl.int32), tl.cast(row, tl.int32), 0])
-        x = tl.reshape(x, [BLOCK_N, BLOCK_D])
+        x = load_described(source, batch, kv_head, row, 0, BLOCK_N, BLOCK_D)
         if x.dtype == tl.float16:
             x = x.to(tl.float32)
     else:

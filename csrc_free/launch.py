@@ -19,6 +19,7 @@ class Traits:
     is_bf16: bool  # the other dtypes are multiplied as float32
     form: str
     is_describable: bool  # the wide pair's addresses and strides allow tensor descriptors
+    are_rows_describable: bool  # and those of q and dout
 
     @property
     def columns(self) -> int:
@@ -93,7 +94,7 @@ def forward_choice(traits: Traits, device: Device) -> Choice:
         return tiles(4, 2, 64, 1, 64)
     if traits.group >= 8:
         return tiles(4, 3, 64, 1, 64)
-    return tiles(8, 2, 16, 8, 64)
+    return tiles(4, 2, 16, 4, 64)
 
 
 def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
@@ -113,7 +114,8 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
 
     def pairs(warps: int, stages: int, rows: int, keys: int) -> Choice:
         sizes = {"BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages}
-        return Choice(warps, stages, sizes)
+        can = by_descriptor and traits.are_rows_describable and traits.group % rows == 0
+        return Choice(warps, stages, sizes | {"DESCRIPTORS": can})
 
     if device.backend == "cpu":
         # The interpreter meets every kernel, each at one range of group sizes.
@@ -135,7 +137,7 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
         query=query(4, 2, 64, 1, 64),
         keys=keys(4, 2, 64, 64, 1),
         query_with_parts=query(4, 3, 16, 4, 32) if traits.group < 8 else None,
-        pairs=pairs(8, 3, 64, 128) if traits.group >= 32 else None,
+        pairs=pairs(4, 2, 64, 64) if traits.group >= 32 else None,
     )
 
 

@@ -75,8 +75,9 @@ class Problem:
         )
         return self.q, *wide, self.k_narrow, self.v_narrow
 
-    def traits(self) -> Traits:
-        """Return what launch choices depend on."""
+    def traits(self, dout: Tensor | None = None) -> Traits:
+        """Return what launch choices depend on; those of the backward depend on dout too."""
+        rows = () if dout is None else (self.q, dout)
         return Traits(
             group=self.group,
             block_d=block(self.q.shape[3]),
@@ -84,6 +85,7 @@ class Problem:
             is_bf16=self.q.dtype == torch.bfloat16,
             form=self.form,
             is_describable=can_describe(self.k_wide) and can_describe(self.v_wide),
+            are_rows_describable=all(map(can_describe, rows)),
         )
 
     @property
