@@ -18,6 +18,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
 # nothing: float32 has room for 2^30 times any value below 2^97.
 LAGGING_LIMIT = tl.constexpr(2.0**30)
+# A settled maximum is subtracted inside a fused multiply-add, from an exponent that is not rounded;
+# any other from a rounded one. Up to this size the two differ by less than 2^-14. Beyond it equal
+# logits would weigh differently, so there no maximum counts as settled.
+SETTLING_LIMIT = tl.constexpr(2.0**10)
 
 
 @triton.jit
@@ -172,6 +176,7 @@ def forward_kernel(
     )  # fmt: skip
     # The maximum is nearly always settled by the first offset; checked, never assumed.
     is_settled = False
+    can_settle = False
     for _offset in range(offset_first, offset_last + 1, REPLICAS):
         t = tl.zeros([M, BLOCK_DV], tl.float32)
         new_total = total
@@ -195,7 +200,10 @@ def forward_kernel(
             acc *= decay[:, None]
             total *= decay
             top = new_top
-        is_settled = True
+            can_settle = (
+                tl.max(tl.where(top == float("-inf"), 0.0, tl.abs(top)), 0) < SETTLING_LIMIT
+            )
+        is_settled = can_settle
         total += new_total
         if HAS_WIDE_BIAS:
             t += v_wide_bias * new_total[:, None]
