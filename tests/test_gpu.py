@@ -94,3 +94,15 @@ def test_a_tensor_of_over_two_to_the_31_elements():
     last_dq, *_, last_dv2 = torch.autograd.grad(last_out, last, dout[:, :, -tail:])
     torch.testing.assert_close(dq[:, :, -seen:], last_dq[:, :, -seen:], atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(dv2[:, :, -seen:], last_dv2[:, :, -seen:], atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("group", [1, 8, 64])
+def test_keys_that_no_descriptor_can_read_are_read_by_pointers(group):
+    inputs = _inputs(2, 2 * group, 2, 150, 64, **BF16)
+    odd = [inputs[0]]
+    for t in inputs[1:]:
+        wide = torch.zeros(*t.shape[:3], 72, **BF16)
+        wide[..., 1:65] = t.detach()
+        odd.append(wide[..., 1:65].requires_grad_())  # one element after an aligned address
+    for one, other in zip(_graded(odd, 70, 9), _graded(inputs, 70, 9), strict=True):
+        torch.testing.assert_close(one, other)

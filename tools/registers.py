@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # it imports triton, and triton.jit looks at TRITON_INTERPRET
     from tools.launches import Launch
 
 # Every kernel, at each tile size, dtype and form that makes it another program.
-NAMED = ("llama-mqa", "mha", "fp16", "determinant")
+NAMED = ("llama-mqa", "gqa8-2k", "mha", "fp16", "determinant")
 TABLE = Path(__file__).with_suffix(".json")
 
 

@@ -1,0 +1,76 @@
+"""Which tensors the copy engine can read, and where launch choices let it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from csrc_free.descriptors import can_describe, describe
+from csrc_free.launch import Device, Traits, backward_choice, forward_choice
+
+HOPPER, AMPERE, AMD = Device("cuda", 90), Device("cuda", 80), Device("hip", 0)
+TRAITS = Traits(
+    group=64, block_d=128, block_dv=128, is_bf16=True, form="trilinear",
+    is_describable=True, are_rows_describable=True,
+)  # fmt: skip
+
+
+def _keys(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+TENSORS = {
+    "contiguous": (_keys(2, 3, 20, 64), True),
+    "seen through a transpose": (_keys(2, 20, 3, 64).transpose(1, 2), True),
+    "a head of several fused": (_keys(2, 20, 9, 64)[:, :, 3:6].transpose(1, 2), True),
+    "rows of 16 bytes": (_keys(1, 2, 5, 8), True),
+    "rows of 10 bytes": (_keys(1, 2, 5, 5), False),
+    "rows of 20 bytes": (_keys(1, 2, 5, 5, dtype=torch.float32), False),
+    "one element after an aligned address": (_keys(2, 3, 20, 72)[..., 1:65], False),
+    "eight elements after one": (_keys(2, 3, 20, 72)[..., 8:], True),
+    "one batch row for all": (_keys(1, 3, 20, 64).expand(4, 3, 20, 64), False),
+    "no rows": (_keys(2, 3, 0, 64), False),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_can_be_described(name):
+    tensor, expected = TENSORS[name]
+    assert can_describe(tensor) == expected
+    if expected:  # triton's own checks agree
+        assert describe(tensor, 16, 64).block_shape == [1, 1, 16, 64]
+
+
+def _by_descriptor(traits: Traits, device: Device) -> list[bool]:
+    choice = backward_choice(traits, device)
+    choices = (forward_choice(traits, device), choice.query, choice.keys, choice.pairs)
+    return [c.reads_by_descriptor for c in choices if c is not None]
+
+
+def test_hopper_reads_by_descriptor():
+    assert _by_descriptor(TRAITS, HOPPER) == [True] * 4
+
+
+@pytest.mark.parametrize("device", [AMPERE, AMD])
+def test_devices_without_a_copy_engine_do_not(device):
+    assert not any(_by_descriptor(TRAITS, device))
+
+
+@pytest.mark.parametrize("change", [{"is_bf16": False}, {"form": "strassen"}, {"block_d": 256}])
+def test_what_takes_small_tiles_is_read_by_pointers(change):
+    assert not any(_by_descriptor(dataclasses.replace(TRAITS, **change), HOPPER))
+
+
+def test_strides_choose_how_tiles_are_read_and_nothing_else():
+    plain = dataclasses.replace(TRAITS, is_describable=False)
+    assert not any(_by_descriptor(plain, HOPPER))
+    described, pointed = forward_choice(TRAITS, HOPPER), forward_choice(plain, HOPPER)
+    assert pointed.constants == {**described.constants, "DESCRIPTORS": False}
+
+
+@pytest.mark.parametrize("change", [{"group": 96}, {"are_rows_describable": False}])
+def test_rows_are_described_where_a_tile_is_of_one_position(change):
+    choice = backward_choice(dataclasses.replace(TRAITS, **change), HOPPER)
+    assert choice.pairs is not None
+    assert not choice.pairs.reads_by_descriptor
+    assert choice.query.reads_by_descriptor
