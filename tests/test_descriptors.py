@@ -47,8 +47,9 @@ def _by_descriptor(traits: Traits, device: Device) -> list[bool]:
     return [c.reads_by_descriptor for c in choices if c is not None]
 
 
-def test_hopper_reads_by_descriptor():
-    assert _by_descriptor(TRAITS, HOPPER) == [True] * 4
+@pytest.mark.parametrize("group", [32, 64, 96, 128])
+def test_hopper_reads_by_descriptor(group):
+    assert _by_descriptor(dataclasses.replace(TRAITS, group=group), HOPPER) == [True] * 4
 
 
 @pytest.mark.parametrize("device", [AMPERE, AMD])
@@ -68,7 +69,7 @@ def test_strides_choose_how_tiles_are_read_and_nothing_else():
     assert pointed.constants == {**described.constants, "DESCRIPTORS": False}
 
 
-@pytest.mark.parametrize("change", [{"group": 96}, {"are_rows_describable": False}])
+@pytest.mark.parametrize("change", [{"group": 40}, {"are_rows_describable": False}])
 def test_rows_are_described_where_a_tile_is_of_one_position(change):
     choice = backward_choice(dataclasses.replace(TRAITS, **change), HOPPER)
     assert choice.pairs is not None
