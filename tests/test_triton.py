@@ -93,7 +93,7 @@ def test_any_strides_are_within_the_budget(layout):
     assert_matches_reference(case, _attn)
 
 
-@given(case=cases(dtypes=DTYPES, max_seq=20, max_heads=6, max_head_dim=40, max_batch=2,
+@given(case=cases(dtypes=DTYPES, max_seq=20, max_heads=32, max_head_dim=40, max_batch=2,
                   max_work=10_000))  # fmt: skip
 @(settings() if ASKED else settings(max_examples=15))
 def test_any_case_is_within_the_budget(case):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from simplex_ops.testing.case import BOUNDS, LAYOUTS, STARTS, THROUGH, Case
 
 FORMS = ("trilinear", "determinant", "strassen")
-GROUPS = (1, 2, 3, 6, 7, 16, 64)
+GROUPS = (1, 2, 3, 6, 7)
+LARGE_GROUPS = (8, 12, 16, 32, 64)
 HEAD_DIMS = (8, 16, 24, 33, 48, 64, 65, 80, 96, 128, 192, 255, 256)
 
 
@@ -20,7 +21,7 @@ def cases(
     forms: Sequence[str] = FORMS,
     layouts: Sequence[str] = LAYOUTS,
     max_batch: int = 3,
-    max_heads: int = 12,
+    max_heads: int = 64,
     max_seq: int = 24,
     max_head_dim: int = 256,
     max_work: int = 1_000_000,
@@ -40,7 +41,7 @@ def cases(
             N and the keys are cut until it holds.
     """
     batch = draw(_mostly(st.integers(1, max_batch), st.just(0)))
-    group = draw(st.sampled_from([g for g in GROUPS if g <= max_heads]))
+    group = draw(_groups(max_heads))
     kv_heads = draw(st.integers(1, max(1, min(4, max_heads // group))))
     head_dim = draw(_head_dims(max_head_dim))
     value_dim = draw(st.none() | _head_dims(max_head_dim))
@@ -83,6 +84,11 @@ def cases(
 def _mostly(usual: st.SearchStrategy, rare: st.SearchStrategy, often: int = 5) -> st.SearchStrategy:
     """Draw `usual` `often` times for one `rare`."""
     return st.sampled_from([usual] * often + [rare]).flatmap(lambda strategy: strategy)
+
+
+def _groups(most: int) -> st.SearchStrategy[int]:
+    small, large = ([g for g in groups if g <= most] for groups in (GROUPS, LARGE_GROUPS))
+    return _mostly(st.sampled_from(small), st.sampled_from(large or small), often=2)
 
 
 def _head_dims(most: int) -> st.SearchStrategy[int]:
