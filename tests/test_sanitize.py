@@ -1,0 +1,41 @@
+"""The small problems of tools.sanitize: that they reach every kernel, in each way it can read."""
+
+from unittest import mock
+
+import pytest
+
+from simplex_ops import gpu
+from simplex_ops.testing import Problem
+from tools import sanitize
+
+pytest.importorskip("triton")
+
+
+def _launches(case):
+    from csrc_free.launch import Device
+    from tools.launches import recorded
+
+    problem = Problem.of(case)
+    with (
+        recorded(Device("cuda", 90)) as noted,
+        mock.patch.object(gpu, "unserved", return_value=None),
+    ):
+        out, lse = gpu.attn(*problem.inputs, *problem.windows, **problem.options)
+        gpu.attn_backward(
+            problem.dout, problem.dlse, *problem.inputs, out, lse, *problem.windows,
+            **problem.options,
+        )  # fmt: skip
+    return noted
+
+
+def test_the_small_problems_reach_every_kernel():
+    reached = {
+        (launch.kernel.__name__, launch.constants.get("DESCRIPTORS"))
+        for case in sanitize.CASES
+        for launch in _launches(case)
+    }
+    tiled = ("forward", "backward_query", "backward_keys", "backward_pairs")
+    assert reached == {
+        *((f"{name}_kernel", how) for name in tiled for how in (True, False)),
+        *((f"{name}_kernel", None) for name in ("delta", "backward_wide", "sum_parts")),
+    }
