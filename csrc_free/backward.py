@@ -81,14 +81,8 @@ class _Backward:
             torch.zeros(t.shape, dtype=torch.float32, device=t.device)
             for t in (problem.k_wide, problem.v_wide)
         ]
-        inputs = [*problem.tensors, self.dout, self.delta, self.lse2]
-        if choice.reads_by_descriptor:
-            for where in (0, 5):  # q and dout, as [B, N, H, D]
-                columns = block(inputs[where].shape[3])
-                inputs[where] = describe(inputs[where].transpose(1, 2), choice.block_q, columns)
-            inputs[6:] = (describe(t, 1, choice.block_q) for t in inputs[6:])
         self._launch(
-            backward_pairs_kernel, choice, self._wide_tiles(choice), inputs,
+            backward_pairs_kernel, choice, self._wide_tiles(choice), self._inputs_of_pairs(choice),
             [*sums, parts.dk, parts.dv], parts.numbers,
         )  # fmt: skip
         for grad, total in zip(wide, sums, strict=True):
@@ -160,6 +154,17 @@ class _Backward:
 
     def _inputs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
         return [*self.problem.sources(choice), self.dout, self.delta, self.lse2]
+
+    def _inputs_of_pairs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
+        """Return the inputs, what it reads by rows through descriptors where the choice says so."""
+        q, *keys = self.problem.tensors
+        if not choice.reads_by_descriptor:
+            return [q, *keys, self.dout, self.delta, self.lse2]
+        tile, dout_tile = (
+            describe(t.transpose(1, 2), choice.block_q, block(t.shape[3])) for t in (q, self.dout)
+        )
+        statistics = (describe(t, 1, choice.block_q) for t in (self.delta, self.lse2))
+        return [tile, *keys, dout_tile, *statistics]
 
     def _launch(
         self, kernel: triton.JITFunction, choice: Choice, tiles: int,

@@ -15,6 +15,23 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ASKED = "SIMPLEX_FUZZ_EXAMPLES" in os.environ
 
 
+# Found by tools.fuzz: long chains of additions, in the logits and over the rows that see a key.
+CHAINS = (
+    Case(group=64, seq=11, head_dim=2, dtype=torch.float64, through="lse", seed=1664),
+    Case(2, 2, 16, 6, keys1=5, head_dim=256, value_dim=8, w2=31, scale=0.25, form="strassen",
+         v2_bias=1.0, through="lse", seed=90220),
+    Case(1, 1, 32, 9, head_dim=256, value_dim=1, w1=1, scale=1.0, is_causal=False,
+         form="determinant", through="both", seed=108),
+    Case(1, 2, 2, 120, head_dim=192, w2=154, scale=0.0, k2_bias=1.0, bounds="documents",
+         starts="end", layout="expanded", seed=2361),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=range(len(CHAINS)))
+def test_long_chains_are_within_the_budget(case, device):
+    assert_matches_reference(case, device=device)
+
+
 @given(case=cases(dtypes=DTYPES, max_work=200_000))
 @(settings() if ASKED else settings(max_examples=800))
 def test_the_operator_is_within_its_budget(case, device):

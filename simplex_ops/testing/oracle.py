@@ -17,6 +17,7 @@ Attn = Callable[..., tuple[Tensor, Tensor]]
 
 INPUTS = ("q", "k1", "k2", "v1", "v2")
 DRAWS = 3
+DRAWS_OF_A_SMALL_PROBLEM = 12  # up to 256 elements of out: the largest of a few is a matter of luck
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,23 @@ def judge(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     The error of `rounded` is the error that plain PyTorch makes. In float64, which has no wider
     dtype to be judged in, it is that of float32 scaled down, twice: `exact` errs as well. On a
     small problem it is a matter of luck. So to it is added what a few roundings do, found by
-    running the reference in float64 three times with these moved, up or down at random, and
+    running the reference in float64 a few times with these moved, up or down at random, and
     keeping the largest change:
 
     - Every input and incoming gradient, by a step of the dtype: what an algorithm may cost that
       is stable on an ill-conditioned problem. It counts twice in float32 and float64, where every
       operation rounds; half in float16 and bfloat16, where products are summed in float32 and
       only what stands between two products is rounded.
+    - Every row of the inputs, as a whole, by sqrt(D) / 6 steps of the dtype that products are
+      summed in: how far D additions in a chain, each rounded to nearest, move a sum (one standard
+      deviation, the sum growing evenly).
+    - The sum that lse is the logarithm of, by a step: lse by eps, however near 0 it is.
     - Out and lse, which a backward is given, by a step of their dtypes: plain PyTorch keeps all the
       probabilities instead. Out moves the gradients by way of delta = dout·out (all the error
       where a single pair is visible: the exact dq is 0). Lse moves the probabilities
-      P = exp(s - lse) of its row by a factor eps * |lse|, all rows alike (the constant that goes
-      from e to 2 as base), or each its own way.
+      P = exp(s - lse) of its row by a factor eps * (1 + |lse|), all rows alike (the constant that
+      goes from e to 2 as base), or each its own way; and by sqrt(D) / 6 as much again, since s is
+      summed a second time.
     """
     dtype = problem.inputs[0].dtype
     exact = run_attn(reference.attn, problem.to(torch.float64))
@@ -117,14 +123,17 @@ def judge(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     rounded = run_attn(reference.attn, problem.to(plain))
     generator = torch.Generator().manual_seed(0)
     wide = problem.to(torch.float64)
+    draws = DRAWS if exact["out"].numel() > 256 else DRAWS_OF_A_SMALL_PROBLEM
     moved = [
         run_attn(reference.attn, _moved(wide, plain, exact, generator, alike=draw == 0))
-        for draw in range(DRAWS)
+        for draw in range(draws)
     ]
     for name, value in rounded.items():
         truth = exact[name]
         error = (value.double() - truth).abs()
         error += roundings * torch.stack([(other[name] - truth).abs() for other in moved]).amax(0)
+        if name == "lse":
+            error += torch.finfo(value.dtype).eps
         rounded[name] = torch.where(truth.isfinite(), truth + shrink * error, truth)
     return exact, rounded
 
@@ -193,8 +202,11 @@ def _moved(
 
     eps = torch.finfo(dtype).eps
     eps_of_lse = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    inputs = tuple(t * (1 + eps * signs(t)) for t in exact.inputs)
-    step = eps_of_lse * lse.masked_fill(lse.isneginf(), 0.0).abs()
+    inputs = tuple(
+        t * (1 + eps * signs(t) + eps_of_lse * _chain(t) * signs(t[..., :1])) for t in exact.inputs
+    )
+    size = 1 + lse.masked_fill(lse.isneginf(), 0.0).abs()
+    step = eps_of_lse * (1 + _chain(inputs[0])) * size
     factor = 1 + (step if alike else step * signs(lse))  # of P, [B, H, N]
     dout = dlse = None
     shift = torch.zeros_like(lse)
@@ -206,3 +218,8 @@ def _moved(
     if exact.dout is not None:
         dlse = shift if dlse is None else dlse + shift
     return Problem(inputs, exact.windows, exact.options, dout, dlse, exact.grad_mask)
+
+
+def _chain(rows: Tensor) -> float:
+    """Return how many rounding steps the sum of a row's elements is off, if added one by one."""
+    return rows.shape[-1] ** 0.5 / 6
