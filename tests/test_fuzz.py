@@ -22,6 +22,7 @@ CHAINS = (
          v2_bias=1.0, through="lse", seed=90220),
     Case(1, 1, 32, 9, head_dim=256, value_dim=1, w1=1, scale=1.0, is_causal=False,
          form="determinant", through="both", seed=108),
+    Case(3, 3, 1, 1, head_dim=255, w1=3, w2=3, bounds="wild", through="both", seed=2147483646),
     Case(1, 2, 2, 120, head_dim=192, w2=154, scale=0.0, k2_bias=1.0, bounds="documents",
          starts="end", layout="expanded", seed=2361),
 )  # fmt: skip

@@ -109,8 +109,8 @@ def judge(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
       deviation, the sum growing evenly).
     - The sum that lse is the logarithm of, by a step: lse by eps, however near 0 it is.
     - Out and lse, which a backward is given, by a step of their dtypes: plain PyTorch keeps all the
-      probabilities instead. Out moves the gradients by way of delta = dout·out (all the error
-      where a single pair is visible: the exact dq is 0). Lse moves the probabilities
+      probabilities instead. Out moves the gradients by way of delta = dout·out, itself a chain
+      (all the error where a single pair is visible: the exact dq is 0). Lse moves the probabilities
       P = exp(s - lse) of its row by a factor eps * (1 + |lse|), all rows alike (the constant that
       goes from e to 2 as base), or each its own way; and by sqrt(D) / 6 as much again, since s is
       summed a second time.
@@ -212,7 +212,9 @@ def _moved(
     shift = torch.zeros_like(lse)
     if exact.dout is not None:
         dout = exact.dout * (1 + eps * signs(out)) * factor[..., None]
-        shift = eps * (exact.dout * out * signs(out)).sum(-1)
+        terms = exact.dout * out
+        shift = eps * (terms * signs(out)).sum(-1)
+        shift += eps_of_lse * _chain(out) * terms.sum(-1) * signs(lse)
     if exact.dlse is not None:
         dlse = exact.dlse * factor
     if exact.dout is not None:
