@@ -10,7 +10,7 @@ from csrc_free.backward_rows import attend_backward, virtual_rows
 from csrc_free.backward_sum import slot_base
 from csrc_free.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, place, positions, query_rows, spread
+from csrc_free.tiles import key_ranges, place, positions, query_rows, spread
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -64,13 +64,9 @@ def backward_keys_kernel(
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
         i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
         position = start + i
-        lo, hi = key_range(
-            kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
-            HAS_BOUNDS,
-        )  # fmt: skip
-        narrow_lo, narrow_hi = key_range(
-            kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq,
-            m_keys, HAS_BOUNDS,
+        lo, hi, narrow_lo, narrow_hi = key_ranges(
+            kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+            wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
         )  # fmt: skip
         first, last, full_lo, full_hi = spread(lo, hi, m_keys)
         sees = (lo < hi) & (narrow_lo < narrow_hi)

@@ -15,7 +15,7 @@ import triton.language as tl
 from csrc_free.descriptors import load_described
 from csrc_free.forms import load_rows
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, place, positions, query_rows
+from csrc_free.tiles import key_ranges, place, positions, query_rows
 
 
 @triton.jit
@@ -165,13 +165,9 @@ def backward_pairs_kernel(
                 | (key_last - key_first + 1 < BLOCK_N)
             )
             if HAS_BOUNDS | is_partial:
-                lo, hi = key_range(
-                    kv_bounds, batch, i, real, start + i, wide_left, wide_right, wide_first, seq,
-                    m_keys, HAS_BOUNDS,
-                )  # fmt: skip
-                narrow_lo, narrow_hi = key_range(
-                    kv_bounds, batch, i, real, start + i, narrow_left, narrow_right, narrow_first,
-                    seq, m_keys, HAS_BOUNDS,
+                lo, hi, narrow_lo, narrow_hi = key_ranges(
+                    kv_bounds, batch, i, real, start + i, wide_left, wide_right,
+                    narrow_left, narrow_right, wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
                 )  # fmt: skip
                 hi = tl.where((m >= narrow_lo) & (m < narrow_hi), hi, 0)
                 key = (key_first + keys)[:, None]

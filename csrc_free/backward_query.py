@@ -13,7 +13,7 @@ from csrc_free.backward_rows import attend_backward, virtual_rows
 from csrc_free.backward_sum import slot_base
 from csrc_free.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, place, positions, query_rows, spread
+from csrc_free.tiles import key_ranges, offset_range, place, positions, query_rows, spread
 
 
 @triton.jit
@@ -73,18 +73,13 @@ def backward_query_kernel(
     i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS, INDEX)
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     position = start + i
-    lo, hi = key_range(
-        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
-        HAS_BOUNDS,
-    )  # fmt: skip
-    narrow_lo, narrow_hi = key_range(
-        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, m_keys,
-        HAS_BOUNDS,
+    lo, hi, narrow_lo, narrow_hi = key_ranges(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
     )  # fmt: skip
     first, last, full_lo, full_hi = spread(lo, hi, m_keys)
     sees = (lo < hi) & (narrow_lo < narrow_hi)
-    offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
-    offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
 
     if not DESCRIPTORS:
         k_wide += batch * stride_kw_b + kv_head * stride_kw_h

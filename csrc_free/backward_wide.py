@@ -5,7 +5,7 @@ import triton.language as tl
 
 from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.problem import NOT_SPECIALIZED
-from csrc_free.tiles import key_range, place, positions, query_rows, spread
+from csrc_free.tiles import key_ranges, offset_range, place, positions, query_rows, spread
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -66,19 +66,14 @@ def backward_wide_kernel(
     for flat in range(flat_first, flat_end, BLOCK_Q):
         i, head, real = query_rows(flat + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
         position = start + i
-        lo, hi = key_range(
-            kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
-            HAS_BOUNDS,
-        )  # fmt: skip
-        narrow_lo, narrow_hi = key_range(
-            kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq,
-            m_keys, HAS_BOUNDS,
+        lo, hi, narrow_lo, narrow_hi = key_ranges(
+            kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+            wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
         )  # fmt: skip
         sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
         _first, _last, full_lo, full_hi = spread(lo, hi, m_keys)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi)
-        offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
-        offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+        offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
 
         query, query_prev = load_for_form(
             q, i * stride_q_n + head * stride_q_h, 1, columns, real, 0.0,

@@ -12,7 +12,7 @@ from csrc_free import launch
 from csrc_free.descriptors import load_keys
 from csrc_free.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.problem import NOT_SPECIALIZED, problem_of
-from csrc_free.tiles import key_range, place, positions, query_rows, spread
+from csrc_free.tiles import key_ranges, offset_range, place, positions, query_rows, spread
 
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
@@ -141,18 +141,13 @@ def forward_kernel(
     replica = rows // BLOCK_Q
     i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP, INDEX)
     position = positions(q_start, batch, i, q_start_default, HAS_Q_START)
-    lo, hi = key_range(
-        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, m_keys,
-        HAS_BOUNDS,
-    )  # fmt: skip
-    narrow_lo, narrow_hi = key_range(
-        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, m_keys,
-        HAS_BOUNDS,
+    lo, hi, narrow_lo, narrow_hi = key_ranges(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
     )  # fmt: skip
     first, last, full_lo, full_hi = spread(lo, hi, m_keys)
     sees = (lo < hi) & (narrow_lo < narrow_hi)
-    offset_first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
-    offset_last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
 
     if not DESCRIPTORS:
         k_wide += batch * stride_kw_b + kv_head * stride_kw_h

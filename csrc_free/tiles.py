@@ -72,6 +72,34 @@ def key_range(
 
 
 @triton.jit
+def key_ranges(
+    kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+    wide_first, narrow_first, seq, keys, HAS_BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Return what each row sees: [lo, hi) of the wide pair and [narrow_lo, narrow_hi)."""
+    lo, hi = key_range(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    narrow_lo, narrow_hi = key_range(
+        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, keys,
+        HAS_BOUNDS,
+    )  # fmt: skip
+    return lo, hi, narrow_lo, narrow_hi
+
+
+@triton.jit
+def offset_range(sees, position, narrow_lo, narrow_hi):
+    """Return scalars: the first and the last offset at which any row sees a narrow key.
+
+    The offset of a key is how far before the query it stands. No rows: the first is after the last.
+    """
+    first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
+    last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+    return first, last
+
+
+@triton.jit
 def spread(lo, hi, keys):
     """Return scalars: [first, last) key that any row sees, [full_lo, full_hi) that all rows see.
 
