@@ -60,7 +60,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/constraints.txt: tools/constraints.txt $(VENV)/bin/python
-	sed -E 's/^torch==.*/torch==$(VERSION)/; s/^triton==.*/triton==$(TRITON)/' $< > $@
+	sed -E 's/^torch==.*/torch==$(VERSION)/; s/^triton==.*/triton==$(TRITON)/; /^setuptools==/d' $< > $@
 
 $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(INSTALL) -c $(CONSTRAINTS) setuptools
