@@ -63,11 +63,11 @@ $(VENV)/constraints.txt: tools/constraints.txt $(VENV)/bin/python
 	sed -E 's/^torch==.*/torch==$(VERSION)/; s/^triton==.*/triton==$(TRITON)/; /^setuptools==/d' $< > $@
 
 $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(INSTALL) -c $(CONSTRAINTS) setuptools
+	$(INSTALL) -c $(CONSTRAINTS) 'setuptools>=77'
 	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[test,tools]'
 	touch $@ $(VENV)/.tools
 
 $(VENV)/.tools: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(INSTALL) -c $(CONSTRAINTS) setuptools
+	$(INSTALL) -c $(CONSTRAINTS) 'setuptools>=77'
 	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[tools]'
 	touch $@
