@@ -8,6 +8,7 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,6 +136,45 @@ def test_large_finite_inputs_stay_finite(form, dtype):
     out, lse = _attn(q * 300, k1 * 0.1, k2 * 1000, v1, v2, 8, 3, form=form)
     assert out.isfinite().all()
     assert lse.isfinite().all()
+
+
+@pytest.fixture
+def fused_arithmetic(monkeypatch):
+    """Round a product and the sum it is part of once, as GPUs do; the interpreter rounds both."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def fmul(self, lhs, rhs):
+        product = self.binary_op(lhs, rhs, np.multiply)
+        product.exact = lhs.data.astype(np.float64) * rhs.data
+        return product
+
+    def fused(op):
+        def run(self, lhs, rhs):
+            result = self.binary_op(lhs, rhs, op)
+            if hasattr(lhs, "exact"):
+                result.data = op(lhs.exact, rhs.data).astype(result.data.dtype)
+            return result
+
+        return run
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fmul", fmul)
+    monkeypatch.setattr(InterpreterBuilder, "create_fadd", fused(np.add))
+    monkeypatch.setattr(InterpreterBuilder, "create_fsub", fused(np.subtract))
+
+
+@pytest.mark.usefixtures("fused_arithmetic")
+@pytest.mark.parametrize(("w1", "w2"), [(4, 3), (3, 4)])
+def test_equal_logits_weigh_the_same_however_low(w1, w2):
+    q, k1, k2, v1, v2 = Case(1, 1, 2, 12, head_dim=4).inputs()
+    low = torch.full_like(q, 1e4), torch.full_like(k1, -1e4), torch.ones_like(k2)  # s = -2e8
+    average, _ = _attn(q, k1, k2, v1, v2, w1, w2, scale=0.0)
+    torch.testing.assert_close(_attn(*low, v1, v2, w1, w2)[0], average)
+
+
+@pytest.mark.usefixtures("fused_arithmetic")
+@pytest.mark.parametrize("name", ["wide first", "biased wide", "large group"])
+def test_fused_arithmetic_stays_within_the_budget(name):
+    assert_matches_reference(CASES[name], _attn)
 
 
 def test_the_same_call_gives_the_same_bits():
