@@ -81,68 +81,66 @@ def device_of(device: torch.device) -> Device:
 
 def forward_choice(traits: Traits, device: Device) -> Choice:
     """Choose the forward's tiles: BLOCK_Q rows, REPLICAS offsets at a time, BLOCK_N wide keys."""
-
-    def tiles(warps: int, stages: int, rows: int, replicas: int, keys: int) -> Choice:
-        sizes = {"BLOCK_Q": rows, "REPLICAS": replicas, "BLOCK_N": keys}
-        return Choice(warps, stages, sizes | {"DESCRIPTORS": _reads_by_descriptor(traits, device)})
-
+    how = {"DESCRIPTORS": _reads_by_descriptor(traits, device)}
     if device.backend == "cpu":
-        return tiles(4, 1, 16, 2, 16)
+        return Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16} | how)
     if not _is_measured(traits, device):
-        return tiles(4, 1, 64 if traits.columns <= 64 else 32, 1, 32)
+        rows = 64 if traits.columns <= 64 else 32
+        return Choice(4, 1, {"BLOCK_Q": rows, "REPLICAS": 1, "BLOCK_N": 32} | how)
     # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-24, D 128, windows
     # 512 x 32, nominal TFLOP/s: 459 at a group of 64, 354 at 8, 314 at 1.
     if traits.group >= 64:
-        return tiles(4, 2, 64, 1, 64)
+        return Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64} | how)
     if traits.group >= 8:
-        return tiles(4, 3, 64, 1, 64)
-    return tiles(4, 2, 16, 4, 64)
+        return Choice(4, 3, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64} | how)
+    return Choice(4, 2, {"BLOCK_Q": 16, "REPLICAS": 4, "BLOCK_N": 64} | how)
 
 
 def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
     """Choose the backward's kernels and their tiles."""
-    by_descriptor = _reads_by_descriptor(traits, device)
-
-    def wide(warps: int, rows: int, keys: int) -> Choice:
-        return Choice(warps, 1, {"BLOCK_Q": rows, "BLOCK_N": keys, "OFFSET_STAGES": 1})
-
-    def query(warps: int, stages: int, rows: int, replicas: int, keys: int) -> Choice:
-        sizes = {"BLOCK_Q": rows, "REPLICAS": replicas, "BLOCK_N": keys, "TILE_STAGES": stages}
-        return Choice(warps, stages, sizes | {"DESCRIPTORS": by_descriptor})
-
-    def keys(warps: int, stages: int, rows: int, keys: int, tiles_of_a_part: int) -> Choice:
-        sizes = {"BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages}
-        return Choice(warps, stages, sizes | {"DESCRIPTORS": by_descriptor}, tiles_of_a_part)
-
-    def pairs(warps: int, stages: int, rows: int, keys: int) -> Choice:
-        sizes = {"BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages}
-        can = by_descriptor and traits.are_rows_describable and traits.group % rows == 0
-        return Choice(warps, stages, sizes | {"DESCRIPTORS": can})
-
+    how = {"DESCRIPTORS": _reads_by_descriptor(traits, device)}
     if device.backend == "cpu":
+        query = {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16, "TILE_STAGES": 1}
         # The interpreter meets every kernel, each at one range of group sizes.
+        does_pairs = traits.group >= 4 and traits.form == "trilinear"
         return BackwardChoice(
-            wide=wide(4, 16, 16),
-            query=query(4, 1, 16, 2, 16),
-            keys=keys(4, 1, 16, 16, 2),
-            query_with_parts=query(4, 1, 16, 2, 16) if traits.group == 1 else None,
-            pairs=pairs(4, 1, 16, 16) if traits.group >= 4 and traits.form == "trilinear" else None,
+            wide=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "OFFSET_STAGES": 1}),
+            query=Choice(4, 1, query | how),
+            keys=Choice(4, 1, {"BLOCK_Q": 16, "BLOCK_N": 16, "TILE_STAGES": 1} | how, 2),
+            query_with_parts=Choice(4, 1, query | how) if traits.group == 1 else None,
+            pairs=_pairs_choice(traits, device, 4, 1, rows=16, keys=16) if does_pairs else None,
         )
     if not _is_measured(traits, device):
+        rows = 32 if traits.columns <= 128 else 16
+        query = {"BLOCK_Q": 32, "REPLICAS": 1, "BLOCK_N": 32, "TILE_STAGES": 1}
         return BackwardChoice(
-            wide=wide(4, 32 if traits.columns <= 128 else 16, 32),
-            query=query(4, 1, 32, 1, 32),
-            keys=keys(4, 1, 32, 32, 2),
+            wide=Choice(4, 1, {"BLOCK_Q": rows, "BLOCK_N": 32, "OFFSET_STAGES": 1}),
+            query=Choice(4, 1, query | how),
+            keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1} | how, 2),
         )
     # In the same run: 266 at a group of 64, 208 at 8, 163 at 1, of 2.5 times the forward's FLOPs.
-    pairs_choice = pairs(4, 2, 64, 64) if traits.group % 64 == 0 else pairs(4, 3, 32, 64)
+    query = {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 2}
+    with_parts = {"BLOCK_Q": 16, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3}
+    rows, stages = (64, 2) if traits.group % 64 == 0 else (32, 3)
+    pairs = _pairs_choice(traits, device, 4, stages, rows=rows, keys=64)
     return BackwardChoice(
-        wide=wide(4, 32, 64),
-        query=query(4, 2, 64, 1, 64),
-        keys=keys(4, 2, 64, 64, 1),
-        query_with_parts=query(4, 3, 16, 4, 32) if traits.group < 8 else None,
-        pairs=pairs_choice if traits.group >= 32 else None,
+        wide=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 64, "OFFSET_STAGES": 1}),
+        query=Choice(4, 2, query | how),
+        keys=Choice(4, 2, {"BLOCK_Q": 64, "BLOCK_N": 64, "TILE_STAGES": 2} | how, 1),
+        query_with_parts=Choice(4, 3, with_parts | how) if traits.group < 8 else None,
+        pairs=pairs if traits.group >= 32 else None,
     )
+
+
+def _pairs_choice(
+    traits: Traits, device: Device, warps: int, stages: int, *, rows: int, keys: int
+) -> Choice:
+    """Choose tiles of `pairs`; it reads rows by descriptor where a tile is of one position."""
+    can = traits.are_rows_describable and traits.group % rows == 0
+    return Choice(warps, stages, {
+        "BLOCK_Q": rows, "BLOCK_N": keys, "TILE_STAGES": stages,
+        "DESCRIPTORS": can and _reads_by_descriptor(traits, device),
+    })  # fmt: skip
 
 
 def _reads_by_descriptor(traits: Traits, device: Device) -> bool:
