@@ -44,9 +44,9 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     first, second = (dk1, dv1), (dk2, dv2)
     wide, narrow = (second, first) if problem.is_exchanged else (first, second)
-    dout, delta, lse2 = _statistics(problem, dout, dlse, out, lse)
+    dout, *statistics = _statistics(problem, dout, dlse, out, lse)
     choice = launch.backward_choice(problem.traits(dout), launch.device_of(q.device))
-    _Backward(problem, choice, dout, delta, lse2).run(dq, wide, narrow)
+    _Backward(problem, choice, dout, *statistics).run(dq, wide, narrow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class _Backward:
     dout: Tensor  # [B, H, N, Dv]
     delta: Tensor  # float32 [B, Hkv, N, G]
     lse2: Tensor  # float32 [B, Hkv, N, G]
+    has_huge: Tensor  # int32 [B, Hkv]
 
     def run(self, dq: Tensor | None, wide: Pair, narrow: Pair) -> None:
         """Run the kernels that the wanted gradients need."""
@@ -153,18 +154,20 @@ class _Backward:
         return triton.cdiv(rows, choice.block_q)
 
     def _inputs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
-        return [*self.problem.sources(choice), self.dout, self.delta, self.lse2]
+        return [
+            *self.problem.sources(choice), self.dout, self.delta, self.lse2, self.has_huge
+        ]  # fmt: skip
 
     def _inputs_of_pairs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
         """Return the inputs, what it reads by rows through descriptors where the choice says so."""
         q, *keys = self.problem.tensors
         if not choice.reads_by_descriptor:
-            return [q, *keys, self.dout, self.delta, self.lse2]
+            return [q, *keys, self.dout, self.delta, self.lse2, self.has_huge]
         tile, dout_tile = (
             describe(t.transpose(1, 2), choice.block_q, block(t.shape[3])) for t in (q, self.dout)
         )
         statistics = (describe(t, 1, choice.block_q) for t in (self.delta, self.lse2))
-        return [tile, *keys, dout_tile, *statistics]
+        return [tile, *keys, dout_tile, *statistics, self.has_huge]
 
     def _launch(
         self, kernel: triton.JITFunction, choice: Choice, tiles: int,
@@ -186,8 +189,8 @@ class _Backward:
 
 def _statistics(
     problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dout, delta and lse2."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dout, delta, lse2 and has_huge."""
     dout = torch.zeros_like(out) if dout is None else dout
     dout, out = (t if t.stride(3) == 1 else t.contiguous() for t in (dout, out))
     batch, heads, seq, value_dim = dout.shape
@@ -196,15 +199,17 @@ def _statistics(
         batch, kv_heads, seq, problem.group, dtype=torch.float32, device=dout.device
     )
     lse2 = torch.empty_like(delta)
+    has_huge = torch.zeros(batch, kv_heads, dtype=torch.int32, device=dout.device)
     block_q = 32
     tiles = triton.cdiv(seq * problem.group, block_q)
     delta_kernel[(tiles * batch * kv_heads,)](
-        dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(), delta, lse2,
+        dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(),
+        delta, lse2, has_huge,
         kv_heads, seq, *dout.stride()[:3], *out.stride()[:3],
         GROUP=problem.group, HAS_DLSE=dlse is not None,
         VALUE_DIM=value_dim, BLOCK_DV=block(value_dim), BLOCK_Q=block_q,
     )  # fmt: skip
-    return dout, delta, lse2
+    return dout, delta, lse2, has_huge
 
 
 def _complete(pair: Pair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

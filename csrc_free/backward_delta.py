@@ -9,11 +9,13 @@ import triton.language as tl
 from csrc_free.forms import load_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# From here on a step of lse2 is more than 1, and P = exp2(s - lse2) may be any power of two.
+HUGE = tl.constexpr(2.0**24)
 
 
 @triton.jit(do_not_specialize=["seq"])
 def delta_kernel(
-    dout, out, lse, dlse, delta, lse2,
+    dout, out, lse, dlse, delta, lse2, has_huge,
     kv_heads, seq,
     stride_do_b, stride_do_h, stride_do_n, stride_o_b, stride_o_h, stride_o_n,
     GROUP: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -22,7 +24,9 @@ def delta_kernel(
     """One program owns BLOCK_Q rows (position, head) of one key-value head.
 
     lse and dlse are contiguous [B, H, N]. Where a row saw nothing, lse2 is +inf: every
-    exponential taken against it is 0.
+    exponential taken against it is 0. A huge lse2 is lowered by some steps, so that no exponential
+    of a largest logit falls below 1; has_huge [B, Hkv], which comes zeroed, then says that the
+    kernels must cap them at 1.
     """
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
@@ -47,6 +51,11 @@ def delta_kernel(
         row_delta -= tl.load(dlse + row, mask=real, other=0.0)
     row_lse = tl.load(lse + row, mask=real, other=0.0)
     row_lse2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    size = tl.abs(row_lse2)
+    is_huge = (size > HUGE) & (size < float("inf")) & real
+    row_lse2 = tl.where(is_huge, row_lse2 - size * 2.0**-21, row_lse2)
+    if tl.max(is_huge.to(tl.int32), 0) > 0:
+        tl.store(has_huge + batch * kv_heads + kv_head, 1)
     where = (batch * kv_heads + kv_head) * seq * GROUP + flat
     tl.store(delta + where, row_delta, mask=real)
     tl.store(lse2 + where, row_lse2, mask=real)

@@ -15,7 +15,7 @@ from csrc_free.tiles import key_ranges, place, positions, query_rows, spread
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_keys_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, dq, dk_parts, dv_parts,
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts,
     kv_bounds, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, slots, part_rows, part_shift, tiles_of_a_part,
@@ -60,6 +60,7 @@ def backward_keys_kernel(
         base += start
     part_slot = (part * (tl.num_programs(0) // parts) + bh) * slots - base - narrow_first
 
+    is_huge = tl.load(has_huge + bh) != 0
     one = tl.zeros([1], INDEX)
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
         i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
@@ -90,7 +91,7 @@ def backward_keys_kernel(
         )  # fmt: skip
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
-                vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
+                vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
                 k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
                 scale, log2_scale, k_wide_bias, v_wide_bias,
                 True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,

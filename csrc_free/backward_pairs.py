@@ -48,7 +48,8 @@ def _virtual_keys(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_pairs_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, dk_wide, dv_wide, dk_parts, dv_parts,
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge,
+    dk_wide, dv_wide, dk_parts, dv_parts,
     kv_bounds, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, slots, part_rows, part_shift,
@@ -95,6 +96,7 @@ def backward_pairs_kernel(
         q += batch * stride_q_b + kv_head * GROUP * stride_q_h
         dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
     statistics = bh * seq * GROUP
+    is_huge = tl.load(has_huge + bh) != 0
     sum_rows = (bh * wide_rows + tile_row + keys)[:, None]
     dk_sums = dk_wide + sum_rows * HEAD_DIM + columns[None, :]
     dv_sums = dv_wide + sum_rows * VALUE_DIM + value_columns[None, :]
@@ -163,6 +165,7 @@ def backward_pairs_kernel(
                     < start + (tl.minimum(flat + BLOCK_Q, flat_end) - 1) // GROUP - wide_left
                 )
                 | (key_last - key_first + 1 < BLOCK_N)
+                | is_huge
             )
             if HAS_BOUNDS | is_partial:
                 lo, hi, narrow_lo, narrow_hi = key_ranges(
@@ -171,7 +174,8 @@ def backward_pairs_kernel(
                 )  # fmt: skip
                 hi = tl.where((m >= narrow_lo) & (m < narrow_hi), hi, 0)
                 key = (key_first + keys)[:, None]
-                p = tl.where((key >= lo[None, :]) & (key < hi[None, :]), p, 0.0)
+                visible = (key >= lo[None, :]) & (key < hi[None, :])
+                p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
             y = tl.dot(p.to(DOT_DTYPE), do, y, input_precision=PRECISION)
             ds = p * (dp - row_delta[None, :])
             x = tl.dot(ds.to(DOT_DTYPE), query, x, input_precision=PRECISION)

@@ -35,7 +35,7 @@ def _add_in_turn(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_query_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, dq, dk_parts, dv_parts,
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts,
     kv_bounds, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, slots, part_rows, part_shift,
@@ -91,6 +91,7 @@ def backward_query_kernel(
     query_offset = i * stride_q_n + head * stride_q_h
     dout_offset = i * stride_do_n + head * stride_do_h
     statistics = (bh * seq + i) * GROUP + head
+    is_huge = tl.load(has_huge + bh) != 0
     row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=real, other=0.0)
 
@@ -107,7 +108,7 @@ def backward_query_kernel(
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
-            vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
+            vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
             k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
             scale, log2_scale, k_wide_bias, v_wide_bias,
             NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,

@@ -49,7 +49,7 @@ def virtual_rows(
 
 @triton.jit
 def attend_backward(
-    vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi,
+    vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
     k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
     scale, log2_scale, k_wide_bias, v_wide_bias,
     NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
@@ -82,9 +82,9 @@ def attend_backward(
         if NEEDS_DVQ:
             dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
-        if (j < full_lo) | (j + BLOCK_N > full_hi):
+        if (j < full_lo) | (j + BLOCK_N > full_hi) | is_huge:
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
-            p = tl.where(visible, p, 0.0)
+            p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
         if NEEDS_T:
             t = tl.dot(p.to(DOT_DTYPE), v, t, input_precision=PRECISION)
         if NEEDS_DVQ:

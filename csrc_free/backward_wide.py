@@ -10,7 +10,7 @@ from csrc_free.tiles import key_ranges, offset_range, place, positions, query_ro
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_wide_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, dk_wide, dv_wide,
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dk_wide, dv_wide,
     kv_bounds, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default,
@@ -60,6 +60,7 @@ def backward_wide_kernel(
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
     statistics = bh * seq * GROUP
+    is_huge = tl.load(has_huge + bh) != 0
     start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
     flat_first = tl.maximum(key_first - wide_right - start, 0) * GROUP
     flat_end = tl.minimum(key_last + wide_left - start + 1, seq) * GROUP
@@ -72,7 +73,7 @@ def backward_wide_kernel(
         )  # fmt: skip
         sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
         _first, _last, full_lo, full_hi = spread(lo, hi, m_keys)
-        is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi)
+        is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
         offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
 
         query, query_prev = load_for_form(
@@ -116,7 +117,7 @@ def backward_wide_kernel(
             p = tl.exp2(s * log2_scale - shift[None, :])
             if is_partial:
                 visible = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
-                p = tl.where(visible, p, 0.0)
+                p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
             if PRECISION == "ieee":
                 # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
                 # would lose what float32 is asked for. The mask keeps the additions apart.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from huge_logits import assert_finite
 
 from simplex_ops import reference
 from simplex_ops.testing import Case, Problem, assert_within_budget, run_attn
@@ -345,6 +346,22 @@ def test_large_finite_inputs_stay_finite(device, form, dtype, w1, w2):
     for name, value in got.items():
         fits = exact[name].abs() < limit
         assert value[fits].isfinite().all(), name
+
+
+@pytest.mark.parametrize("size", [1e8, 1e20, 1e30])
+@pytest.mark.parametrize("group", [1, 2, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_logits_give_finite_answers(device, dtype, group, size):
+    q, *keys = Case(2, 1, group, 12, head_dim=16, w1=6, w2=3, dtype=dtype).inputs(device)
+    assert_finite(torch.ops.simplex.attn, q * size, *keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1e20, 1e20, 1e-30), (1e-30, 1e20, 1e20), (1e15, 1e15, 1e15)])
+def test_products_beyond_float32_stay_finite_on_the_cpu(sizes, dtype):
+    q, k1, k2, v1, v2 = Case(2, 1, 2, 12, w1=6, w2=3, dtype=dtype).inputs()
+    large = (t * size for t, size in zip((q, k1, k2), sizes, strict=True))
+    assert_finite(torch.ops.simplex.attn, *large, v1, v2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huge_logits import assert_finite
 from hypothesis import given, settings
 
 from simplex_ops import gpu
@@ -169,6 +170,14 @@ def test_equal_logits_weigh_the_same_however_low(w1, w2):
     low = torch.full_like(q, 1e4), torch.full_like(k1, -1e4), torch.ones_like(k2)  # s = -2e8
     average, _ = _attn(q, k1, k2, v1, v2, w1, w2, scale=0.0)
     torch.testing.assert_close(_attn(*low, v1, v2, w1, w2)[0], average)
+
+
+@pytest.mark.usefixtures("fused_arithmetic")
+@pytest.mark.parametrize("size", [1e8, 1e20, 1e30])
+@pytest.mark.parametrize("group", [1, 2, 16])
+def test_huge_logits_give_finite_answers(group, size):
+    q, *keys = Case(2, 1, group, 12, w1=6, w2=3).inputs()
+    assert_finite(_attn, q * size, *keys)
 
 
 @pytest.mark.usefixtures("fused_arithmetic")

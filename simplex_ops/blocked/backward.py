@@ -21,6 +21,8 @@ from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of
 
+LARGE_LSE = 1e5
+
 
 def attn_backward(
     dout: Tensor | None,
@@ -103,6 +105,8 @@ class _Backward:
         sees_none = lse == -torch.inf
         all_see = is_known(~sees_none.any())
         self.lse = lse if all_see else lse.masked_fill(sees_none, 0)
+        # A step of a large lse is many times 1: P = exp(s - lse) may come out far above 1.
+        self.is_capped = not is_known(self.lse.abs().amax() < LARGE_LSE)
         if dout is None:
             self.dout = self.q.new_zeros(*lse.shape, out.shape[3])
             self.delta = torch.zeros_like(lse)
@@ -177,7 +181,7 @@ class _Backward:
         p = self.space.take("p", *virtual.shape[:4], k1.shape[1])
         torch.bmm(virtual.flatten(1, 3), k1.mT, out=p.flatten(1, 3))
         mask.hide(p, -torch.inf, is_tame=self.is_tame)
-        return shifted_exp_(p, shift[..., None])
+        return shifted_exp_(p, shift[..., None], is_capped=self.is_capped)
 
     def _logit_gradients(
         self, tile: Tile, dvalues: Tensor, v1: Tensor, p: Tensor, mask: Mask

@@ -13,10 +13,16 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 
 
-def shifted_exp_(x: Tensor, shift: Tensor) -> Tensor:
-    """Replace x by exp(x - shift), and by 0 where that is too small to matter beside 1."""
+def shifted_exp_(x: Tensor, shift: Tensor, *, is_capped: bool = False) -> Tensor:
+    """Replace x by exp(x - shift), and by 0 where that is too small to matter beside 1.
+
+    Subtracted before anything is rounded: where x is its shift, the result is 1, however large x.
+    Capped, no result is above 1.
+    """
     smallest = -1000.0 if x.dtype == torch.float64 else -100.0
-    torch.add(shift * -LOG2_E, x, alpha=LOG2_E, out=x)
+    x.sub_(shift).mul_(LOG2_E)
+    if is_capped:
+        x.clamp_(max=0.0)
     return torch.threshold_(x, smallest, -torch.inf).exp2_()
 
 

@@ -16,7 +16,7 @@ def is_known(claim: Tensor) -> bool:
     return can_look(claim) and bool(claim)
 
 
-def are_tame(*factors: Tensor, terms: int) -> bool:
+def are_tame(*factors: Tensor, terms: float) -> bool:
     """Is every sum of `terms` products of elements of these tensors, or of some of them, finite?
 
     False where the host may not look.
