@@ -24,9 +24,9 @@ def delta_kernel(
     """One program owns BLOCK_Q rows (position, head) of one key-value head.
 
     lse and dlse are contiguous [B, H, N]. Where a row saw nothing, lse2 is +inf: every
-    exponential taken against it is 0. A huge lse2 is lowered by some steps, so that no exponential
-    of a largest logit falls below 1; has_huge [B, Hkv], which comes zeroed, then says that the
-    kernels must cap them at 1.
+    exponential taken against it is 0. A huge lse2 is lowered by some steps, so that its own
+    rounding takes no exponential of a largest logit below 1 (that of a logit whose terms cancel
+    may); then has_huge [B, Hkv], which comes zeroed, says that the kernels must cap them at 1.
     """
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)

@@ -50,7 +50,7 @@ class Choice:
 
     @property
     def reads_by_descriptor(self) -> bool:
-        """Tell whether the kernel takes the wide pair as tensor descriptors."""
+        """Tell whether the kernel takes what it reads tile by tile as tensor descriptors."""
         return bool(self.constants.get("DESCRIPTORS", False))
 
 

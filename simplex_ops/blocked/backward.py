@@ -21,7 +21,7 @@ from simplex_ops.blocked.plan import Plan, make_plan
 from simplex_ops.blocked.tiles import Tile
 from simplex_ops.layout import empty_in_order_of
 
-LARGE_LSE = 1e5
+LARGE_LSE = 1e5  # from here on its rounding alone may take exp(s - lse) above 1 by percents
 
 
 def attn_backward(
@@ -105,7 +105,6 @@ class _Backward:
         sees_none = lse == -torch.inf
         all_see = is_known(~sees_none.any())
         self.lse = lse if all_see else lse.masked_fill(sees_none, 0)
-        # A step of a large lse is many times 1: P = exp(s - lse) may come out far above 1.
         self.is_capped = not is_known(self.lse.abs().amax() < LARGE_LSE)
         if dout is None:
             self.dout = self.q.new_zeros(*lse.shape, out.shape[3])
