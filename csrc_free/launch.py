@@ -87,8 +87,8 @@ def forward_choice(traits: Traits, device: Device) -> Choice:
     if not _is_measured(traits, device):
         rows = 64 if traits.columns <= 64 else 32
         return Choice(4, 1, {"BLOCK_Q": rows, "REPLICAS": 1, "BLOCK_N": 32} | how)
-    # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-24, D 128, windows
-    # 512 x 32, nominal TFLOP/s: 459 at a group of 64, 354 at 8, 314 at 1.
+    # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25, D 128, windows
+    # 512 x 32, nominal TFLOP/s: 459 at a group of 64, 353 at 8, 315 at 1.
     if traits.group >= 64:
         return Choice(4, 2, {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64} | how)
     if traits.group >= 8:
@@ -118,7 +118,7 @@ def backward_choice(traits: Traits, device: Device) -> BackwardChoice:
             query=Choice(4, 1, query | how),
             keys=Choice(4, 1, {"BLOCK_Q": 32, "BLOCK_N": 32, "TILE_STAGES": 1} | how, 2),
         )
-    # In the same run: 266 at a group of 64, 208 at 8, 163 at 1, of 2.5 times the forward's FLOPs.
+    # In the same run: 263 at a group of 64, 208 at 8, 160 at 1, of 2.5 times the forward's FLOPs.
     query = {"BLOCK_Q": 64, "REPLICAS": 1, "BLOCK_N": 64, "TILE_STAGES": 2}
     with_parts = {"BLOCK_Q": 16, "REPLICAS": 4, "BLOCK_N": 32, "TILE_STAGES": 3}
     rows, stages = (64, 2) if traits.group % 64 == 0 else (32, 3)
