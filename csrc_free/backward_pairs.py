@@ -32,12 +32,14 @@ def _virtual_keys(
     k = load_rows(k_tile, keys, stride_kw_n, columns, there, HEAD_DIM, BLOCK_D)
     v = load_rows(v_tile, keys, stride_vw_n, value_columns, there, VALUE_DIM, BLOCK_DV)
     row = narrow_row.to(tl.int64)
+    # Not `is_row & ...`: as a mask, the interpreter of Triton 3.9 refuses a scalar and a block.
     k_row = tl.load(
-        k_narrow + row * stride_kn_n + columns, mask=is_row & (columns < HEAD_DIM), other=0.0
-    )
+        k_narrow + row * stride_kn_n + columns,
+        mask=tl.where(is_row, columns < HEAD_DIM, False), other=0.0,
+    )  # fmt: skip
     v_row = tl.load(
         v_narrow + row * stride_vn_n + value_columns,
-        mask=is_row & (value_columns < VALUE_DIM), other=0.0,
+        mask=tl.where(is_row, value_columns < VALUE_DIM, False), other=0.0,
     )  # fmt: skip
     k_row = k_row.to(tl.float32) + k_narrow_bias
     v_row = v_row.to(tl.float32) + v_narrow_bias

@@ -1,6 +1,6 @@
 """Every private name of Dynamo and Inductor that this plugin touches, and where it was seen.
 
-Seen in 2.11, 2.13 and 2.14:
+Seen in 2.11, 2.13, 2.14 and 2.15:
 
     torch._inductor.compile_fx.compile_fx   Inductor's entry: called by the backend, wrapped by
                                             enable()
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-TESTED = ("2.11", "2.13", "2.14")
+TESTED = ("2.11", "2.13", "2.14", "2.15")
 
 
 @functools.cache
