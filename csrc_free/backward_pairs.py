@@ -32,7 +32,7 @@ def _virtual_keys(
     k = load_rows(k_tile, keys, stride_kw_n, columns, there, HEAD_DIM, BLOCK_D)
     v = load_rows(v_tile, keys, stride_vw_n, value_columns, there, VALUE_DIM, BLOCK_DV)
     row = narrow_row.to(tl.int64)
-    # Not `is_row & ...`: as a mask, the interpreter of Triton 3.9 refuses a scalar and a block.
+    # Not `is_row & ...`: Triton 3.9's interpreter takes no mask made of a scalar and a block.
     k_row = tl.load(
         k_narrow + row * stride_kn_n + columns,
         mask=tl.where(is_row, columns < HEAD_DIM, False), other=0.0,

@@ -1,7 +1,7 @@
 """Hypothesis over the whole contract: the operator against its error budget, and the fakes.
 
 On a GPU nearly every problem compiles kernels first, some three seconds of it. There `tools.fuzz`
-draws the problems, in several processes and for as long as it is told.
+holds drawn problems to the budget, in several processes and for as long as it is told.
 """
 
 import os
