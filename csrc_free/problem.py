@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free.descriptors import can_describe, describe
-from csrc_free.forms import CODES
+from csrc_free.device.descriptors import can_describe, describe
+from csrc_free.device.forms import CODES
 from csrc_free.launch import Choice, Traits
 
 _SMALLEST_DOT = 16

@@ -7,8 +7,8 @@ print(lowering.last_report())                  # what was rewritten, and what wa
 
 from lowering.backend import simplex
 from lowering.enabling import disable, enable
+from lowering.passes.marks import rewrite
 from lowering.report import Refused, Report, Rewritten, last_report
-from lowering.rewrite import rewrite
 
 __all__ = [
     "Refused",

@@ -6,8 +6,8 @@ from typing import Any
 from torch import fx
 
 from lowering import compat, report
-from lowering.rewrite import rewrite
-from simplex_ops import cache_key
+from lowering.passes.marks import rewrite
+from simplex_ops.rules import cache_key
 
 
 def simplex(

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from simplex_ops.sdpa import UnservedMarkError
+from simplex_ops.marking.call import UnservedMarkError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from simplex_ops.bounds import (
     kv_bounds_from_padding_mask,
 )
 from simplex_ops.functional import simplicial_attention
-from simplex_ops.marking import mark, marked_modules, unmark
+from simplex_ops.marking.call import UnservedMarkError
+from simplex_ops.marking.mark import mark, marked_modules, unmark
 from simplex_ops.module import SimplicialAttention
-from simplex_ops.sdpa import UnservedMarkError
 
 __all__ = [
     "SimplicialAttention",

@@ -2,8 +2,9 @@
 
 import torch
 
-from simplex_ops import autocast, autograd, counting, cpu, fake, gpu
-from simplex_ops.schema import LIBRARY
+from simplex_ops.contract.schema import LIBRARY
+from simplex_ops.devices import cpu, gpu
+from simplex_ops.rules import autocast, autograd, counting, fake
 
 for _name in ("attn", "attn_backward"):
     torch.library.register_fake(f"simplex::{_name}", getattr(fake, _name), lib=LIBRARY)

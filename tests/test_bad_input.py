@@ -213,7 +213,9 @@ def test_compiled_code_raises_the_same(name, dynamic, monkeypatch):
     """Dynamo wraps what a fake kernel raises; the sentence is in it, sizes perhaps as symbols."""
     torch._dynamo.reset()
     started = []
-    monkeypatch.setattr("simplex_ops.cpu.blocked_forward", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(
+        "simplex_ops.devices.cpu.blocked_forward", lambda *a, **k: started.append(a)
+    )
     positional, keyword = _call(BAD[name].change)
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")

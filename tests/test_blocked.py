@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simplex_ops.blocked import host, plan, sides
+from simplex_ops.devices.blocked import host, plan, sides
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from csrc_free.descriptors import can_describe, describe
+from csrc_free.device.descriptors import can_describe, describe
 from csrc_free.launch import Device, Traits, backward_choice, forward_choice
 
 HOPPER, AMPERE, AMD = Device("cuda", 90), Device("cuda", 80), Device("hip", 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from simplex_ops import gpu
+from simplex_ops.devices import gpu
 
 pytestmark = pytest.mark.gpu
 attn = torch.ops.simplex.attn

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from simplex_ops import UnservedMarkError, mark, marked_modules, unmark
-from simplex_ops.marking import is_marked
+from simplex_ops.marking.mark import is_marked
 from simplex_ops.testing import assert_within_budget
 
 

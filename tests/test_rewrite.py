@@ -32,10 +32,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.backend import serve_marks
+from lowering.passes.marks import rewrite
 from lowering.report import Report, last_report
-from lowering.rewrite import rewrite
 from simplex_ops import mark, unmark
-from simplex_ops.mark_op import MARK_OP
+from simplex_ops.marking.mark_op import MARK_OP
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from simplex_ops import gpu
+from simplex_ops.devices import gpu
 from simplex_ops.testing import Problem
 from tools import sanitize
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import simplex_ops.schema  # noqa: F401
+import simplex_ops.contract.schema  # noqa: F401
 
 SCHEMAS = {
     "attn": (

@@ -1,7 +1,7 @@
 """The Triton kernels through Triton's interpreter, on CPU tensors: run with TRITON_INTERPRET=1.
 
-Everything goes by way of the GPU implementation, `simplex_ops.gpu`, as on a GPU. bfloat16 products
-are wrong in the interpreter: a GPU runs them, by tests/test_budgets.py and tests/test_fuzz.py.
+Everything goes by way of the GPU implementation, `simplex_ops.devices.gpu`, as on a GPU. bfloat16
+products are wrong in the interpreter: a GPU runs them, by tests/test_budgets.py and test_fuzz.py.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from huge_logits import assert_finite
 from hypothesis import given, settings
 
-from simplex_ops import gpu
+from simplex_ops.devices import gpu
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases, run_attn
 
 pytestmark = [

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from simplex_ops import gpu
+from simplex_ops.devices import gpu
 from tools.workloads import WORKLOADS, Workload, meta_inputs
 
 if TYPE_CHECKING:  # it imports triton, and triton.jit looks at TRITON_INTERPRET

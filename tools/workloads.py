@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from simplex_ops.flops import visible_pairs
+from simplex_ops.rules.flops import visible_pairs
 
 BACKWARD_FLOPS = 2.5  # five matrix products where the forward has two
 

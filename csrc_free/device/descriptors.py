@@ -1,0 +1,67 @@
+"""Tiles read through a tensor descriptor: one instruction of Hopper's copy engine (TMA) for a tile.
+
+Where the strides do not allow it, tiles are read by pointers: a mask and an address for every row,
+which cost instructions and registers.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from csrc_free.device.forms import load_rows
+
+_ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Tell whether the copy engine can read a tensor [.., .., .., D] whose last stride is 1."""
+    size = tensor.element_size()
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % _ALIGNMENT == 0
+        and all(s > 0 and s * size % _ALIGNMENT == 0 for s in tensor.stride()[:3])
+    )
+
+
+def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Describe a tensor [.., .., .., D] for tiles [rows, columns]; all outside it reads as 0."""
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns]
+    )
+
+
+@triton.jit
+def load_described(
+    source, first, second, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Load a tile [ROWS, COLUMNS] of the matrix source[first, second], from (row, column) on."""
+    x = source.load([
+        tl.cast(first, tl.int32), tl.cast(second, tl.int32), tl.cast(row, tl.int32),
+        tl.cast(column, tl.int32),
+    ])  # fmt: skip
+    return tl.reshape(x, [ROWS, COLUMNS])
+
+
+@triton.jit
+def load_keys(
+    source, batch, kv_head, row, rows, stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    INDEX: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load a tile [BLOCK_N, BLOCK_D] of a head's keys or values, from `row` on; 0 past the last.
+
+    `source` is a descriptor of [B, Hkv, rows, D], or a pointer to the head's first row.
+    float16 comes back as float32, as in `load_rows`.
+    """
+    if DESCRIPTORS:
+        x = load_described(source, batch, kv_head, row, 0, BLOCK_N, BLOCK_D)
+        if x.dtype == tl.float16:
+            x = x.to(tl.float32)
+    else:
+        keys = tl.arange(0, BLOCK_N).to(INDEX)
+        x = load_rows(
+            source + row.to(tl.int64) * stride_n, keys, stride_n, tl.arange(0, BLOCK_D),
+            row + keys < rows, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    return x

@@ -1,0 +1,1 @@
+"""The portable kernels, in plain Triton, for any GPU that Triton serves."""

@@ -1,0 +1,261 @@
+"""The portable forward: flash attention with a virtual query for every offset of the narrow window.
+
+A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries; each copy takes every
+REPLICAS-th offset, and the copies are merged by their log-sum-exp at the end.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_free import launch
+from csrc_free.device.descriptors import load_keys
+from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
+from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.problem import NOT_SPECIALIZED, problem_of
+
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
+# nothing: float32 has room for 2^30 times any value below 2^97.
+LAGGING_LIMIT = tl.constexpr(2.0**30)
+# A settled maximum is subtracted inside a fused multiply-add, from an exponent that is not rounded;
+# any other from a rounded one. Up to this size the two differ by less than 2^-14. Beyond it equal
+# logits would weigh differently, so there no maximum counts as settled.
+SETTLING_LIMIT = tl.constexpr(2.0**10)
+
+
+@triton.jit
+def _attend(
+    vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+    k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+    IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Attend from one tile of virtual queries to the wide window.
+
+    Returns (t [M, BLOCK_DV], total [M], top [M]): sum of P · v, sum of P, and the maximum in P's
+    exponents, in log2 units. Settled, the incoming maximum is used as it is.
+    """
+    M: tl.constexpr = vq.shape[0]
+    keys = tl.arange(0, BLOCK_N)
+    t = tl.zeros([M, BLOCK_DV], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    totals = tl.zeros([M, 4], tl.float32)
+    shift = tl.where(seen, top - row_constant, float("inf"))
+    for j in range(first, last, BLOCK_N):
+        row = j - wide_first
+        k = load_keys(
+            k_wide, batch, kv_head, row, wide_rows, stride_kw_n,
+            HEAD_DIM, BLOCK_D, BLOCK_N, INDEX, DESCRIPTORS,
+        )  # fmt: skip
+        s = tl.dot(vq, tl.trans(k.to(DOT_DTYPE)), input_precision=PRECISION)
+        if IS_SETTLED:
+            p = tl.exp2(s * log2_scale - shift[:, None])
+            if (j < full_lo) | (j + BLOCK_N > full_hi):
+                visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
+                p = tl.where(visible, p, 0.0)
+            # In a tensor core's result a row has four threads, and each of them two columns of
+            # every eight: these sums stay within a thread.
+            totals += tl.sum(tl.sum(tl.reshape(p, [M, BLOCK_N // 8, 4, 2]), 3), 1)
+        else:
+            s = s * log2_scale + row_constant[:, None]
+            visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
+            s = tl.where(visible & seen[:, None], s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            decay = tl.exp2(top - base)
+            p = tl.exp2(s - base[:, None])
+            t = t * decay[:, None]
+            total = total * decay
+            top = new_top
+            total += tl.sum(p, 1)
+        v = load_keys(
+            v_wide, batch, kv_head, row, wide_rows, stride_vw_n,
+            VALUE_DIM, BLOCK_DV, BLOCK_N, INDEX, DESCRIPTORS,
+        )  # fmt: skip
+        t = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), t, input_precision=PRECISION)
+    return t, total + tl.sum(totals, 1), top
+
+
+@triton.jit
+def _virtual_queries(
+    q, k_narrow, query_offset, key_row, stride_kn_n, real, seen,
+    log2_scale, k_wide_bias, k_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
+    columns = tl.arange(0, BLOCK_D)
+    query, query_prev = load_for_form(
+        q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+    )
+    k, k_prev = load_for_form(
+        k_narrow, key_row, stride_kn_n, columns, seen, k_narrow_bias,
+        FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+    row_constant = tl.zeros([vq.shape[0]], tl.float32)
+    if FORM == STRASSEN:
+        row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+    if HAS_WIDE_BIAS:
+        row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
+    return vq.to(DOT_DTYPE), row_constant
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def forward_kernel(
+    q, k_wide, v_wide, k_narrow, v_narrow, out, lse, kv_bounds, q_start,
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+    q_start_default,
+    stride_q_b, stride_q_h, stride_q_n,
+    stride_kw_b, stride_kw_h, stride_kw_n, stride_vw_b, stride_vw_h, stride_vw_n,
+    stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
+    stride_o_b, stride_o_h, stride_o_n,
+    log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
+    IS_SMALL_GRID: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_Q rows (position, head) of one key-value head, and writes only them.
+
+    It loops over the offsets of the narrow window, and inside over tiles of the wide window.
+    With DESCRIPTORS, k_wide and v_wide are descriptors.
+    """
+    M: tl.constexpr = BLOCK_Q * REPLICAS
+    tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
+    m_keys = tl.maximum(wide_rows, narrow_rows)
+    wide_first = m_keys - wide_rows
+    narrow_first = m_keys - narrow_rows
+    value_columns = tl.arange(0, BLOCK_DV)
+
+    rows = tl.arange(0, M)
+    replica = rows // BLOCK_Q
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP, INDEX)
+    position = positions(q_start, batch, i, q_start_default, HAS_Q_START)
+    lo, hi, narrow_lo, narrow_hi = key_ranges(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
+    )  # fmt: skip
+    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
+    sees = (lo < hi) & (narrow_lo < narrow_hi)
+    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
+
+    if not DESCRIPTORS:
+        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
+    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+    query_offset = i * stride_q_n + head * stride_q_h
+
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    key = position - offset_first - replica
+    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    # The virtual queries are made one offset ahead: a loop-carried operand is multiplied from
+    # shared memory, one made in the same iteration is reloaded into registers for every product.
+    vq, row_constant = _virtual_queries(
+        q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
+        log2_scale, k_wide_bias, k_narrow_bias,
+        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+    )  # fmt: skip
+    # The maximum is nearly always settled by the first offset; checked, never assumed.
+    is_settled = False
+    can_settle = False
+    for _offset in range(offset_first, offset_last + 1, REPLICAS):
+        t = tl.zeros([M, BLOCK_DV], tl.float32)
+        new_total = total
+        if is_settled:
+            t, new_total, _top = _attend(
+                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
+                DESCRIPTORS,
+            )  # fmt: skip
+            # Also false where a row saw nothing before: its exponentials are then infinite.
+            is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
+        if not is_settled:
+            t, new_total, new_top = _attend(
+                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
+                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+                False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
+                DESCRIPTORS,
+            )  # fmt: skip
+            decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
+            acc *= decay[:, None]
+            total *= decay
+            top = new_top
+            can_settle = (
+                tl.max(tl.where(top == float("-inf"), 0.0, tl.abs(top)), 0) < SETTLING_LIMIT
+            )
+        is_settled = can_settle
+        total += new_total
+        if HAS_WIDE_BIAS:
+            t += v_wide_bias * new_total[:, None]
+        v = load_rows(
+            v_narrow, key - narrow_first, stride_vn_n, value_columns, seen, VALUE_DIM, BLOCK_DV
+        ).to(tl.float32)
+        if HAS_NARROW_BIAS:
+            v += v_narrow_bias
+        acc += t * v
+
+        key -= REPLICAS
+        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        vq, row_constant = _virtual_queries(
+            q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
+            log2_scale, k_wide_bias, k_narrow_bias,
+            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+        )  # fmt: skip
+
+    if REPLICAS > 1:
+        top = tl.reshape(top, [REPLICAS, BLOCK_Q])
+        highest = tl.max(top, 0)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(top - base[None, :])
+        total = tl.sum(tl.reshape(total, [REPLICAS, BLOCK_Q]) * weight, 0)
+        acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_DV]) * weight[:, :, None], 0)
+        top = highest
+        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    query_head = kv_head * GROUP + head
+    out_offset = batch * stride_o_b + query_head * stride_o_h + i * stride_o_n
+    mask = real[:, None]
+    if BLOCK_DV != VALUE_DIM:
+        mask = mask & (value_columns < VALUE_DIM)[None, :]
+    tl.store(out + out_offset[:, None] + value_columns[None, :], acc, mask=mask)
+    lse_offset = (bh * GROUP + head) * seq + i
+    logarithm = tl.log2(tl.where(total > 0, total, 1.0))
+    tl.store(lse + lse_offset, (top + logarithm) * LN_2, mask=real)
+
+
+def attn_forward(
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, *,
+    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
+    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Write out [B, H, N, Dv] and lse [B, H, N]; a reach is the (left, right) of a window."""
+    problem = problem_of(
+        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
+    )
+    if out.numel() == 0:
+        return
+    choice = launch.forward_choice(problem.traits(), launch.device_of(q.device))
+    tiles = triton.cdiv(q.shape[2] * problem.group, choice.block_q)
+    grid = (tiles * q.shape[0] * k1.shape[1],)
+    forward_kernel[grid](
+        *problem.sources(choice), out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
+        *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
+        **problem.constants(out), IS_SMALL_GRID=launch.is_small(grid), **choice.constants,
+        num_warps=choice.num_warps, num_stages=choice.num_stages,
+    )  # fmt: skip

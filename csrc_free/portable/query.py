@@ -1,0 +1,165 @@
+"""The query side of the backward, offset by offset: dq, and parts of the narrow pair's gradients.
+
+One launch makes dq and the parts of dk, another the parts of dv: that is one matrix product more
+than both at once, but both at once spill, and take longer.
+
+A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries, as in the forward.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
+from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.portable.rows import attend_backward, virtual_rows
+from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.steps.parts_sum import slot_base
+
+
+@triton.jit
+def _add_in_turn(
+    parts, where, replica, held, gradient, columns,
+    REPLICAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Add rows of a gradient to the slots of a part, one replica after the other.
+
+    A slot meets the next row of the tile with every offset, hence another thread: the barrier makes
+    what that one wrote visible.
+    """
+    to = parts + where[:, None] * HEAD_DIM + columns[None, :]
+    for turn in tl.static_range(REPLICAS):
+        mask = (held & (replica == turn))[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.debug_barrier()
+        tl.store(to, tl.load(to, mask=mask, other=0.0) + gradient, mask=mask)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def backward_query_kernel(
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts,
+    kv_bounds, q_start,
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+    q_start_default, slots, part_rows, part_shift,
+    stride_q_b, stride_q_h, stride_q_n,
+    stride_kw_b, stride_kw_h, stride_kw_n, stride_vw_b, stride_vw_h, stride_vw_n,
+    stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
+    stride_do_b, stride_do_h, stride_do_n, stride_dq_b, stride_dq_h, stride_dq_n,
+    scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: tl.constexpr, SIGN: tl.constexpr, GROUP: tl.constexpr, INDEX: tl.constexpr,
+    IS_SMALL_GRID: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_Q_START: tl.constexpr,
+    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, NEEDS_DQ: tl.constexpr, FILLS_DK: tl.constexpr, FILLS_DV: tl.constexpr,
+    PARTS_FOLLOW_QUERIES: tl.constexpr,
+    TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_Q rows of one key-value head: their dq, and a part where it fills one.
+
+    Filling parts needs HEADS a power of two; parts must come zeroed.
+    """
+    M: tl.constexpr = BLOCK_Q * REPLICAS
+    tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
+    tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
+    m_keys = tl.maximum(wide_rows, narrow_rows)
+    wide_first = m_keys - wide_rows
+    narrow_first = m_keys - narrow_rows
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+
+    rows = tl.arange(0, M)
+    replica = rows // BLOCK_Q
+    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS, INDEX)
+    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
+    position = start + i
+    lo, hi, narrow_lo, narrow_hi = key_ranges(
+        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
+        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
+    )  # fmt: skip
+    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
+    sees = (lo < hi) & (narrow_lo < narrow_hi)
+    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
+
+    if not DESCRIPTORS:
+        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
+        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
+    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
+    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
+    query_offset = i * stride_q_n + head * stride_q_h
+    dout_offset = i * stride_do_n + head * stride_do_h
+    statistics = (bh * seq + i) * GROUP + head
+    is_huge = tl.load(has_huge + bh) != 0
+    row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
+    row_delta = tl.load(delta + statistics, mask=real, other=0.0)
+
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    key = position - offset_first - replica
+    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
+    vq, vdo, shift, row_dp = virtual_rows(
+        q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
+        stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
+        k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+        DOT_DTYPE,
+    )  # fmt: skip
+    for offset in range(offset_first, offset_last + 1, REPLICAS):
+        dvq, t, sigma = attend_backward(
+            vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
+            k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+            scale, log2_scale, k_wide_bias, v_wide_bias,
+            NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
+            DESCRIPTORS,
+        )  # fmt: skip
+        if NEEDS_DQ:
+            k, k_prev = load_for_form(
+                k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
+                FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+        if FILLS_DK | FILLS_DV:
+            P: tl.constexpr = BLOCK_Q // HEADS
+            summed = tl.arange(0, P * REPLICAS)
+            base = slot_base(tile, part_rows, HEADS, part_shift)
+            if PARTS_FOLLOW_QUERIES:
+                base += start
+            narrow_row = start + tile * P + summed % P - offset - summed // P - narrow_first
+            held = (narrow_row >= 0) & (narrow_row < narrow_rows) & (narrow_row >= base)
+            where = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
+        if FILLS_DK:
+            query, query_prev = load_for_form(
+                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+            )
+            dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
+            dk = tl.sum(tl.reshape(dk, [P * REPLICAS, HEADS, BLOCK_D]), 1)
+            _add_in_turn(dk_parts, where, summed // P, held, dk, columns, REPLICAS, HEAD_DIM)
+        if FILLS_DV:
+            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            dv = tl.sum(tl.reshape(t * do, [P * REPLICAS, HEADS, BLOCK_DV]), 1)
+            _add_in_turn(dv_parts, where, summed // P, held, dv, value_columns, REPLICAS, VALUE_DIM)
+
+        key -= REPLICAS
+        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        vq, vdo, shift, row_dp = virtual_rows(
+            q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
+            stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
+            k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+            DOT_DTYPE,
+        )  # fmt: skip
+
+    if NEEDS_DQ:
+        if REPLICAS > 1:
+            acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
+            flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            i, head, real = query_rows(flat, seq, GROUP, HEADS, INDEX)
+        to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
+        to += i * stride_dq_n
+        tl.store(
+            dq + to[:, None] + columns[None, :], acc,
+            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
+        )  # fmt: skip

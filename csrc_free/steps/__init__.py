@@ -1,0 +1,1 @@
+"""What every backward needs before and after its kernels: row statistics, parts and their sums."""

@@ -1,0 +1,92 @@
+"""Partial gradients of the narrow pair: how many parts there are, and which rows each one holds."""
+
+import dataclasses
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from csrc_free.problem import Problem
+from csrc_free.steps.parts_sum import sum_parts_kernel
+
+LIMIT_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The buffers that a kernel fills, and where slot 0 of each part stands.
+
+    Part number `part` holds the narrow rows from part * rows // per_position + shift on, counted
+    from the first query's position where the parts follow the queries; or all rows.
+    """
+
+    dk: Tensor  # float32 [parts, B, Hkv, slots, D], zeroed
+    dv: Tensor  # float32 [parts, B, Hkv, slots, Dv], zeroed
+    rows: int
+    per_position: int
+    shift: int
+    do_move: bool
+    do_follow_queries: bool
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """Return slots, rows and shift, as the kernels take them."""
+        return self.dk.shape[3], self.rows, self.shift
+
+    def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
+        """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
+        batch, kv_heads, rows, _ = dk.shape
+        constants = problem.constants()
+        names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
+        sum_parts_kernel[(batch * kv_heads * rows,)](
+            self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
+            *self.numbers, problem.sizes()[-1], *dk.stride()[:3], *dv.stride()[:3],
+            PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
+            PARTS_FOLLOW_QUERIES=self.do_follow_queries,
+            **{name: constants[name] for name in names},
+            num_warps=1,
+        )  # fmt: skip
+
+
+def parts_of_queries(problem: Problem, heads: int, rows: int) -> Parts | None:
+    """Allocate parts of `rows` consecutive (position, head) entries, `heads` to a position.
+
+    Returns None where they would be larger than LIMIT_BYTES.
+    """
+    left, right = problem.narrow_reach
+    count = triton.cdiv(problem.q.shape[2] * heads, rows)
+    span = (rows - 1) // heads + 2 + left + right
+    shift = -left - problem.narrow_first
+    return _allocate(problem, count, span, rows, heads, shift, do_follow_queries=True)
+
+
+def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
+    """Allocate parts of `rows` wide keys, each for the narrow rows that share a query with them.
+
+    Returns None where they would be larger than LIMIT_BYTES.
+    """
+    (left, right), (wide_left, wide_right) = problem.narrow_reach, problem.wide_reach
+    count = triton.cdiv(problem.k_wide.shape[2], rows)
+    span = rows + wide_left + wide_right + left + right
+    shift = problem.wide_first - wide_right - left - problem.narrow_first
+    return _allocate(problem, count, span, rows, 1, shift, do_follow_queries=False)
+
+
+def _allocate(
+    problem: Problem, count: int, span: int, rows: int, per_position: int, shift: int,
+    *, do_follow_queries: bool,
+) -> Parts | None:  # fmt: skip
+    batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
+    value_dim = problem.v_narrow.shape[3]
+    do_move = span < narrow_rows
+    shape = (count, batch, kv_heads, min(span, narrow_rows))
+    if count > 1 and 4 * math.prod(shape) * (head_dim + value_dim) > LIMIT_BYTES:
+        return None
+    dk, dv = (
+        torch.zeros(*shape, dim, dtype=torch.float32, device=problem.q.device)
+        for dim in (head_dim, value_dim)
+    )
+    if not do_move:
+        rows, shift = 0, 0
+    return Parts(dk, dv, rows, per_position, shift, do_move, do_move and do_follow_queries)

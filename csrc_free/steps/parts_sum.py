@@ -1,0 +1,60 @@
+"""The sum of the partial gradients of the narrow pair, in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from csrc_free.device.tiles import positions
+
+
+@triton.jit
+def slot_base(part, part_rows, PER_POSITION: tl.constexpr, shift):
+    """Return the narrow row of a part's first slot: its first position, shifted."""
+    return part * part_rows // PER_POSITION + shift
+
+
+@triton.jit(
+    do_not_specialize=["rows", "parts", "slots", "part_rows", "part_shift", "q_start_default"]
+)
+def sum_parts_kernel(
+    dk_parts, dv_parts, dk, dv, q_start,
+    kv_heads, rows, parts, slots, part_rows, part_shift, q_start_default,
+    stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
+    PER_POSITION: tl.constexpr, PARTS_MOVE: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
+    HAS_Q_START: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One program owns one narrow row of one key-value head.
+
+    Parts are [parts, B, Hkv, slots, D] in float32; slot s of a part holds the narrow row
+    slot_base(part) + s. Where parts do not move, slot s is row s in each of them.
+    """
+    row = tl.program_id(0) % rows
+    bh = (tl.program_id(0) // rows).to(tl.int64)
+    heads = tl.num_programs(0) // rows
+    batch = bh // kv_heads
+    kv_head = bh % kv_heads
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    dk_sum = tl.zeros([BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([BLOCK_DV], tl.float32)
+    first = 0
+    last = parts - 1
+    if PARTS_MOVE:
+        if PARTS_FOLLOW_QUERIES:
+            part_shift += positions(q_start, batch, 0, q_start_default, HAS_Q_START)
+        first = tl.cdiv(tl.maximum(row - part_shift - slots + 1, 0) * PER_POSITION, part_rows)
+        reached = (row - part_shift + 1) * PER_POSITION - 1
+        last = tl.minimum(tl.where(reached < 0, -1, reached // part_rows), last)
+    for part in range(first, last + 1):
+        slot = row
+        if PARTS_MOVE:
+            slot -= slot_base(part, part_rows, PER_POSITION, part_shift)
+        where = (part * heads + bh) * slots + slot
+        dk_sum += tl.load(dk_parts + where * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        dv_sum += tl.load(
+            dv_parts + where * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+        )
+    to = batch * stride_dk_b + kv_head * stride_dk_h + row.to(tl.int64) * stride_dk_n
+    tl.store(dk + to + columns, dk_sum, mask=columns < HEAD_DIM)
+    to = batch * stride_dv_b + kv_head * stride_dv_h + row.to(tl.int64) * stride_dv_n
+    tl.store(dv + to + value_columns, dv_sum, mask=value_columns < VALUE_DIM)

@@ -1,0 +1,1 @@
+"""The passes over Dynamo's graph, one a file."""

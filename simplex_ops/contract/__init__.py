@@ -1,0 +1,1 @@
+"""What eager, fake and compiled code agree on: schemas, input checks, memory order, windows."""

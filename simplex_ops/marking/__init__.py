@@ -1,0 +1,1 @@
+"""Marks: how attention modules of an existing model become 2-simplicial."""

@@ -1,0 +1,1 @@
+"""How marking reads each kind of attention module, one file a family."""

@@ -1,0 +1,1 @@
+"""One rule of the operators a file: fake kernels, autograd, autocast, FLOPs, the caches' key."""
