@@ -4,6 +4,8 @@ A visible pair (j, k) of a query costs 2 (D + Dv) useful FLOPs a head, in the fo
 queries; the backward counts 2.5 times that, as is the custom for attention.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from simplex_ops.contract.windows import reach
@@ -18,11 +20,37 @@ def visible_pairs(
     """
     m = max(m1, m2)
 
-    def seen(position: int, rows: int, window: int | None) -> int:
+    def bounds(rows: int, window: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the two ends of what position p sees, [max(a, p + b), min(c, p + d)], as pairs."""
         left, right = reach(window, is_causal)
-        return max(0, min(position + right, m - 1) - max(position - left, m - rows) + 1)
+        return (m - rows, -left), (m - 1, right)
 
-    return sum(seen(p, m1, w1) * seen(p, m2, w2) for p in range(m - seq, m))
+    (first1, back1), (last1, ahead1) = bounds(m1, w1)
+    (first2, back2), (last2, ahead2) = bounds(m2, w2)
+    # Between turns both counts are linear in p: their product is a polynomial of degree 2.
+    turns = {m - seq, m}
+    for first, back, last, ahead in (
+        (first1, back1, last1, ahead1),
+        (first2, back2, last2, ahead2),
+    ):
+        turns |= {first - back, last - ahead, first - ahead - 1, last - back + 1}
+    ordered = sorted(min(max(turn, m - seq), m) for turn in turns)
+
+    def product(p: int) -> int:
+        one = min(last1, p + ahead1) - max(first1, p + back1) + 1
+        two = min(last2, p + ahead2) - max(first2, p + back2) + 1
+        return max(0, one) * max(0, two)
+
+    return sum(_sum_of_quadratic(product, lo, hi) for lo, hi in pairwise(ordered))
+
+
+def _sum_of_quadratic(f: Callable[[int], int], lo: int, hi: int) -> int:
+    """Return the sum of f over [lo, hi), where f is a polynomial of degree 2 at most."""
+    n = hi - lo
+    if n <= 3:
+        return sum(f(p) for p in range(lo, hi))
+    a, b, c = f(lo), f(lo + 1), f(lo + 2)  # Newton's forward differences
+    return a * n + (b - a) * (n * (n - 1) // 2) + (c - 2 * b + a) * (n * (n - 1) * (n - 2) // 6)
 
 
 def attn(

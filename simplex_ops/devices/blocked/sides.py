@@ -14,6 +14,9 @@ from torch import Tensor
 from simplex_ops.contract.windows import reach
 from simplex_ops.devices.blocked.host import can_look
 
+# Positions are int64 here: beyond any int32 q_start, so that unbounded windows reach back from it.
+UNBOUNDED = 2**40
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -53,7 +56,7 @@ class Extent:
 
 def extent(rows: int, window: int | None, is_causal: bool, seq: int) -> Extent:
     """Let the window slide where that looks at fewer columns than whole rows would."""
-    left, right = reach(window, is_causal)
+    left, right = reach(window, is_causal, UNBOUNDED)
     whole = rows - seq // 2 if is_causal and seq <= rows else rows
     slides = left + right + 1 < whole
     return Extent(rows, left, right, slides, left + right + 1 if slides else rows)
@@ -83,7 +86,7 @@ def make_side(
     if can_look(start):
         seen = _summary(begin, end, block, extent.width)
     elif is_static:
-        on_host = torch.full(start.shape, m - seq, dtype=torch.long)
+        on_host = torch.full(start.shape, m - seq, dtype=torch.long, device="cpu")
         host_position = on_host - extent.left if extent.slides else torch.full_like(on_host, first)
         rows = _rows_seen(extent, m, first, on_host, host_position, seq, padded, None)
         seen = _summary(*rows, block, extent.width)
