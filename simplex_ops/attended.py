@@ -87,7 +87,7 @@ def attended_pairs(
         torch.full((batch, heads, seq, top), -1, device=q.device),
         torch.zeros(batch, heads, seq, top, device=q.device, dtype=lse.dtype),
     )
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     keys = max(k1.shape[2], k2.shape[2])
     for b in range(batch):
         start = keys - seq if q_start is None else int(q_start[b])
@@ -102,7 +102,7 @@ def attended_pairs(
             second = second + k2_bias
             for i in range(0, seq, QUERIES_AT_ONCE):
                 mine = slice(i, i + QUERIES_AT_ONCE)
-                logits = _Logits(form, scale, one[mine], first, second)
+                logits = _Logits(form, factor, one[mine], first, second)
                 logit, j, k = _heaviest(logits, sees1[mine], sees2[mine], top)
                 seen = logit > -torch.inf
                 best.j[b, h, mine] = torch.where(seen, j, -1)
@@ -151,7 +151,7 @@ def _heaviest(
     pair = sees1.new_full((2, queries, top), -1)
     sees_any = ((sees1[:, 0] < sees1[:, 1]) & (sees2[:, 0] < sees2[:, 1])).nonzero()[:, 0]
     if len(sees_any) == 0:
-        return best, *pair
+        return best, pair[0], pair[1]
     j_first, j_end = _union(sees1[sees_any])
     k_first, k_end = _union(sees2[sees_any])
     j = torch.arange(j_first, j_end, device=best.device)
@@ -166,7 +166,7 @@ def _heaviest(
         rows = torch.stack((j[column % len(j)], k[column // len(j)]))
         best, order = torch.cat((best, found), dim=1).topk(top)
         pair = torch.cat((pair, rows), dim=2).gather(2, order.expand(2, -1, -1))
-    return best, *pair
+    return best, pair[0], pair[1]
 
 
 def _union(ranges: Tensor) -> tuple[int, int]:
