@@ -6,7 +6,7 @@ f(f(...u)), f applied k + 1 times, for each token.
 
 A token knows f, once applied. A layer of ordinary attention looks at one other token, and so at
 best doubles the power of f that a token knows; a 2-simplicial layer looks at two at once and at
-best triples it. So L layers reach 2^L - 1 hops or 3^L - 1, and a mix of layers the product, less one.
+best triples it. So L layers reach 2^L - 1 hops or 3^L - 1; mixed ones, the product less one.
 """
 
 from collections.abc import Iterator
