@@ -53,8 +53,8 @@ class _Recorder(TorchDispatchMode):
             options = {k: v for k, v in (kwargs or {}).items() if k != "v2_bias"}
             w1 = options.pop("w1", None) if not windows else windows[0]
             w2 = options.pop("w2", None) if len(windows) < 2 else windows[1]
-            tensors = (t.detach().clone() for t in (q, k1, k2))
-            self.calls.append(Call(*tensors, (w1, w2), options))
+            q, k1, k2 = (t.detach().clone() for t in (q, k1, k2))
+            self.calls.append(Call(q, k1, k2, (w1, w2), options))
         return func(*args, **(kwargs or {}))
 
 
@@ -123,7 +123,7 @@ def draw_query(
         for first, second, w in zip(j, k, weight, strict=True):
             if first >= 0:
                 table[second, first] = w
-        axes.imshow(table, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
         _name_tokens(axes, labels)
         axes.set(title=f"head {h}, query {labels[query]}", xlabel="j", ylabel="k")
     figure.suptitle(title, fontsize=9)

@@ -87,7 +87,10 @@ def widened(shape: Shape, task: Hops) -> Shape:
     wanted = trained_parameters(shape, task.fields, task.classes)
     ordinary = replace(shape, layers=("ordinary",) * len(shape.layers))
     return min(
-        (replace(ordinary, width=w) for w in range(shape.width, 2 * shape.width, 2 * shape.heads)),
+        (
+            replace(ordinary, width=w)
+            for w in range(shape.width, 2 * shape.width, max(2, shape.heads))
+        ),
         key=lambda s: abs(trained_parameters(s, task.fields, task.classes) - wanted),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tools.experiments import hops, intervals, lines
+from tools.experiments import hops, intervals, lines, plots
 
 Line = lines.Line
 _INTRODUCTION = """# What the experiments gave
@@ -30,6 +30,7 @@ def write(folder: Path) -> str:
     file = folder.parent / "RESULTS.md"
     read = {name: lines.read(folder / f"{name}.jsonl") for name in ("hops", "match3", "cost")}
     file.write_text(text(read))
+    _draw(read["hops"], folder.parent)
     return f"wrote {file}, of {sum(map(len, read.values()))} runs"
 
 
@@ -40,6 +41,33 @@ def text(read: dict[str, list[Line]]) -> str:
         parts += _accuracies(name, read.get(name, []))
     parts += _costs(read.get("cost", []))
     return "\n".join(parts)
+
+
+def _draw(found: list[Line], folder: Path) -> None:
+    """Draw the learning curves of two hops in one layer, and the map where it has run."""
+    two = [line for line in found if line["part"] == "one-layer"]
+    two = [line for line in two if line["setting"]["task"]["hops"] == 2]
+    if two:
+        arms = _by(two, lambda line: "{0[layers][0]}, width {0[width]}".format(_shape(line)))
+        plots.curves(
+            {arm: [line["result"]["curve"] for line in group] for arm, group in arms.items()},
+            folder / "two_hops.png",
+            title="two hops, one layer: a line for each seed",
+        )
+    mapped = [line for line in found if line["part"] == "map" and _shape(line)["width"] == 64]
+    if mapped:
+        panels = {}
+        for arm, group in _by(mapped, lambda line: _shape(line)["layers"][0]).items():
+            cells: dict[tuple[int, int], list[float]] = {}
+            for line in group:
+                cell = (len(_shape(line)["layers"]), line["setting"]["task"]["hops"])
+                cells.setdefault(cell, []).append(line["result"]["accuracy"])
+            panels[arm] = {cell: statistics.fmean(values) for cell, values in cells.items()}
+        plots.heat_map(panels, folder / "hops_map.png", title="mean accuracy over seeds")
+
+
+def _shape(line: Line) -> dict[str, Any]:
+    return line["setting"]["shape"]
 
 
 def _by(found: Iterable[Line], key: Any) -> dict[str, list[Line]]:
@@ -68,6 +96,10 @@ def _accuracies(name: str, found: list[Line]) -> list[str]:
         parts.append(f"## {name}: {where}\n\n{_dates(on_device)}\n")
         rows = [_row(name, group) for group in _by(on_device, _without_seed).values()]
         parts.append(_table(_HEADINGS, rows))
+    if name == "hops":
+        drawn = {line["part"] for line in found}
+        parts += ["![two hops, one layer](two_hops.png)\n"] if "one-layer" in drawn else []
+        parts += ["![hops by layers](hops_map.png)\n"] if "map" in drawn else []
     return parts
 
 
