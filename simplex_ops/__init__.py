@@ -4,6 +4,7 @@ Importing this package registers `torch.ops.simplex.attn`; it needs neither a GP
 """
 
 from simplex_ops import register as _register  # noqa: F401  (registers the operators)
+from simplex_ops.attended import AttendedPairs, attended_pairs
 from simplex_ops.bounds import (
     kv_bounds_from_cu_seqlens,
     kv_bounds_from_document_ids,
@@ -15,8 +16,10 @@ from simplex_ops.marking.mark import mark, marked_modules, unmark
 from simplex_ops.module import SimplicialAttention
 
 __all__ = [
+    "AttendedPairs",
     "SimplicialAttention",
     "UnservedMarkError",
+    "attended_pairs",
     "kv_bounds_from_cu_seqlens",
     "kv_bounds_from_document_ids",
     "kv_bounds_from_padding_mask",

@@ -1,0 +1,187 @@
+"""The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from typer.testing import CliRunner
+
+from tools.experiments import __main__ as command
+from tools.experiments import cost, hops, intervals, lines, match3, plots, report
+from tools.experiments.hops import Hops
+from tools.experiments.model import Model, Shape, trained_parameters
+from tools.experiments.train import Training, train
+
+CPU = torch.device("cpu")
+TOY = Hops(2, nodes=6)
+app = typer.Typer()
+app.command()(command.main)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_an_ordinary_layer_is_scaled_dot_product_attention(heads):
+    layer = Model(Shape(("ordinary",), 8, heads), (6,), 2).blocks[0].attention
+    x = torch.randn(2, 5, 8, generator=generator())
+    q, k, v = (
+        p(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for p in (layer.q_proj, layer.k1_proj, layer.v1_proj)
+    )
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer(x), layer.out_proj(expected))
+
+
+def test_training_from_the_frozen_zero_start_is_training_ordinary_attention():
+    training = Training(steps=30, batch=16, evaluate_every=10)
+    weights = {}
+    for kind in ("ordinary", "frozen"):
+        model, _ = train(Shape((kind,), 16), TOY, training, 0, CPU)
+        weights[kind] = model.state_dict()
+        assert not weights[kind]["blocks.0.attention.k2_proj.weight"].any()
+    torch.testing.assert_close(weights["frozen"], weights["ordinary"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_2_simplicial_layer_leaves_the_zero_start():
+    model, _ = train(Shape(("2-simplicial",), 16), TOY, Training(5, batch=8), 0, CPU)
+    assert model.blocks[0].attention.k2_proj.weight.any()
+
+
+@pytest.mark.parametrize("graph", ["permutation", "function"])
+def test_hops_are_steps_along_the_edges(graph):
+    edges, reached = Hops(2, nodes=7, graph=graph).draw(3, generator())
+    for row, ends in zip(edges.tolist(), reached.tolist(), strict=True):
+        target = dict(row)
+        assert sorted(target) == list(range(7))
+        assert ends == [target[target[node]] for _, node in row]
+
+
+def test_reach_multiplies_the_power_that_each_layer_adds():
+    assert hops.reach(("ordinary",) * 3) == 7
+    assert hops.reach(("2-simplicial",) * 2) == 8
+    assert hops.reach(("2-simplicial", "ordinary")) == 5
+
+
+def test_the_wider_ordinary_model_has_as_many_parameters():
+    for depth, heads in ((1, 1), (2, 4), (3, 4)):
+        shape = Shape(("2-simplicial",) * depth, 64, heads)
+        sizes = [
+            trained_parameters(s, TOY.fields, TOY.classes)
+            for s in (shape, hops.widened(shape, TOY))
+        ]
+        assert abs(sizes[1] / sizes[0] - 1) < 0.06
+
+
+@pytest.mark.parametrize("form", ["trilinear", "determinant"])
+@pytest.mark.parametrize(("modulus", "length"), [(2, 3), (5, 4), (37, 8), (137, 32)])
+def test_one_head_of_width_7_computes_match3_exactly(form, modulus, length):
+    numbers = torch.randint(modulus, (200, length), generator=generator())
+    if modulus**length < 1000:
+        numbers = torch.cartesian_prod(*[torch.arange(modulus)] * length)
+    head = match3.constructed(modulus, length, form=form)
+    assert head.head_dim == 7
+    assert head.num_heads == 1
+    out = head(match3.constructed_input(numbers, modulus))[:, :-1, 0]
+    assert torch.equal(out > 0.5, match3.has_match(numbers, modulus))
+
+
+def test_has_match_is_its_definition():
+    numbers = torch.randint(11, (20, 5), generator=generator())
+    for row, found in zip(numbers.tolist(), match3.has_match(numbers, 11).tolist(), strict=True):
+        assert found == [any((x + y + z) % 11 == 0 for y in row for z in row) for x in row]
+
+
+def test_match3_trains_a_few_steps():
+    setting = next(s for _, s in match3.settings(1, quick=True))
+    short = replace(setting, training=Training(3, batch=4))
+    assert match3.measure(short, CPU, lambda step, accuracy: None)["steps"] == 3
+
+
+def test_cost_times_both_layers():
+    setting = next(s for _, s in cost.settings(1, quick=True))
+    result = cost.measure(setting, CPU, lambda step, accuracy: None)
+    assert result["ordinary"]["ms"] > 0
+    assert result["2-simplicial"]["ms"] > 0
+    more = 2 * setting.width * setting.width * setting.kv_heads // setting.heads
+    assert result["2-simplicial"]["parameters"] - result["ordinary"]["parameters"] == more
+
+
+def _timeless(file):
+    read = lines.read(file)
+    for line in read:
+        del line["environment"]["date"], line["result"]["seconds"]
+    return read
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch):
+    training = Training(4, batch=4, evaluate_every=2)
+    rows = [(TOY, Shape((kind,), 8), training) for kind in ("ordinary", "2-simplicial")]
+    monkeypatch.setattr(hops, "_QUICK", {"quick": rows})
+
+    def run(folder, *more):
+        arguments = ["hops", "--quick", "--seeds", "2", "--results", str(folder), *more]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+
+    run(tmp_path / "whole")
+    whole = tmp_path / "whole" / "hops.jsonl"
+    stopped = tmp_path / "stopped" / "hops.jsonl"
+    stopped.parent.mkdir()
+    stopped.write_bytes(whole.read_bytes()[: len(whole.read_bytes()) * 2 // 3])  # killed: torn
+    run(stopped.parent)
+    assert len(_timeless(whole)) == 4
+    assert _timeless(stopped) == _timeless(whole)
+    before = stopped.read_bytes()
+    run(stopped.parent)
+    assert stopped.read_bytes() == before
+    run(tmp_path / "shards", "--shard", "0/2")
+    run(tmp_path / "shards", "--shard", "0/1")
+    assert len(lines.read(tmp_path / "shards" / "hops.jsonl")) == 4
+
+
+def test_intervals_are_those_of_the_tables():
+    for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert intervals.t_quantile(freedom) == pytest.approx(expected, abs=1e-3)
+    assert intervals.of_share(5, 5) == pytest.approx((0.4782, 1.0), abs=1e-4)
+    assert intervals.of_share(1, 3) == pytest.approx((0.0084, 0.9057), abs=1e-4)
+    assert intervals.of_mean([0.5], least=0, most=1) is None
+
+
+def test_the_committed_report_is_that_of_the_committed_lines():
+    names = ("hops", "match3", "cost")
+    read = {name: lines.read(lines.RESULTS / f"{name}.jsonl") for name in names}
+    assert (lines.RESULTS.parent / "RESULTS.md").read_text() == report.text(read)
+
+
+def test_the_map_is_drawn(tmp_path):
+    cells = {(1, 1): 1.0, (1, 2): 0.3, (2, 1): 1.0, (2, 2): 0.9}
+    plots.heat_map({"ordinary": cells, "2-simplicial": cells}, tmp_path / "map.png", title="map")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_marks_what_refutes_the_expectation():
+    shape = {"layers": ["ordinary"], "width": 8, "heads": 1, "w1": None, "w2": None}
+    line = {
+        "part": "one-layer",
+        "setting": {
+            "task": {"hops": 2, "nodes": 6, "graph": "permutation"},
+            "shape": shape,
+            "training": {"steps": 9},
+            "seed": 0,
+        },
+        "result": {
+            "accuracy": 1.0, "learned": True, "steps": 5, "parameters": 9, "majority": 0.2,
+            "seconds": 6.0,
+        },
+        "environment": {
+            "device": "x", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "abc",
+        },
+    }  # fmt: skip
+    said = report.text({"hops": [json.loads(json.dumps(line))]})
+    assert "out of reach; refuted" in said
+    assert "[one seed]" in said

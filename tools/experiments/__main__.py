@@ -1,0 +1,138 @@
+"""Run an experiment, or write the report of all that have run.
+
+    python -m tools.experiments hops --seeds 5
+    python -m tools.experiments match3 --device cuda --minutes 9
+    python -m tools.experiments cost --device cuda
+    python -m tools.experiments report
+
+Results are JSON lines in tools/experiments/results. A run is its setting and its device: what has
+its line there is not run again, so a command that was stopped goes on when it is given again.
+"""
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tools.environment import environment
+from tools.experiments import cost, hops, lines, match3, report
+
+EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "cost": cost}
+QUICK_RESULTS = Path("out/experiments")
+
+
+class Name(str, Enum):
+    hops = "hops"
+    match3 = "match3"
+    cost = "cost"
+    report = "report"
+
+
+def main(
+    name: Annotated[Name, typer.Argument(help="an experiment, or the report of all")],
+    device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each setting")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="toy sizes, into out/experiments")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="a part, again for more")] = None,
+    minutes: Annotated[float, typer.Option(help="start no run after so long")] = float("inf"),
+    shard: Annotated[str, typer.Option(help="n/of: every of-th run, from n = 0")] = "0/1",
+    results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
+) -> None:
+    """Run an experiment, or write the report of all that have run."""
+    folder = results or (QUICK_RESULTS if quick else lines.RESULTS)
+    console = Console(highlight=False)
+    if name == Name.report:
+        console.print(report.write(folder), soft_wrap=True)
+        return
+    experiment = EXPERIMENTS[name.value]
+    unknown = sorted(set(part or ()) - set(experiment.PARTS))
+    if unknown:
+        parts = ", ".join(experiment.PARTS)
+        raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
+    left = _left(experiment, folder / f"{name.value}.jsonl", _device(device), seeds, quick, part)
+    mine = left[slice(*_shard(shard))]
+    last = time.monotonic() + 60 * minutes
+    _run(console, name.value, folder / f"{name.value}.jsonl", mine, _device(device), last)
+
+
+def _run(
+    console: Console,
+    name: str,
+    file: Path,
+    left: list[tuple[str, Any]],
+    device: torch.device,
+    last: float,
+) -> None:
+    facts = {**environment(device), "commit": lines.commit()}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        runs = progress.add_task(f"{name}, runs", total=len(left))
+        present = progress.add_task("", total=None)
+        for part, setting in left:
+            if time.monotonic() > last:
+                console.print("out of time: the same command goes on from here")
+                break
+            total = EXPERIMENTS[name].steps(setting)
+            progress.reset(present, total=total, description=f"{part}: starts")
+
+            def watch(step: int, accuracy: float, part: str = part) -> None:
+                said = f"{part}: accuracy {accuracy:.3f}"
+                progress.update(present, completed=step, description=said)
+
+            result = EXPERIMENTS[name].measure(setting, device, watch)
+            line = {
+                "experiment": name,
+                "part": part,
+                "setting": lines.plain(setting),
+                "result": result,
+                "environment": facts,
+            }
+            lines.append(file, line)
+            progress.advance(runs)
+            console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
+
+
+def _left(
+    experiment: Any,
+    file: Path,
+    device: torch.device,
+    seeds: int,
+    quick: bool,
+    part: list[str] | None,
+) -> list[tuple[str, Any]]:
+    """Return the (part, setting) of each run that has no line yet, each setting once."""
+    name = str(environment(device)["device"])
+    done = {lines.key(line["setting"], line["environment"]["device"]) for line in lines.read(file)}
+    left = []
+    for of_part, setting in experiment.settings(seeds, quick=quick):
+        key = lines.key(lines.plain(setting), name)
+        if key not in done and (not part or of_part in part):
+            done.add(key)
+            left.append((of_part, setting))
+    return left
+
+
+def _shard(text: str) -> tuple[int, None, int]:
+    first, _, of = text.partition("/")
+    if not (first.isdigit() and of.isdigit() and int(first) < int(of)):
+        raise typer.BadParameter(f"--shard is n/of with n below of, as 0/4, got {text!r}")
+    return int(first), None, int(of)
+
+
+def _device(name: str) -> torch.device:
+    if name not in {"cpu", "cuda"}:
+        raise typer.BadParameter(f"--device is cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here: use --device cpu")
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""Figures of the experiments, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Cells = Mapping[tuple[int, int], float]  # (depth, hops): mean accuracy
+
+
+def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
+    """Draw accuracy by hops and depth, a panel for each arm, and the curves of what is in reach."""
+    figure = Figure(figsize=(4.6 * len(arms), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False)[0]
+    depths = sorted({depth for cells in arms.values() for depth, _ in cells})
+    hops = sorted({hop for cells in arms.values() for _, hop in cells})
+    image = None
+    for axes, (name, cells) in zip(panels, arms.items(), strict=True):
+        table = [[cells.get((d, h), float("nan")) for h in hops] for d in depths]
+        image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        for base, style in ((2, "w--"), (3, "r-")):
+            edges = [sum(h <= base**d - 1 for h in hops) - 0.5 for d in depths]
+            heights = [n + half for n in range(len(depths)) for half in (-0.5, 0.5)]
+            axes.plot(
+                [edge for edge in edges for _ in (0, 1)], heights, style, label=f"{base}^L − 1"
+            )
+        for (d, h), value in cells.items():
+            place = (hops.index(h), depths.index(d))
+            axes.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=7, color="gray")
+        axes.set_xticks(range(len(hops)), [str(h) for h in hops])
+        axes.set_yticks(range(len(depths)), [str(d) for d in depths])
+        axes.set(xlabel="hops", ylabel="layers, L", title=name)
+        axes.legend(fontsize=7, loc="lower right")
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), label="accuracy")
+    figure.suptitle(title, fontsize=9)
+    save(figure, file)
+
+
+def curves(
+    lines: Mapping[str, Sequence[Sequence[tuple[int, float]]]], file: Path, *, title: str
+) -> None:
+    """Draw accuracy by steps: a colour for each arm, a line for each seed."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes: Axes = figure.subplots()
+    for place, (name, seeds) in enumerate(lines.items()):
+        for n, curve in enumerate(seeds):
+            axes.plot(
+                [step for step, _ in curve],
+                [accuracy for _, accuracy in curve],
+                color=mpl.colormaps["tab10"](place),
+                linewidth=1.2,
+                label=name if n == 0 else None,
+            )
+    axes.set(xlabel="steps", ylabel="accuracy on held-out batches", ylim=(0, 1.02))
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # No date and no version in the file: the same lines give the same bytes.
+    figure.savefig(file, dpi=110, metadata={"Software": None})
