@@ -85,7 +85,7 @@ def forward_choice(traits: Traits, device: Device) -> Choice:
     if device.backend == "cpu":
         return Choice(4, 1, {"BLOCK_Q": 16, "REPLICAS": 2, "BLOCK_N": 16} | how)
     if not _is_measured(traits, device):
-        rows = 64 if traits.columns <= 64 else 32
+        rows = 64 if traits.columns <= 64 and traits.is_describable else 32
         return Choice(4, 1, {"BLOCK_Q": rows, "REPLICAS": 1, "BLOCK_N": 32} | how)
     # tools.bench on an H100 80GB HBM3, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25, D 128, windows
     # 512 x 32, nominal TFLOP/s: 459 at a group of 64, 353 at 8, 315 at 1.
@@ -149,9 +149,15 @@ def _reads_by_descriptor(traits: Traits, device: Device) -> bool:
 
 
 def _is_measured(traits: Traits, device: Device) -> bool:
-    """Tell whether the large tiles were seen to fit and to pay: Hopper, bfloat16, trilinear."""
+    """Tell whether the large tiles were seen to fit and to pay: Hopper, bfloat16, trilinear.
+
+    And to be right: where rows are no multiple of 16 bytes, tiles of 64 rows and 64 keys read by
+    pointers gave wrong outputs and illegal accesses (head sizes 65 and 20, or 18 and 2; causal or
+    not; H100, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25), and those of 32 right ones.
+    """
     return (
         device == Device("cuda", 90)
+        and traits.is_describable
         and traits.is_bf16
         and traits.columns <= 128
         and traits.form == "trilinear"

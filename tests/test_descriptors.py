@@ -62,11 +62,16 @@ def test_what_takes_small_tiles_is_read_by_pointers(change):
     assert not any(_by_descriptor(dataclasses.replace(TRAITS, **change), HOPPER))
 
 
-def test_strides_choose_how_tiles_are_read_and_nothing_else():
-    plain = dataclasses.replace(TRAITS, is_describable=False)
+@pytest.mark.parametrize("group", [1, 8, 64])
+def test_what_no_descriptor_can_read_is_read_in_small_tiles(group):
+    plain = dataclasses.replace(TRAITS, group=group, is_describable=False)
     assert not any(_by_descriptor(plain, HOPPER))
-    described, pointed = forward_choice(TRAITS, HOPPER), forward_choice(plain, HOPPER)
-    assert pointed.constants == {**described.constants, "DESCRIPTORS": False}
+    forward, backward = forward_choice(plain, HOPPER), backward_choice(plain, HOPPER)
+    assert backward.pairs is None
+    assert backward.query_with_parts is None
+    for choice in (forward, backward.wide, backward.query, backward.keys):
+        assert choice.constants["BLOCK_Q"] <= 32
+        assert choice.constants["BLOCK_N"] <= 32
 
 
 @pytest.mark.parametrize("change", [{"group": 40}, {"are_rows_describable": False}])

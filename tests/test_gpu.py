@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from simplex_ops.devices import gpu
+from simplex_ops.testing import Case, assert_matches_reference
 
 pytestmark = pytest.mark.gpu
 attn = torch.ops.simplex.attn
@@ -20,6 +21,19 @@ def _inputs(batch, heads, kv_heads, seq, head_dim, **factory):
 def _graded(inputs, *windows, **options):
     out, lse = attn(*inputs, *windows, **options)
     return [out, lse, *torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs)]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("group", [1, 7, 32])
+@pytest.mark.parametrize("dims", [(65, 20), (18, 2), (18, 7), (33, 100)])
+def test_rows_of_no_multiple_of_16_bytes_are_read_right(dims, group, is_causal):
+    """In tiles of 64 by pointers these gave wrong outputs and illegal accesses."""
+    head_dim, value_dim = dims
+    case = Case(
+        kv_heads=2, group=group, seq=90, head_dim=head_dim, value_dim=value_dim,
+        is_causal=is_causal, dtype=torch.bfloat16, through="both",
+    )  # fmt: skip
+    assert_matches_reference(case, attn, device="cuda")
 
 
 @pytest.mark.parametrize("group", [1, 8, 64])
