@@ -111,12 +111,14 @@ def test_a_tensor_of_over_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("group", [1, 8, 64])
-def test_keys_that_no_descriptor_can_read_are_read_by_pointers(group):
+def test_keys_that_no_descriptor_can_read_are_read_by_pointers(group, monkeypatch):
     inputs = _inputs(2, 2 * group, 2, 150, 64, **BF16)
     odd = [inputs[0]]
     for t in inputs[1:]:
         wide = torch.zeros(*t.shape[:3], 72, **BF16)
         wide[..., 1:65] = t.detach()
         odd.append(wide[..., 1:65].requires_grad_())  # one element after an aligned address
-    for one, other in zip(_graded(odd, 70, 9), _graded(inputs, 70, 9), strict=True):
-        torch.testing.assert_close(one, other)
+    found = _graded(odd, 70, 9)
+    monkeypatch.setattr("csrc_free.problem.can_describe", lambda tensor: False)
+    for one, other in zip(found, _graded(inputs, 70, 9), strict=True):
+        assert torch.equal(one, other)
