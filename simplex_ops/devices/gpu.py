@@ -23,8 +23,12 @@ class SlowPathWarning(UserWarning):
 
 
 def unserved(q: Tensor, v1: Tensor) -> str | None:
-    """Return why no kernel serves these inputs, or None where one does."""
-    if q.device.type not in ("cuda", "xpu"):
+    """Return why no kernel serves these inputs, which are well formed, or None where one does.
+
+    Kernels are compiled for CUDA and ROCm devices, which are both called cuda in PyTorch, and
+    for no other: there they would be launched unseen.
+    """
+    if q.device.type != "cuda":
         return f"no kernel runs on {q.device.type} devices"
     if q.dtype == torch.float64:
         return "no kernel computes in float64"
@@ -46,11 +50,11 @@ def attn(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run simplex::attn."""
+    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     reason = unserved(q, v1)
     if reason:
         _warn(reason)
         return cpu.attn(q, k1, k2, v1, v2, w1, w2, **options)
-    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     from csrc_free.attn import attn_forward
 
     out, lse = empty_outputs(q, v1)
@@ -75,13 +79,13 @@ def attn_backward(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Run simplex::attn_backward."""
+    check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     reason = unserved(q, v1)
     if reason:
         _warn(reason)
         return cpu.attn_backward(
             dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, grad_mask=grad_mask, **options
         )
-    check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     from csrc_free.attn import attn_backward as launch
 
     found = empty_gradients((q, k1, k2, v1, v2), grad_mask)

@@ -1,0 +1,133 @@
+"""Launch choices: each fits its device, lies in its tuning space, and is what was measured."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from csrc_free import measured
+from csrc_free.portable import backward, forward, keys, pairs, query, wide
+from csrc_free.steps import delta, parts_sum
+from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
+from tools.compiled import registers
+from tools.compiled.launches import Launch
+
+FORMS = ("trilinear", "determinant", "strassen")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUPS = (1, 2, 4, 7, 8, 16, 31, 32, 40, 64, 96, 128)
+BLOCKS = (16, 32, 64, 128, 256)
+SPACES = {module.Config: module.SPACE for module in (forward, wide, query, keys, pairs)}
+EVERY = tuple(
+    Traits(group, block_d, block_dv, dtype, form, is_describable, are_rows_describable)
+    for group, block_d, block_dv, dtype, form, (is_describable, are_rows_describable)
+    in itertools.product(
+        GROUPS, BLOCKS, BLOCKS, DTYPES, FORMS, ((False, False), (True, False), (True, True))
+    )
+)  # fmt: skip
+
+
+def _configs(traits: Traits, device: Device):
+    return forward.choose(traits, device), *backward.choose(traits, device).configs
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_choice_fits_every_target(name):
+    device = DEVICES[name]
+    for traits in EVERY:
+        for config in _configs(traits, device):
+            assert config.shared_bytes(traits, device) <= device.shared_limit, (traits, config)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_choice_lies_in_its_tuning_space(name):
+    for config in {c for traits in EVERY for c in _configs(traits, DEVICES[name])}:
+        space = SPACES[type(config)]
+        for field in dataclasses.fields(config):
+            if field.name != "descriptors":
+                assert getattr(config, field.name) in space[field.name], config
+
+
+def test_what_a_device_may_not_have_is_refused_by_name():
+    traits = Traits(1, 256, 256, torch.float32, "trilinear", False, False)
+    small = Device("cuda", 75, 16_384)
+    with pytest.raises(ValueError, match=r"no kernel for sm_75: its programs may have 16384 bytes"):
+        forward.choose(traits, small)
+
+
+def test_the_first_that_fits_wins():
+    traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", True, True)
+    large, small = forward.Config(128, 1, 128, 4, 4), forward.Config(16, 1, 16, 4, 1)
+    assert first_that_fits([large, small], traits, DEVICES["sm_90"]) == small
+    assert first_that_fits([large, small], traits, INTERPRETER) == large
+
+
+KINDS = {
+    "forward_kernel": forward.Config,
+    "backward_wide_kernel": wide.Config,
+    "backward_query_kernel": query.Config,
+    "backward_keys_kernel": keys.Config,
+    "backward_pairs_kernel": pairs.Config,
+    "delta_kernel": delta.Config,
+    "sum_parts_kernel": parts_sum.Config,
+}
+
+
+def _config_of(launch: Launch):
+    """Return the config that a launch was made with, and of its traits those that take room."""
+    kind, constants = KINDS[launch.kernel.__name__], launch.constants
+    given = constants | {name.upper(): value for name, value in launch.options.items()}
+    config = kind(**{field.name: given[field.name.upper()] for field in dataclasses.fields(kind)
+                     if field.name.upper() in given})  # fmt: skip
+    dtype = torch.bfloat16 if constants.get("DOT_DTYPE") == tl.bfloat16 else torch.float32
+    block_d, block_dv = constants.get("BLOCK_D", 16), constants["BLOCK_DV"]
+    return config, Traits(1, block_d, block_dv, dtype, "trilinear", False, False)
+
+
+@pytest.mark.parametrize("target", registers.TARGETS)
+def test_the_arithmetic_bounds_what_the_compiler_takes(target):
+    tables = [registers.read_table(version) for version in registers.versions()]
+    for name, launch in registers.launches(target).items():
+        config, traits = _config_of(launch)
+        bound = config.shared_bytes(traits, DEVICES[target])
+        for table in tables:
+            if table is not None and target in table:
+                assert table[target][name].shared <= bound, (name, config)
+
+
+def test_a_measured_table_gives_what_was_measured():
+    traits = Traits(64, 128, 128, torch.bfloat16, "trilinear", False, False)
+    hopper = DEVICES["sm_90"]
+    assert forward.choose(traits, hopper) == forward.Config(64, 1, 64, 4, 2)
+    of_eight = dataclasses.replace(traits, group=8)
+    assert forward.choose(of_eight, hopper) == forward.Config(64, 1, 64, 4, 3)
+    assert backward.choose(of_eight, hopper).pairs is None
+    assert backward.choose(traits, hopper).pairs == pairs.Config(64, 64, 2, 4, 2)
+    of_forty = dataclasses.replace(traits, group=40)
+    assert backward.choose(of_forty, hopper).pairs == pairs.Config(32, 64, 3, 4, 3)
+    of_one = dataclasses.replace(traits, group=1)
+    assert backward.choose(of_one, hopper).query_with_parts == query.Config(16, 4, 32, 3, 4, 3)
+
+
+@pytest.mark.parametrize("path", sorted(measured.ROOT.glob("*.json")), ids=lambda path: path.stem)
+def test_a_measured_table_says_what_was_measured_when_and_with_what(path):
+    assert path.stem in DEVICES
+    table = measured.table(path.stem)
+    assert table is not None
+    assert set(table) == {"device", "versions", "date", "figures", *measured.CHOOSING}
+    assert set(table["versions"]) == {"torch", "triton"}
+
+
+def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
+    table = {
+        "serves": {"dtypes": ["bfloat16"], "forms": ["trilinear"], "columns_to": 128},
+        "lines": {"forward": [{"when": {"groups": 8}, "config": {}}]},
+    }
+    monkeypatch.setattr(measured, "table", lambda name: table)
+    traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", False, False)
+    with pytest.raises(KeyError, match="groups"):
+        forward.choose(traits, DEVICES["sm_80"])
