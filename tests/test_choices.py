@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from csrc_free import measured
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
+from simplex_ops.rules import cache_key
 from tools.compiled import registers
 from tools.compiled.launches import Launch
 
@@ -131,3 +133,42 @@ def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
     traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", False, False)
     with pytest.raises(KeyError, match="groups"):
         forward.choose(traits, DEVICES["sm_80"])
+
+
+def test_what_can_change_a_choice_joins_the_compile_caches_keys(monkeypatch, tmp_path):
+    """A figure or a date does not: it would compile everything anew for nothing."""
+    table = json.loads((measured.ROOT / "sm_90.json").read_text())
+    read = cache_key.sources.__wrapped__
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+
+    def digests() -> tuple[str, str]:
+        (tmp_path / "sm_90.json").write_text(json.dumps(table))
+        return read(), registers.digest()
+
+    before = digests()
+    table["date"], table["figures"][0]["value"] = "2027-01-01", 500
+    table["versions"]["triton"] = "4.0"
+    assert digests() == before
+    table["lines"]["forward"][0]["config"]["num_stages"] = 3
+    after = digests()
+    assert all(new != old for new, old in zip(after, before, strict=True))
+    table["serves"]["columns_to"] = 64
+    assert all(new != old for new, old in zip(digests(), after, strict=True))
+
+
+def test_large_tiles_of_float32_are_small_enough_for_every_device():
+    """`keys` took 135,168 bytes at 256 columns, where sm_89 and sm_120 have 101,376."""
+    traits = Traits(8, 256, 256, torch.float32, "trilinear", False, False)
+    before = keys.Config(32, 32, 1, 4, 1)
+    assert before.shared_bytes(traits, DEVICES["sm_89"]) >= 135_168
+    for device in DEVICES.values():
+        assert backward.choose(traits, device).keys == keys.Config(16, 16, 1, 8, 1)
+        assert forward.choose(traits, device) == forward.Config(16, 1, 16, 8, 1)
+
+
+def test_float16_is_exact_in_tf32_and_ieee_where_there_is_none():
+    assert {name for name, device in DEVICES.items() if not device.has_tf32} == {"gfx950"}
+    for target, precision in (("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")):
+        launches = registers.launches(target)
+        assert launches["forward_kernel fp16"].constants["PRECISION"] == precision
+        assert launches["forward_kernel fp32"].constants["PRECISION"] == "ieee"

@@ -35,7 +35,8 @@ class Choice:
     query: query.Config  # dq alone
     keys: keys.Config  # dq and the narrow pair's gradients, narrow key by narrow key
     tiles_of_a_part: int  # of `keys`
-    query_with_parts: query.Config | None  # the same offset by offset; None: take `keys`
+    # The same offset by offset; None: take `keys`.
+    query_with_parts: query.Config | None  # pyright: ignore[reportInvalidTypeForm]
     pairs: pairs.Config | None  # all four key-value gradients at once; None: the others
 
     @property

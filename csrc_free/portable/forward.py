@@ -65,10 +65,8 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
         yield Config(16, 2, 16, 4, 1, described)
         return
     yield from measured.configs("forward", Config, traits, device, descriptors=described)
-    if traits.is_wide_in_float32:
-        yield Config(16, 1, 16, 8, 1)
-        return
-    yield Config(64 if traits.columns <= 64 else 32, 1, 32, 4, 1)
+    side, warps = traits.plain_tile
+    yield Config(64 if traits.columns <= 64 else side, 1, side, warps, 1)
     yield Config(16, 1, 16, 8, 1)
 
 

@@ -68,8 +68,8 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
         yield Config(16, 2, 16, 1, 4, 1, described)
         return
     yield from measured.configs("query", Config, traits, device, descriptors=described)
-    if not traits.is_wide_in_float32:
-        yield Config(32, 1, 32, 1, 4, 1)
+    side, warps = traits.plain_tile
+    yield Config(side, 1, side, 1, warps, 1)
     yield Config(16, 1, 16, 1, 8, 1)
 
 

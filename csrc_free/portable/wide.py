@@ -45,8 +45,8 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
         yield Config(16, 16, 1, 4, 1)
         return
     yield from measured.configs("wide", Config, traits, device)
-    if not traits.is_wide_in_float32:
-        yield Config(32 if traits.columns <= 128 else 16, 32, 1, 4, 1)
+    side, warps = traits.plain_tile
+    yield Config(side, side, 1, warps, 1)
     yield Config(16, 16, 1, 8, 1)
 
 

@@ -54,11 +54,8 @@ NAMED = ("llama-mqa", "gqa8-2k", "mha", "fp16", "determinant")
 _LIKE = WORKLOADS["gqa8-2k"]
 OTHERS = (
     replace(_LIKE, name="strassen", form="strassen"),
-    replace(WORKLOADS["fp32"], name="fp32"),
-    replace(_LIKE, name="d64", head_dim=64),
+    WORKLOADS["fp32"],
     replace(_LIKE, name="d256", head_dim=256),
-    replace(_LIKE, name="d256-strassen", head_dim=256, form="strassen"),
-    replace(_LIKE, name="d256-fp16", head_dim=256, dtype=torch.float16),
     replace(_LIKE, name="d256-fp32", head_dim=256, dtype=torch.float32),
 )
 # Where no table was measured, groups change numbers in a kernel and not its tiles.
