@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -27,10 +28,16 @@ def launch(
     kernel: triton.JITFunction, programs: int, *args: object, config: Config, **constants: object
 ) -> None:
     """Launch a kernel in a grid of one dimension, tiled and compiled as its config says."""
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    options: dict[str, Any] = {name: given.pop(name) for name in _FOR_TRITON}
-    tiles = {name.upper(): value for name, value in given.items()}
-    kernel[(programs,)](*args, **constants, **tiles, **options, **OPTIONS)
+    kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
+
+
+@functools.cache
+def _said_of(config: Config) -> dict[str, Any]:
+    """Return a config's fields as a launch takes them."""
+    return {
+        field.name if field.name in _FOR_TRITON else field.name.upper(): getattr(config, field.name)
+        for field in dataclasses.fields(config)
+    }
 
 
 def is_small(programs: int) -> bool:

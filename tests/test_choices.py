@@ -132,7 +132,7 @@ def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
     monkeypatch.setattr(measured, "table", lambda name: table)
     traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", False, False)
     with pytest.raises(KeyError, match="groups"):
-        forward.choose(traits, DEVICES["sm_80"])
+        list(measured.configs("forward", forward.Config, traits, DEVICES["sm_80"]))
 
 
 def test_what_can_change_a_choice_joins_the_compile_caches_keys(monkeypatch, tmp_path):

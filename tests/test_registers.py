@@ -58,11 +58,10 @@ def test_quick_asks_for_a_part_of_the_table():
 
 def test_updating_keeps_other_versions_and_targets(tmp_path, monkeypatch):
     monkeypatch.setattr(registers, "TABLE", tmp_path / "registers.json")
-    monkeypatch.setattr(registers, "digest", lambda: "same")
     old, new = Usage(1, 2, 3), Usage(4, 5, 6)
-    registers.write_table("3.6", {"sm_80": {"k": old}, "sm_90": {"k": old}})
-    registers.write_table("3.7", {"sm_80": {"k": old}})
-    registers.write_table("3.6", {"sm_90": {"k": new}})
+    registers.write_table("3.6", "same", {"sm_80": {"k": old}, "sm_90": {"k": old}})
+    registers.write_table("3.7", "same", {"sm_80": {"k": old}})
+    registers.write_table("3.6", "same", {"sm_90": {"k": new}})
     assert registers.read_table("3.6") == {"sm_80": {"k": old}, "sm_90": {"k": new}}
     assert registers.read_table("3.7") == {"sm_80": {"k": old}}
     assert registers.read_table("3.8") is None
@@ -70,12 +69,19 @@ def test_updating_keeps_other_versions_and_targets(tmp_path, monkeypatch):
 
 def test_updating_after_a_change_drops_what_was_compiled_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(registers, "TABLE", tmp_path / "registers.json")
-    monkeypatch.setattr(registers, "digest", lambda: "before")
-    registers.write_table("3.6", {"sm_80": {"k": Usage(1, 2, 3)}})
-    monkeypatch.setattr(registers, "digest", lambda: "after")
-    registers.write_table("3.6", {"sm_90": {"k": Usage(4, 5, 6)}})
+    registers.write_table("3.6", "before", {"sm_80": {"k": Usage(1, 2, 3)}})
+    registers.write_table("3.6", "after", {"sm_90": {"k": Usage(4, 5, 6)}})
     assert registers.read_table("3.6") == {"sm_90": {"k": Usage(4, 5, 6)}}
     assert registers.read_digest("3.6") == "after"
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path):
+    journal = tmp_path / "out" / "journal.jsonl"
+    every = {name: Usage(1, 2, 3) for name in registers.launches("sm_80")}
+    for name, usage in every.items():
+        registers._append_to_journal(journal, "sm_80", name, usage)
+    registers._append_to_journal(journal, "sm_80", "gone", Usage(1, 2, 3))
+    assert registers.measure(["sm_80"], journal=journal) == ({"sm_80": every}, [])
 
 
 def _sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:

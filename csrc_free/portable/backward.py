@@ -5,6 +5,7 @@ are large, all four key-value gradients come from one kernel and dq from another
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -46,6 +47,7 @@ class Choice:
         return tuple(config for config in all_of_them if config is not None)
 
 
+@functools.cache
 def choose(traits: Traits, device: Device) -> Choice:
     """Choose the backward's kernels and their tiles."""
     return Choice(

@@ -4,6 +4,7 @@ A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries; each copy
 REPLICAS-th offset, and the copies are merged by their log-sum-exp at the end.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ SPACE = {
 }  # fmt: skip
 
 
+@functools.cache
 def choose(traits: Traits, device: Device) -> Config:
     """Choose the forward's tiles."""
     return first_that_fits(_configs(traits, device), traits, device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simplex_ops.contract.checks import check_attn, check_attn_backward
 from simplex_ops.contract.layout import empty_gradients, empty_outputs
+from simplex_ops.contract.scale import scale_of
 from simplex_ops.contract.schema import ALL_GRADS, DEFAULTS
 from simplex_ops.contract.windows import reach
 from simplex_ops.devices import cpu
@@ -108,7 +109,7 @@ def kernel_arguments(
         **given,
         "reach1": reach(w1, causal),
         "reach2": reach(w2, causal),
-        "scale": q.shape[3] ** -0.5 if scale is None else scale,
+        "scale": scale_of(q, scale),
     }
 
 

@@ -278,18 +278,17 @@ def read_digest(version: str) -> str:
     return _tables()[version]["digest"]
 
 
-def write_table(version: str, usages: Usages) -> None:
+def write_table(version: str, sources: str, usages: Usages) -> None:
     """Replace the table of a triton version, and of the targets measured.
 
-    Other targets stay where they were compiled from the same sources.
+    Other targets stay where they were compiled from the same sources, by their digest.
     """
     tables = _tables()
-    now = digest()
     before = tables.get(version)
-    kept = before["targets"] if before is not None and before["digest"] == now else {}
+    kept = before["targets"] if before is not None and before["digest"] == sources else {}
     for target, kernels in usages.items():
         kept[target] = {name: asdict(usage) for name, usage in sorted(kernels.items())}
-    tables[version] = {"digest": now, "targets": kept}
+    tables[version] = {"digest": sources, "targets": kept}
     text = json.dumps(tables, indent=1, sort_keys=True)
     # A kernel a line: a change of the table then reads as a table.
     text = re.sub(
@@ -331,20 +330,21 @@ def main(
     if check and before is None:
         console.print(f"{TABLE.name} has no table for triton {version}: run --update")
         raise typer.Exit(2)
+    sources = digest()
     # A check compiles anew, so that it sees what the installed assembler does.
-    journal = None if check else ROOT / "out" / f"registers-{version}-{digest()}.jsonl"
+    journal = None if check else ROOT / "out" / f"registers-{version}-{sources}.jsonl"
     chosen = target or (QUICK if quick else TARGETS)
     usages, failures = measure(chosen, is_quick=quick, journal=journal)
     console.print(_rich_table(usages, before or {}, version))
     wrong = failures
     if check and before is not None:
         wrong += complaints(usages, before, is_quick=quick)
-        if read_digest(version) != digest():
+        if read_digest(version) != sources:
             wrong.append(f"{TABLE.name} was compiled from other sources: run --update")
     for line in wrong:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     if update and not failures:
-        write_table(version, usages)
+        write_table(version, sources, usages)
         console.print(f"wrote {TABLE.name} for triton {version}")
     if wrong:
         raise typer.Exit(1)
