@@ -90,6 +90,12 @@ class Problem:
             are_rows_describable=all(map(can_describe, rows)),
         )
 
+    def _precision(self) -> str | None:
+        """Return how float32 operands are multiplied: float16 is exact in TF32, float32 is not."""
+        if self.device.has_tf32:
+            return "ieee" if self.q.dtype == torch.float32 else "tf32"
+        return None if self.q.dtype == torch.bfloat16 else "ieee"
+
     @property
     def keys(self) -> int:
         """Return M, the number of key positions."""
@@ -140,10 +146,7 @@ class Problem:
             "BLOCK_D": block(head_dim),
             "BLOCK_DV": block(value_dim),
             "DOT_DTYPE": tl.bfloat16 if self.q.dtype == torch.bfloat16 else tl.float32,
-            # float16 is exact in TF32, float32 is not.
-            "PRECISION": "tf32"
-            if self.q.dtype != torch.float32 and self.device.has_tf32
-            else "ieee",
+            "PRECISION": self._precision(),
         }
 
 
