@@ -7,6 +7,7 @@ wide window. Which of (k1, v1) and (k2, v2) is narrow follows from the windows a
 import dataclasses
 import functools
 import math
+from typing import TypeVar
 
 import torch
 import triton
@@ -16,9 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free.device.descriptors import can_describe, describe
 from csrc_free.device.forms import CODES
-from csrc_free.launch import Choice, Traits
+from csrc_free.traits import Device, Traits, device_of
 
 _SMALLEST_DOT = 16
+Pair = TypeVar("Pair")
 
 # Sizes that change from call to call: one compiled kernel serves them all.
 NOT_SPECIALIZED = (
@@ -46,6 +48,7 @@ class Problem:
     v2_bias: float
     kv_bounds: Tensor | None
     q_start: Tensor | None
+    device: Device
 
     @property
     def group(self) -> int:
@@ -65,14 +68,13 @@ class Problem:
         """Return the strides of batch, heads and rows of the five inputs."""
         return tuple(s for t in self.tensors for s in t.stride()[:3])
 
-    def sources(self, choice: Choice) -> tuple[Tensor | TensorDescriptor, ...]:
-        """Return the five inputs, the wide pair through descriptors where the choice says so."""
-        if not choice.reads_by_descriptor:
-            return self.tensors
-        wide = (
-            describe(t, choice.constants["BLOCK_N"], block(t.shape[3]))
-            for t in (self.k_wide, self.v_wide)
-        )
+    def by_role(self, first: Pair, second: Pair) -> tuple[Pair, Pair]:
+        """Return what is of the wide pair and of the narrow one; the call back is the same."""
+        return by_role(self.is_exchanged, first, second)
+
+    def described(self, block_n: int) -> tuple[Tensor | TensorDescriptor, ...]:
+        """Return the five inputs, the wide pair through descriptors of `block_n` rows."""
+        wide = (describe(t, block_n, block(t.shape[3])) for t in (self.k_wide, self.v_wide))
         return self.q, *wide, self.k_narrow, self.v_narrow
 
     def traits(self, dout: Tensor | None = None) -> Traits:
@@ -82,11 +84,17 @@ class Problem:
             group=self.group,
             block_d=block(self.q.shape[3]),
             block_dv=block(self.v_wide.shape[3]),
-            is_bf16=self.q.dtype == torch.bfloat16,
+            dtype=self.q.dtype,
             form=self.form,
             is_describable=can_describe(self.k_wide) and can_describe(self.v_wide),
             are_rows_describable=all(map(can_describe, rows)),
         )
+
+    def _precision(self) -> str | None:
+        """Return how float32 operands are multiplied: float16 is exact in TF32, float32 is not."""
+        if self.device.has_tf32:
+            return "ieee" if self.q.dtype == torch.float32 else "tf32"
+        return None if self.q.dtype == torch.bfloat16 else "ieee"
 
     @property
     def keys(self) -> int:
@@ -113,8 +121,8 @@ class Problem:
 
     def biases(self) -> tuple[float, ...]:
         """Return the biases of k_wide, v_wide, k_narrow and v_narrow."""
-        given, none = (self.k2_bias, self.v2_bias), (0.0, 0.0)
-        return none + given if not self.is_exchanged else given + none
+        wide, narrow = self.by_role((0.0, 0.0), (self.k2_bias, self.v2_bias))
+        return wide + narrow
 
     def constants(self, *others: Tensor | None) -> dict[str, object]:
         """Return the compile-time constants that every kernel takes.
@@ -138,7 +146,7 @@ class Problem:
             "BLOCK_D": block(head_dim),
             "BLOCK_DV": block(value_dim),
             "DOT_DTYPE": tl.bfloat16 if self.q.dtype == torch.bfloat16 else tl.float32,
-            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "PRECISION": self._precision(),
         }
 
 
@@ -157,14 +165,19 @@ def problem_of(
     """Give each pair its role, and copy only what no kernel can read in place."""
     q, k1, k2, v1, v2 = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k1, k2, v1, v2))
     is_exchanged = _width(reach1, k1) < _width(reach2, k2)
-    first, second = (k1, v1, reach1), (k2, v2, reach2)
-    narrow, wide = (first, second) if is_exchanged else (second, first)
+    wide, narrow = by_role(is_exchanged, (k1, v1, reach1), (k2, v2, reach2))
     return Problem(
         q, wide[0], wide[1], narrow[0], narrow[1], wide[2], narrow[2], is_exchanged,
         scale, form, k2_bias, v2_bias,
         None if kv_bounds is None else kv_bounds.contiguous(),
         None if q_start is None else q_start.contiguous(),
+        device_of(q.device),
     )  # fmt: skip
+
+
+def by_role(is_exchanged: bool, first: Pair, second: Pair) -> tuple[Pair, Pair]:
+    """Return (wide, narrow): the first pair is the wide one, unless they are exchanged."""
+    return (second, first) if is_exchanged else (first, second)
 
 
 def _extent(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from simplex_ops.bounds import (
     kv_bounds_from_document_ids,
     kv_bounds_from_padding_mask,
 )
+from simplex_ops.devices.gpu import SlowPathWarning
 from simplex_ops.functional import simplicial_attention
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.mark import mark, marked_modules, unmark
@@ -18,6 +19,7 @@ from simplex_ops.module import SimplicialAttention
 __all__ = [
     "AttendedPairs",
     "SimplicialAttention",
+    "SlowPathWarning",
     "UnservedMarkError",
     "attended_pairs",
     "kv_bounds_from_cu_seqlens",

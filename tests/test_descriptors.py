@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from csrc_free.device.descriptors import can_describe, describe
-from csrc_free.launch import Device, Traits, backward_choice, forward_choice
+from csrc_free.portable import backward, forward
+from csrc_free.traits import DEVICES, Device, Traits
 
-HOPPER, AMPERE, AMD = Device("cuda", 90), Device("cuda", 80), Device("hip", 0)
+HOPPER, AMPERE, AMD = DEVICES["sm_90"], DEVICES["sm_80"], DEVICES["gfx942"]
 TRAITS = Traits(
-    group=64, block_d=128, block_dv=128, is_bf16=True, form="trilinear",
+    group=64, block_d=128, block_dv=128, dtype=torch.bfloat16, form="trilinear",
     is_describable=True, are_rows_describable=True,
 )  # fmt: skip
 
@@ -42,9 +43,9 @@ def test_what_can_be_described(name):
 
 
 def _by_descriptor(traits: Traits, device: Device) -> list[bool]:
-    choice = backward_choice(traits, device)
-    choices = (forward_choice(traits, device), choice.query, choice.keys, choice.pairs)
-    return [c.reads_by_descriptor for c in choices if c is not None]
+    choice = backward.choose(traits, device)
+    configs = (forward.choose(traits, device), choice.query, choice.keys, choice.pairs)
+    return [config.descriptors for config in configs if config is not None]
 
 
 @pytest.mark.parametrize("group", [32, 64, 96, 128])
@@ -57,7 +58,9 @@ def test_devices_without_a_copy_engine_do_not(device):
     assert not any(_by_descriptor(TRAITS, device))
 
 
-@pytest.mark.parametrize("change", [{"is_bf16": False}, {"form": "strassen"}, {"block_d": 256}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": torch.float16}, {"form": "strassen"}, {"block_d": 256}]
+)
 def test_what_takes_small_tiles_is_read_by_pointers(change):
     assert not any(_by_descriptor(dataclasses.replace(TRAITS, **change), HOPPER))
 
@@ -66,17 +69,17 @@ def test_what_takes_small_tiles_is_read_by_pointers(change):
 def test_what_no_descriptor_can_read_is_read_in_small_tiles(group):
     plain = dataclasses.replace(TRAITS, group=group, is_describable=False)
     assert not any(_by_descriptor(plain, HOPPER))
-    forward, backward = forward_choice(plain, HOPPER), backward_choice(plain, HOPPER)
-    assert backward.pairs is None
-    assert backward.query_with_parts is None
-    for choice in (forward, backward.wide, backward.query, backward.keys):
-        assert choice.constants["BLOCK_Q"] <= 32
-        assert choice.constants["BLOCK_N"] <= 32
+    found = backward.choose(plain, HOPPER)
+    assert found.pairs is None
+    assert found.query_with_parts is None
+    for config in (forward.choose(plain, HOPPER), found.wide, found.query, found.keys):
+        assert config.block_q <= 32
+        assert config.block_n <= 32
 
 
 @pytest.mark.parametrize("change", [{"group": 40}, {"are_rows_describable": False}])
 def test_rows_are_described_where_a_tile_is_of_one_position(change):
-    choice = backward_choice(dataclasses.replace(TRAITS, **change), HOPPER)
+    choice = backward.choose(dataclasses.replace(TRAITS, **change), HOPPER)
     assert choice.pairs is not None
-    assert not choice.pairs.reads_by_descriptor
-    assert choice.query.reads_by_descriptor
+    assert not choice.pairs.descriptors
+    assert choice.query.descriptors

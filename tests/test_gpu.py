@@ -122,3 +122,40 @@ def test_keys_that_no_descriptor_can_read_are_read_by_pointers(group, monkeypatc
     monkeypatch.setattr("csrc_free.problem.can_describe", lambda tensor: False)
     for one, other in zip(found, _graded(inputs, 70, 9), strict=True):
         assert torch.equal(one, other)
+
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@needs_two
+@pytest.mark.parametrize("group", [1, 8, 64])
+def test_tensors_on_another_device_than_the_current_one(group):
+    """The same answers, bit for bit, and the current device stays what it was."""
+    inputs = _inputs(1, group, 1, 150, 64, **BF16)
+    expected = _graded(inputs, 70, 9)
+    there = [t.detach().to("cuda:1").requires_grad_() for t in inputs]
+    assert torch.cuda.current_device() == 0
+    got = _graded(there, 70, 9)
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(got, expected, strict=True):
+        assert one.device == torch.device("cuda:1")
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+@needs_two
+def test_another_device_computes_on_its_own_current_stream():
+    """Kernels wait for what that stream has before them: inputs that are late are still read."""
+    inputs = [t.detach() for t in _inputs(1, 8, 1, 150, 64, device="cuda:1", dtype=torch.bfloat16)]
+    expected = attn(*inputs, 70, 9)
+    late = [torch.zeros_like(t) for t in inputs]
+    torch.cuda.synchronize(1)
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.cuda.device(1), torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for tensor, value in zip(late, inputs, strict=True):
+            tensor.copy_(value)
+        with torch.cuda.device(0):
+            got = attn(*late, 70, 9)
+    stream.synchronize()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The small problems of tools.sanitize: that they reach every kernel, in each way it can read."""
+"""The small problems of tools.compiled.sanitize: they reach every kernel, in each way it reads."""
 
 from unittest import mock
 
@@ -6,18 +6,18 @@ import pytest
 
 from simplex_ops.devices import gpu
 from simplex_ops.testing import Problem
-from tools import sanitize
+from tools.compiled import sanitize
 
 pytest.importorskip("triton")
 
 
 def _launches(case):
-    from csrc_free.launch import Device
-    from tools.launches import recorded
+    from csrc_free.traits import DEVICES
+    from tools.compiled.launches import recorded
 
     problem = Problem.of(case)
     with (
-        recorded(Device("cuda", 90)) as noted,
+        recorded(DEVICES["sm_90"]) as noted,
         mock.patch.object(gpu, "unserved", return_value=None),
     ):
         out, lse = gpu.attn(*problem.inputs, *problem.windows, **problem.options)

@@ -5,24 +5,59 @@ are large, all four key-value gradients come from one kernel and dq from another
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free import launch
+from csrc_free import measured
 from csrc_free.device.descriptors import describe
-from csrc_free.launch import BackwardChoice, Choice
+from csrc_free.launch import is_small, launch
+from csrc_free.portable import keys, pairs, query, wide
 from csrc_free.portable.keys import backward_keys_kernel
 from csrc_free.portable.pairs import backward_pairs_kernel
 from csrc_free.portable.query import backward_query_kernel
 from csrc_free.portable.wide import backward_wide_kernel
 from csrc_free.problem import Problem, block, problem_of
-from csrc_free.steps.delta import delta_kernel
+from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.steps.parts import Parts, parts_of_queries, parts_of_wide_keys
+from csrc_free.traits import Config, Device, Traits
 
 Pair = tuple[Tensor | None, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which kernels the backward runs, and how."""
+
+    wide: wide.Config  # the wide pair's gradients
+    query: query.Config  # dq alone
+    keys: keys.Config  # dq and the narrow pair's gradients, narrow key by narrow key
+    tiles_of_a_part: int  # of `keys`
+    # The same offset by offset; None: take `keys`.
+    query_with_parts: query.Config | None  # pyright: ignore[reportInvalidTypeForm]
+    pairs: pairs.Config | None  # all four key-value gradients at once; None: the others
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """Return the configs of all kernels that may run."""
+        all_of_them = (self.wide, self.query, self.keys, self.query_with_parts, self.pairs)
+        return tuple(config for config in all_of_them if config is not None)
+
+
+@functools.cache
+def choose(traits: Traits, device: Device) -> Choice:
+    """Choose the backward's kernels and their tiles."""
+    return Choice(
+        wide=wide.choose(traits, device),
+        query=query.choose(traits, device),
+        keys=keys.choose(traits, device),
+        tiles_of_a_part=1 if measured.is_measured(traits, device) else 2,
+        query_with_parts=query.choose_with_parts(traits, device),
+        pairs=pairs.choose(traits, device),
+    )
 
 
 def attn_backward(
@@ -42,21 +77,17 @@ def attn_backward(
         q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
     )
     dq, dk1, dk2, dv1, dv2 = grads
-    first, second = (dk1, dv1), (dk2, dv2)
-    wide, narrow = (second, first) if problem.is_exchanged else (first, second)
-    dout, *statistics = _statistics(problem, dout, dlse, out, lse)
-    choice = launch.backward_choice(problem.traits(dout), launch.device_of(q.device))
-    _Backward(problem, choice, dout, *statistics).run(dq, wide, narrow)
+    wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
+    statistics = statistics_of(problem, dout, dlse, out, lse)
+    choice = choose(problem.traits(statistics.dout), problem.device)
+    _Backward(problem, choice, statistics).run(dq, wide_grads, narrow_grads)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
     problem: Problem
-    choice: BackwardChoice
-    dout: Tensor  # [B, H, N, Dv]
-    delta: Tensor  # float32 [B, Hkv, N, G]
-    lse2: Tensor  # float32 [B, Hkv, N, G]
-    has_huge: Tensor  # int32 [B, Hkv]
+    choice: Choice
+    statistics: Statistics
 
     def run(self, dq: Tensor | None, wide: Pair, narrow: Pair) -> None:
         """Run the kernels that the wanted gradients need."""
@@ -72,10 +103,10 @@ class _Backward:
             self._run_query(self.choice.query, dq)
 
     def _run_pairs(self, wide: Pair, narrow: Pair) -> bool:
-        choice, problem = self.choice.pairs, self.problem
-        if choice is None:
+        config, problem = self.choice.pairs, self.problem
+        if config is None:
             return False
-        parts = parts_of_wide_keys(problem, choice.constants["BLOCK_N"])
+        parts = parts_of_wide_keys(problem, config.block_n)
         if parts is None:
             return False
         sums = [
@@ -83,7 +114,7 @@ class _Backward:
             for t in (problem.k_wide, problem.v_wide)
         ]
         self._launch(
-            backward_pairs_kernel, choice, self._wide_tiles(choice), self._inputs_of_pairs(choice),
+            backward_pairs_kernel, config, self._wide_tiles(config), self._inputs_of_pairs(config),
             [*sums, parts.dk, parts.dv], parts.numbers,
         )  # fmt: skip
         for grad, total in zip(wide, sums, strict=True):
@@ -93,36 +124,35 @@ class _Backward:
         return True
 
     def _run_wide(self, wide: Pair) -> None:
-        choice, problem = self.choice.wide, self.problem
+        config, problem = self.choice.wide, self.problem
         dk, dv = _complete(wide, problem.k_wide, problem.v_wide)
         self._launch(
-            backward_wide_kernel, choice, self._wide_tiles(choice), self._inputs(choice), [dk, dv],
+            backward_wide_kernel, config, self._wide_tiles(config), self._inputs(), [dk, dv],
             strides=(*dk.stride()[:3], *dv.stride()[:3]),
         )  # fmt: skip
 
     def _run_query_with_parts(self, dq: Tensor | None, narrow: Pair) -> None:
         problem = self.problem
         dq = torch.empty_like(problem.q) if dq is None else dq
-        if self.choice.query_with_parts is not None:
-            choice = self.choice.query_with_parts
+        config = self.choice.query_with_parts
+        if config is not None:
             heads = triton.next_power_of_2(problem.group)
-            parts = parts_of_queries(problem, heads, choice.block_q)
+            parts = parts_of_queries(problem, heads, config.block_q)
             if parts is not None:
-                self._run_query(choice, dq, parts, FILLS_DK=True)
-                self._run_query(choice, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
+                self._run_query(config, dq, parts, FILLS_DK=True)
+                self._run_query(config, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
                 self._sum(parts, narrow)
                 return
-        choice = self.choice.keys
-        tiles = self._query_tiles(choice)
-        tiles_of_a_part = choice.tiles_of_a_part
+        config, tiles_of_a_part = self.choice.keys, self.choice.tiles_of_a_part
+        tiles = self._query_tiles(config)
         parts = None
         while parts is None:
-            rows = tiles_of_a_part * choice.block_q
+            rows = tiles_of_a_part * config.block_q
             parts = parts_of_queries(problem, problem.group, rows)
             tiles_of_a_part *= 2
-        count = rows // choice.block_q
+        count = rows // config.block_q
         self._launch(
-            backward_keys_kernel, choice, triton.cdiv(tiles, count), self._inputs(choice),
+            backward_keys_kernel, config, triton.cdiv(tiles, count), self._inputs_of(config),
             [dq, parts.dk, parts.dv],
             (*parts.numbers, count), dq.stride()[:3],
             PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
@@ -130,12 +160,13 @@ class _Backward:
         self._sum(parts, narrow)
 
     def _run_query(
-        self, choice: Choice, dq: Tensor, parts: Parts | None = None, *,
+        self, config: query.Config, dq: Tensor, parts: Parts | None = None, *,
         NEEDS_DQ: bool = True, FILLS_DK: bool = False, FILLS_DV: bool = False,
     ) -> None:  # fmt: skip
         heads = self.problem.group if parts is None else parts.per_position
         self._launch(
-            backward_query_kernel, choice, self._query_tiles(choice, heads), self._inputs(choice),
+            backward_query_kernel, config, self._query_tiles(config, heads),
+            self._inputs_of(config),
             [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
             (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
             HEADS=heads, NEEDS_DQ=NEEDS_DQ, FILLS_DK=FILLS_DK, FILLS_DV=FILLS_DV,
@@ -146,70 +177,50 @@ class _Backward:
         problem = self.problem
         parts.sum_into(*_complete(narrow, problem.k_narrow, problem.v_narrow), problem)
 
-    def _wide_tiles(self, choice: Choice) -> int:
-        return triton.cdiv(self.problem.k_wide.shape[2], choice.constants["BLOCK_N"])
+    def _wide_tiles(self, config: wide.Config | pairs.Config) -> int:
+        return triton.cdiv(self.problem.k_wide.shape[2], config.block_n)
 
-    def _query_tiles(self, choice: Choice, heads: int | None = None) -> int:
+    def _query_tiles(self, config: query.Config | keys.Config, heads: int | None = None) -> int:
         rows = self.problem.q.shape[2] * (heads or self.problem.group)
-        return triton.cdiv(rows, choice.block_q)
+        return triton.cdiv(rows, config.block_q)
 
-    def _inputs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
-        return [
-            *self.problem.sources(choice), self.dout, self.delta, self.lse2, self.has_huge
-        ]  # fmt: skip
+    def _inputs(self) -> list[Tensor | TensorDescriptor]:
+        return [*self.problem.tensors, *self.statistics]
 
-    def _inputs_of_pairs(self, choice: Choice) -> list[Tensor | TensorDescriptor]:
-        """Return the inputs, what it reads by rows through descriptors where the choice says so."""
-        q, *keys = self.problem.tensors
-        if not choice.reads_by_descriptor:
-            return [q, *keys, self.dout, self.delta, self.lse2, self.has_huge]
+    def _inputs_of(self, config: query.Config | keys.Config) -> list[Tensor | TensorDescriptor]:
+        """Return the inputs, the wide pair through descriptors where the config says so."""
+        if not config.descriptors:
+            return self._inputs()
+        return [*self.problem.described(config.block_n), *self.statistics]
+
+    def _inputs_of_pairs(self, config: pairs.Config) -> list[Tensor | TensorDescriptor]:
+        """Return the inputs, what it reads by rows through descriptors where the config says so."""
+        if not config.descriptors:
+            return self._inputs()
+        q, *kept = self.problem.tensors
+        dout, delta, lse2, has_huge = self.statistics
         tile, dout_tile = (
-            describe(t.transpose(1, 2), choice.block_q, block(t.shape[3])) for t in (q, self.dout)
+            describe(t.transpose(1, 2), config.block_q, block(t.shape[3])) for t in (q, dout)
         )
-        statistics = (describe(t, 1, choice.block_q) for t in (self.delta, self.lse2))
-        return [tile, *keys, dout_tile, *statistics, self.has_huge]
+        statistics = (describe(t, 1, config.block_q) for t in (delta, lse2))
+        return [tile, *kept, dout_tile, *statistics, has_huge]
 
     def _launch(
-        self, kernel: triton.JITFunction, choice: Choice, tiles: int,
+        self, kernel: triton.JITFunction, config: Config, tiles: int,
         inputs: list[Tensor | TensorDescriptor], outputs: list[Tensor | None],
         numbers: tuple[int, ...] = (), strides: tuple[int, ...] = (), **constants: object,
     ) -> None:  # fmt: skip
-        problem = self.problem
-        grid = (tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1],)
-        kernel[grid](
+        problem, dout = self.problem, self.statistics.dout
+        programs = tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1]
+        launch(
+            kernel, programs,
             *inputs, *outputs,
             problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
-            *problem.strides(), *self.dout.stride()[:3], *strides,
+            *problem.strides(), *dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),
-            **problem.constants(self.dout, *outputs), **choice.constants, **constants,
-            IS_SMALL_GRID=launch.is_small(grid),
-            num_warps=choice.num_warps, num_stages=choice.num_stages,
+            **problem.constants(dout, *outputs), **constants, IS_SMALL_GRID=is_small(programs),
+            config=config,
         )  # fmt: skip
-
-
-def _statistics(
-    problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dout, delta, lse2 and has_huge."""
-    dout = torch.zeros_like(out) if dout is None else dout
-    dout, out = (t if t.stride(3) == 1 else t.contiguous() for t in (dout, out))
-    batch, heads, seq, value_dim = dout.shape
-    kv_heads = heads // problem.group
-    delta = torch.empty(
-        batch, kv_heads, seq, problem.group, dtype=torch.float32, device=dout.device
-    )
-    lse2 = torch.empty_like(delta)
-    has_huge = torch.zeros(batch, kv_heads, dtype=torch.int32, device=dout.device)
-    block_q = 32
-    tiles = triton.cdiv(seq * problem.group, block_q)
-    delta_kernel[(tiles * batch * kv_heads,)](
-        dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(),
-        delta, lse2, has_huge,
-        kv_heads, seq, *dout.stride()[:3], *out.stride()[:3],
-        GROUP=problem.group, HAS_DLSE=dlse is not None,
-        VALUE_DIM=value_dim, BLOCK_DV=block(value_dim), BLOCK_Q=block_q,
-    )  # fmt: skip
-    return dout, delta, lse2, has_huge
 
 
 def _complete(pair: Pair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

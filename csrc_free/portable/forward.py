@@ -4,15 +4,22 @@ A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries; each copy
 REPLICAS-th offset, and the copies are merged by their log-sum-exp at the end.
 """
 
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free import launch
+from csrc_free import measured
 from csrc_free.device.descriptors import load_keys
 from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.launch import is_small, launch
+from csrc_free.portable.shared_memory import forward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, problem_of
+from csrc_free.traits import Device, Traits, first_that_fits
 
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where the sum of exponentials of one offset stays below this, a maximum that lags behind costs
@@ -22,6 +29,48 @@ LAGGING_LIMIT = tl.constexpr(2.0**30)
 # any other from a rounded one. Up to this size the two differ by less than 2^-14. Beyond it equal
 # logits would weigh differently, so there no maximum counts as settled.
 SETTLING_LIMIT = tl.constexpr(2.0**10)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_Q rows, REPLICAS offsets at a time, that meet BLOCK_N wide keys at a time."""
+
+    block_q: int
+    replicas: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # the wide pair is read through tensor descriptors
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        return forward_bytes(
+            self.block_q * self.replicas, self.block_n, self.num_stages, traits, device
+        )
+
+
+SPACE = {
+    "block_q": (16, 32, 64, 128), "replicas": (1, 2, 4), "block_n": (16, 32, 64, 128),
+    "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+}  # fmt: skip
+
+
+@functools.cache
+def choose(traits: Traits, device: Device) -> Config:
+    """Choose the forward's tiles."""
+    return first_that_fits(_configs(traits, device), traits, device)
+
+
+def _configs(traits: Traits, device: Device) -> Iterator[Config]:
+    described = traits.is_describable
+    if device.is_interpreted:
+        yield Config(16, 2, 16, 4, 1, described)
+        return
+    yield from measured.configs("forward", Config, traits, device, descriptors=described)
+    side, warps = traits.plain_tile
+    has_tall_tile = traits.columns <= 64 and traits.is_describable
+    yield Config(64 if has_tall_tile else side, 1, side, warps, 1)
+    yield Config(16, 1, 16, 8, 1)
 
 
 @triton.jit
@@ -250,12 +299,12 @@ def attn_forward(
     )
     if out.numel() == 0:
         return
-    choice = launch.forward_choice(problem.traits(), launch.device_of(q.device))
-    tiles = triton.cdiv(q.shape[2] * problem.group, choice.block_q)
-    grid = (tiles * q.shape[0] * k1.shape[1],)
-    forward_kernel[grid](
-        *problem.sources(choice), out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
+    config = choose(problem.traits(), problem.device)
+    sources = problem.described(config.block_n) if config.descriptors else problem.tensors
+    programs = triton.cdiv(q.shape[2] * problem.group, config.block_q) * q.shape[0] * k1.shape[1]
+    launch(
+        forward_kernel, programs,
+        *sources, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
         *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
-        **problem.constants(out), IS_SMALL_GRID=launch.is_small(grid), **choice.constants,
-        num_warps=choice.num_warps, num_stages=choice.num_stages,
+        **problem.constants(out), IS_SMALL_GRID=is_small(programs), config=config,
     )  # fmt: skip

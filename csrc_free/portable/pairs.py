@@ -9,13 +9,63 @@ the queries that see m:
 so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
+from csrc_free import measured
 from csrc_free.device.descriptors import load_described
 from csrc_free.device.forms import load_rows
 from csrc_free.device.tiles import key_ranges, place, positions, query_rows
+from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.traits import Device, Traits
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_N wide keys that meet BLOCK_Q rows at a time."""
+
+    block_q: int
+    block_n: int
+    tile_stages: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # the rows are read through tensor descriptors
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        return backward_bytes(self.block_n, self.block_q, self.tile_stages, traits, device)
+
+
+SPACE = {
+    "block_q": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "tile_stages": (1, 2, 3, 4),
+    "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+}  # fmt: skip
+
+
+def choose(traits: Traits, device: Device) -> Config | None:
+    """Choose the tiles of all four key-value gradients at once; None: take the other kernels.
+
+    Rows are read by descriptor where a tile is of one position.
+    """
+    for config in _configs(traits, device):
+        if config.shared_bytes(traits, device) <= device.shared_limit:
+            is_of_one_position = traits.group % config.block_q == 0
+            can = traits.is_describable and traits.are_rows_describable
+            return dataclasses.replace(config, descriptors=can and is_of_one_position)
+    return None
+
+
+def _configs(traits: Traits, device: Device) -> Iterator[Config]:
+    if device.is_interpreted:  # which meets every kernel, each at one range of group sizes
+        if traits.group >= 4 and traits.form == "trilinear":
+            yield Config(16, 16, 1, 4, 1)
+        return
+    yield from measured.configs("pairs", Config, traits, device)
 
 
 @triton.jit

@@ -6,14 +6,71 @@ than both at once, but both at once spill, and take longer.
 A tile's rows are REPLICAS copies of BLOCK_Q (position, head) entries, as in the forward.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
+from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
 from csrc_free.portable.rows import attend_backward, virtual_rows
+from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED
 from csrc_free.steps.parts_sum import slot_base
+from csrc_free.traits import Device, Traits, first_that_fits
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_Q rows, REPLICAS offsets at a time, that meet BLOCK_N wide keys at a time."""
+
+    block_q: int
+    replicas: int
+    block_n: int
+    tile_stages: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # the wide pair is read through tensor descriptors
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        return backward_bytes(
+            self.block_q * self.replicas, self.block_n, self.tile_stages, traits, device
+        )
+
+
+SPACE = {
+    "block_q": (16, 32, 64, 128), "replicas": (1, 2, 4), "block_n": (16, 32, 64, 128),
+    "tile_stages": (1, 2, 3, 4), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+}  # fmt: skip
+
+
+def choose(traits: Traits, device: Device) -> Config:
+    """Choose the tiles of dq alone."""
+    return first_that_fits(_configs(traits, device), traits, device)
+
+
+def choose_with_parts(traits: Traits, device: Device) -> Config | None:
+    """Choose the tiles of dq and the narrow pair's parts, offset by offset; None: take `keys`."""
+    if device.is_interpreted:  # which meets every kernel, each at one range of group sizes
+        return Config(16, 2, 16, 1, 4, 1, traits.is_describable) if traits.group == 1 else None
+    found = measured.configs(
+        "query_with_parts", Config, traits, device, descriptors=traits.is_describable
+    )
+    return next((c for c in found if c.shared_bytes(traits, device) <= device.shared_limit), None)
+
+
+def _configs(traits: Traits, device: Device) -> Iterator[Config]:
+    described = traits.is_describable
+    if device.is_interpreted:
+        yield Config(16, 2, 16, 1, 4, 1, described)
+        return
+    yield from measured.configs("query", Config, traits, device, descriptors=described)
+    side, warps = traits.plain_tile
+    yield Config(side, 1, side, 1, warps, 1)
+    yield Config(16, 1, 16, 1, 8, 1)
 
 
 @triton.jit

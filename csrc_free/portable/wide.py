@@ -1,11 +1,53 @@
 """Gradients of the wide pair, by virtual queries: every program owns a tile of wide keys."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
+from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.traits import Device, Traits, first_that_fits
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_N wide keys that meet BLOCK_Q rows of each offset in turn."""
+
+    block_q: int
+    block_n: int
+    offset_stages: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        return backward_bytes(self.block_n, self.block_q, self.num_stages, traits, device)
+
+
+SPACE = {
+    "block_q": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "offset_stages": (1, 2, 3, 4),
+    "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+}  # fmt: skip
+
+
+def choose(traits: Traits, device: Device) -> Config:
+    """Choose the tiles of the wide pair's gradients."""
+    return first_that_fits(_configs(traits, device), traits, device)
+
+
+def _configs(traits: Traits, device: Device) -> Iterator[Config]:
+    if device.is_interpreted:
+        yield Config(16, 16, 1, 4, 1)
+        return
+    yield from measured.configs("wide", Config, traits, device)
+    side, warps = traits.plain_tile
+    yield Config(side, side, 1, warps, 1)
+    yield Config(16, 16, 1, 8, 1)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -3,14 +3,35 @@
 Both are written as [B, Hkv, N, G], the order in which the rows of a tile follow one another.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from csrc_free.device.forms import load_rows
+from csrc_free.launch import launch
+from csrc_free.problem import Problem, block
+from csrc_free.traits import Device, Traits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # From here on a step of lse2 is more than 1, and P = exp2(s - lse2) may be any power of two.
 HUGE = tl.constexpr(2.0**24)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_Q rows; it computes so little that every device takes the same."""
+
+    block_q: int = 32
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound: one value of each row for every warp, in two sums."""
+        return 2 * 4 * self.block_q * self.num_warps
 
 
 @triton.jit(do_not_specialize=["seq"])
@@ -59,3 +80,37 @@ def delta_kernel(
     where = (batch * kv_heads + kv_head) * seq * GROUP + flat
     tl.store(delta + where, row_delta, mask=real)
     tl.store(lse2 + where, row_lse2, mask=real)
+
+
+class Statistics(NamedTuple):
+    """What the kernels of the backward read beside the inputs, in the order they take it."""
+
+    dout: Tensor  # [B, H, N, Dv]
+    delta: Tensor  # float32 [B, Hkv, N, G]
+    lse2: Tensor  # float32 [B, Hkv, N, G]
+    has_huge: Tensor  # int32 [B, Hkv]
+
+
+def statistics_of(
+    problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> Statistics:
+    """Compute the row statistics, for a dout that is zero where there is none."""
+    dout = torch.zeros_like(out) if dout is None else dout
+    dout, out = (t if t.stride(3) == 1 else t.contiguous() for t in (dout, out))
+    batch, heads, seq, value_dim = dout.shape
+    kv_heads = heads // problem.group
+    delta = torch.empty(
+        batch, kv_heads, seq, problem.group, dtype=torch.float32, device=dout.device
+    )
+    lse2 = torch.empty_like(delta)
+    has_huge = torch.zeros(batch, kv_heads, dtype=torch.int32, device=dout.device)
+    config = Config()
+    launch(
+        delta_kernel, triton.cdiv(seq * problem.group, config.block_q) * batch * kv_heads,
+        dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(),
+        delta, lse2, has_huge,
+        kv_heads, seq, *dout.stride()[:3], *out.stride()[:3],
+        GROUP=problem.group, HAS_DLSE=dlse is not None,
+        VALUE_DIM=value_dim, BLOCK_DV=block(value_dim), config=config,
+    )  # fmt: skip
+    return Statistics(dout, delta, lse2, has_huge)

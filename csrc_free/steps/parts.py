@@ -7,7 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
+from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.steps import parts_sum
 from csrc_free.steps.parts_sum import sum_parts_kernel
 
 LIMIT_BYTES = 2**30
@@ -39,13 +41,14 @@ class Parts:
         batch, kv_heads, rows, _ = dk.shape
         constants = problem.constants()
         names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
-        sum_parts_kernel[(batch * kv_heads * rows,)](
+        launch(
+            sum_parts_kernel, batch * kv_heads * rows,
             self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
             *self.numbers, problem.sizes()[-1], *dk.stride()[:3], *dv.stride()[:3],
             PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
             PARTS_FOLLOW_QUERIES=self.do_follow_queries,
             **{name: constants[name] for name in names},
-            num_warps=1,
+            config=parts_sum.Config(),
         )  # fmt: skip
 
 

@@ -1,9 +1,24 @@
 """The sum of the partial gradients of the narrow pair, in a fixed order."""
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from csrc_free.device.tiles import positions
+from csrc_free.traits import Device, Traits
+
+
+@dataclass(frozen=True)
+class Config:
+    """A row a program, which one warp sums."""
+
+    num_warps: int = 1
+    num_stages: int = 3
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return 0: a warp adds what it has loaded."""
+        return 0
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simplex_ops.contract.checks import check_attn, check_attn_backward
 from simplex_ops.contract.layout import empty_gradients, empty_outputs
+from simplex_ops.contract.scale import scale_of
 from simplex_ops.contract.schema import ALL_GRADS, DEFAULTS
 from simplex_ops.contract.windows import reach
 from simplex_ops.devices import cpu
@@ -23,8 +24,12 @@ class SlowPathWarning(UserWarning):
 
 
 def unserved(q: Tensor, v1: Tensor) -> str | None:
-    """Return why no kernel serves these inputs, or None where one does."""
-    if q.device.type not in ("cuda", "xpu"):
+    """Return why no kernel serves these inputs, which are well formed, or None where one does.
+
+    Kernels are compiled for CUDA and ROCm devices, which are both called cuda in PyTorch, and
+    for no other: there they would be launched unseen.
+    """
+    if q.device.type != "cuda":
         return f"no kernel runs on {q.device.type} devices"
     if q.dtype == torch.float64:
         return "no kernel computes in float64"
@@ -46,11 +51,11 @@ def attn(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run simplex::attn."""
+    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     reason = unserved(q, v1)
     if reason:
         _warn(reason)
         return cpu.attn(q, k1, k2, v1, v2, w1, w2, **options)
-    check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     from csrc_free.attn import attn_forward
 
     out, lse = empty_outputs(q, v1)
@@ -75,13 +80,13 @@ def attn_backward(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Run simplex::attn_backward."""
+    check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     reason = unserved(q, v1)
     if reason:
         _warn(reason)
         return cpu.attn_backward(
             dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, grad_mask=grad_mask, **options
         )
-    check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     from csrc_free.attn import attn_backward as launch
 
     found = empty_gradients((q, k1, k2, v1, v2), grad_mask)
@@ -104,7 +109,7 @@ def kernel_arguments(
         **given,
         "reach1": reach(w1, causal),
         "reach2": reach(w2, causal),
-        "scale": q.shape[3] ** -0.5 if scale is None else scale,
+        "scale": scale_of(q, scale),
     }
 
 

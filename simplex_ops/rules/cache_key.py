@@ -28,7 +28,12 @@ def extend() -> None:
 
 @functools.cache
 def sources() -> str:
-    """Return sixteen hexadecimal digits that change with any source file of the packages."""
+    """Return sixteen hexadecimal digits that change with any source file of the packages.
+
+    Of the measured tables, which are data, only what can change a launch choice counts.
+    """
+    from csrc_free import measured
+
     digest = hashlib.sha256()
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -38,4 +43,6 @@ def sources() -> str:
         for path in sorted(root.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
+    for path in sorted(measured.ROOT.glob("*.json")):
+        digest.update(f"{path.name}\0{measured.read_choosing(path.read_text())}".encode())
     return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from simplex_ops.contract.layout import empty_in_order_of
+from simplex_ops.contract.scale import scale_of
 from simplex_ops.devices.blocked import forms
 from simplex_ops.devices.blocked.buffers import (
     Workspace,
@@ -54,7 +55,7 @@ def attn_backward(
     )
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0 or not any(grad_mask):
         return tuple(grad.zero_() for grad in grads)
-    factor = q.shape[3] ** -0.5 if scale is None else scale
+    factor = scale_of(q, scale)
     plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=64, block=8)
     run = _Backward(plan, form, factor, inputs, (k2_bias, v2_bias), grads)
     run.load_gradients(dout, dlse, out, lse)

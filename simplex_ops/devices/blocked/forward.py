@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from simplex_ops.contract.layout import empty_in_order_of, lse_dtype
+from simplex_ops.contract.scale import scale_of
 from simplex_ops.devices.blocked import forms
 from simplex_ops.devices.blocked.buffers import (
     Workspace,
@@ -45,7 +46,7 @@ def attn_forward(
     lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    factor = q.shape[3] ** -0.5 if scale is None else scale
+    factor = scale_of(q, scale)
     plan = make_plan(q, k1, k2, w1, w2, is_causal, kv_bounds, q_start, rows=16, block=1)
     run = _Forward(plan, form, factor, (q, k1, k2, v1, v2), (k2_bias, v2_bias), out, lse)
     for tile in plan.tiles():

@@ -1,10 +1,10 @@
 """Run every GPU kernel on small problems under NVIDIA's compute-sanitizer.
 
-    python -m tools.sanitize                     # memcheck, then racecheck
-    python -m tools.sanitize --check initcheck
+    python -m tools.compiled.sanitize    # memcheck, then racecheck
+    python -m tools.compiled.sanitize --check initcheck
 
-It needs compute-sanitizer on the PATH, runs it on `python -m tools.sanitize --bare`, which is the
-small problems alone, and ends with exit code 1 where it found an error or a hazard.
+It needs compute-sanitizer on the PATH, runs it on `python -m tools.compiled.sanitize --bare`, which
+is the small problems alone, and ends with exit code 1 where it found an error or a hazard.
 """
 
 import shutil
@@ -62,7 +62,7 @@ def main(
     failed = []
     for tool in check or ["memcheck", "racecheck"]:
         options = ["--tool", tool, "--error-exitcode", "1"]
-        here = [sys.executable, "-m", "tools.sanitize", "--bare"]
+        here = [sys.executable, "-m", "tools.compiled.sanitize", "--bare"]
         if subprocess.run([program, *options, *here], check=False).returncode:
             failed.append(tool)
     if failed:

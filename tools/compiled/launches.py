@@ -17,7 +17,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free import launch
+from csrc_free import problem
+from csrc_free.traits import Device
 
 _POINTER = {
     torch.bfloat16: "*bf16",
@@ -25,7 +26,7 @@ _POINTER = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
 }
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded(device: launch.Device) -> Iterator[list[Launch]]:
+def recorded(device: Device) -> Iterator[list[Launch]]:
     """Note every launch made inside, with the launch choices of `device`."""
     launches: list[Launch] = []
 
@@ -60,7 +61,7 @@ def recorded(device: launch.Device) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(launch, "device_of", return_value=device),
+        mock.patch.object(problem, "device_of", return_value=device),
     ):
         yield launches
 

@@ -1,0 +1,174 @@
+"""Launch choices: each fits its device, lies in its tuning space, and is what was measured."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from csrc_free import measured
+from csrc_free.portable import backward, forward, keys, pairs, query, wide
+from csrc_free.steps import delta, parts_sum
+from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
+from simplex_ops.rules import cache_key
+from tools.compiled import registers
+from tools.compiled.launches import Launch
+
+FORMS = ("trilinear", "determinant", "strassen")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUPS = (1, 2, 4, 7, 8, 16, 31, 32, 40, 64, 96, 128)
+BLOCKS = (16, 32, 64, 128, 256)
+SPACES = {module.Config: module.SPACE for module in (forward, wide, query, keys, pairs)}
+EVERY = tuple(
+    Traits(group, block_d, block_dv, dtype, form, is_describable, are_rows_describable)
+    for group, block_d, block_dv, dtype, form, (is_describable, are_rows_describable)
+    in itertools.product(
+        GROUPS, BLOCKS, BLOCKS, DTYPES, FORMS, ((False, False), (True, False), (True, True))
+    )
+)  # fmt: skip
+
+
+def _configs(traits: Traits, device: Device):
+    return forward.choose(traits, device), *backward.choose(traits, device).configs
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_choice_fits_every_target(name):
+    device = DEVICES[name]
+    for traits in EVERY:
+        for config in _configs(traits, device):
+            assert config.shared_bytes(traits, device) <= device.shared_limit, (traits, config)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_choice_lies_in_its_tuning_space(name):
+    for config in {c for traits in EVERY for c in _configs(traits, DEVICES[name])}:
+        space = SPACES[type(config)]
+        for field in dataclasses.fields(config):
+            if field.name != "descriptors":
+                assert getattr(config, field.name) in space[field.name], config
+
+
+def test_what_a_device_may_not_have_is_refused_by_name():
+    traits = Traits(1, 256, 256, torch.float32, "trilinear", False, False)
+    small = Device("cuda", 75, 16_384)
+    with pytest.raises(ValueError, match=r"no kernel for sm_75: its programs may have 16384 bytes"):
+        forward.choose(traits, small)
+
+
+def test_the_first_that_fits_wins():
+    traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", True, True)
+    large, small = forward.Config(128, 1, 128, 4, 4), forward.Config(16, 1, 16, 4, 1)
+    assert first_that_fits([large, small], traits, DEVICES["sm_90"]) == small
+    assert first_that_fits([large, small], traits, INTERPRETER) == large
+
+
+KINDS = {
+    "forward_kernel": forward.Config,
+    "backward_wide_kernel": wide.Config,
+    "backward_query_kernel": query.Config,
+    "backward_keys_kernel": keys.Config,
+    "backward_pairs_kernel": pairs.Config,
+    "delta_kernel": delta.Config,
+    "sum_parts_kernel": parts_sum.Config,
+}
+
+
+def _config_of(launch: Launch):
+    """Return the config that a launch was made with, and of its traits those that take room."""
+    kind, constants = KINDS[launch.kernel.__name__], launch.constants
+    given = constants | {name.upper(): value for name, value in launch.options.items()}
+    config = kind(**{field.name: given[field.name.upper()] for field in dataclasses.fields(kind)
+                     if field.name.upper() in given})  # fmt: skip
+    dtype = torch.bfloat16 if constants.get("DOT_DTYPE") == tl.bfloat16 else torch.float32
+    block_d, block_dv = constants.get("BLOCK_D", 16), constants["BLOCK_DV"]
+    return config, Traits(1, block_d, block_dv, dtype, "trilinear", False, False)
+
+
+@pytest.mark.parametrize("target", registers.TARGETS)
+def test_the_arithmetic_bounds_what_the_compiler_takes(target):
+    tables = [registers.read_table(version) for version in registers.versions()]
+    for name, launch in registers.launches(target).items():
+        config, traits = _config_of(launch)
+        bound = config.shared_bytes(traits, DEVICES[target])
+        for table in tables:
+            if table is not None and target in table:
+                assert table[target][name].shared <= bound, (name, config)
+
+
+def test_a_measured_table_gives_what_was_measured():
+    traits = Traits(64, 128, 128, torch.bfloat16, "trilinear", False, False)
+    hopper = DEVICES["sm_90"]
+    assert forward.choose(traits, hopper) == forward.Config(64, 1, 64, 4, 2)
+    of_eight = dataclasses.replace(traits, group=8)
+    assert forward.choose(of_eight, hopper) == forward.Config(64, 1, 64, 4, 3)
+    assert backward.choose(of_eight, hopper).pairs is None
+    assert backward.choose(traits, hopper).pairs == pairs.Config(64, 64, 2, 4, 2)
+    of_forty = dataclasses.replace(traits, group=40)
+    assert backward.choose(of_forty, hopper).pairs == pairs.Config(32, 64, 3, 4, 3)
+    of_one = dataclasses.replace(traits, group=1)
+    assert backward.choose(of_one, hopper).query_with_parts == query.Config(16, 4, 32, 3, 4, 3)
+
+
+@pytest.mark.parametrize("path", sorted(measured.ROOT.glob("*.json")), ids=lambda path: path.stem)
+def test_a_measured_table_says_what_was_measured_when_and_with_what(path):
+    assert path.stem in DEVICES
+    table = measured.table(path.stem)
+    assert table is not None
+    assert set(table) == {"device", "versions", "date", "figures", *measured.CHOOSING}
+    assert set(table["versions"]) == {"torch", "triton"}
+
+
+def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
+    table = {
+        "serves": {"dtypes": ["bfloat16"], "forms": ["trilinear"], "columns_to": 128},
+        "lines": {"forward": [{"when": {"groups": 8}, "config": {}}]},
+    }
+    monkeypatch.setattr(measured, "table", lambda name: table)
+    traits = Traits(8, 128, 128, torch.bfloat16, "trilinear", False, False)
+    with pytest.raises(KeyError, match="groups"):
+        list(measured.configs("forward", forward.Config, traits, DEVICES["sm_80"]))
+
+
+def test_what_can_change_a_choice_joins_the_compile_caches_keys(monkeypatch, tmp_path):
+    """A figure or a date does not: it would compile everything anew for nothing."""
+    table = json.loads((measured.ROOT / "sm_90.json").read_text())
+    read = cache_key.sources.__wrapped__
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
+
+    def digests() -> tuple[str, str]:
+        (tmp_path / "sm_90.json").write_text(json.dumps(table))
+        return read(), registers.digest()
+
+    before = digests()
+    table["date"], table["figures"][0]["value"] = "2027-01-01", 500
+    table["versions"]["triton"] = "4.0"
+    assert digests() == before
+    table["lines"]["forward"][0]["config"]["num_stages"] = 3
+    after = digests()
+    assert all(new != old for new, old in zip(after, before, strict=True))
+    table["serves"]["columns_to"] = 64
+    assert all(new != old for new, old in zip(digests(), after, strict=True))
+
+
+def test_large_tiles_of_float32_are_small_enough_for_every_device():
+    """`keys` took 135,168 bytes at 256 columns, where sm_89 and sm_120 have 101,376."""
+    traits = Traits(8, 256, 256, torch.float32, "trilinear", False, False)
+    before = keys.Config(32, 32, 1, 4, 1)
+    assert before.shared_bytes(traits, DEVICES["sm_89"]) >= 135_168
+    for device in DEVICES.values():
+        assert backward.choose(traits, device).keys == keys.Config(16, 16, 1, 8, 1)
+        assert forward.choose(traits, device) == forward.Config(16, 1, 16, 8, 1)
+
+
+def test_float16_is_exact_in_tf32_and_ieee_where_there_is_none():
+    assert {name for name, device in DEVICES.items() if not device.has_tf32} == {"gfx950"}
+    for target, precision in (("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")):
+        launches = registers.launches(target)
+        assert launches["forward_kernel fp16"].constants["PRECISION"] == precision
+        assert launches["forward_kernel fp32"].constants["PRECISION"] == "ieee"
