@@ -24,7 +24,7 @@ suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_triton.py
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)

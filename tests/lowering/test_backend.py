@@ -30,7 +30,7 @@ from lowering import compat
 from simplex_ops import mark, unmark
 from simplex_ops.rules import cache_key
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

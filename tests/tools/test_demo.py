@@ -14,7 +14,7 @@ from tools import corpus
 from tools.llama import CPU, build
 from tools.train import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = replace(CPU, hidden=32, layers=4, seq=32, batch=4, window=(16, 4), steps=20)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tools import registers
 from tools.registers import Usage, complaints, read_amdgcn, read_ptxas
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = {"sm_90": {"kernel": Usage(registers=128, spills=8, shared=1000)}}
 
 
