@@ -9,8 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from simplex_ops.testing import Case
-from tools import fuzz, fuzz_worker
-from tools.fuzz_worker import Settings, Worker
+from tools.fuzz import __main__ as fuzz
+from tools.fuzz import worker as fuzz_worker
+from tools.fuzz.worker import Settings, Worker
 
 
 class Pipe(list):
