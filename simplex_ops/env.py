@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "python": platform.python_version(),
-        "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%MZ"),
     }
     if device.type == "cuda":
         facts["driver"] = driver()

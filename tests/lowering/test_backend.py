@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from tiny_llama import (
     Attention,

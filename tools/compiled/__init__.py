@@ -1,0 +1,1 @@
+"""What can be learned of the kernels from their compiled code, and under NVIDIA's checkers."""
