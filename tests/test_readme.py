@@ -1,4 +1,4 @@
-"""README's examples: each runs as it stands, from an empty directory, in the order of the page."""
+"""README: each example runs as it stands, from an empty directory; what it points at is there."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ROOMS = ("csrc_free", "lowering", "simplex_ops", "tests", "tools")
 # A block that goes on from an earlier one uses its names, as a reader would.
 CONTINUES = {1: 0}
 # A test function is run by whoever reads it with pytest; here it is called.
@@ -46,3 +47,30 @@ def test_example_runs_from_an_empty_directory(number: int, tmp_path: Path) -> No
         timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def pointers(cell: str) -> list[str]:
+    """Return the paths of a cell: a name without a folder is in the last folder named before it."""
+    found, folder = [], ""
+    for name in re.findall(r"`([^`]+)`", cell):
+        rooted = name.partition("/")[0] in ROOMS
+        if rooted:
+            folder = name.rpartition("/")[0] if not name.endswith("/") else name.split("/")[0]
+        found.append(name if rooted else f"{folder}/{name}")
+    return found
+
+
+def test_what_the_table_of_places_points_at_is_there() -> None:
+    page = (ROOT / "README.md").read_text()
+    table = page.partition("## Where things are")[2].partition("\n\n`make help`")[0]
+    cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(cells) > 15
+    lost = [path for cell in cells for path in pointers(cell) if not (ROOT / path).exists()]
+    assert not lost, "README points at what is not there"
+
+
+def test_what_contributing_points_at_is_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(rf"\b((?:{'|'.join(ROOMS)})/[\w/.]*\w/?)", page))
+    assert "tests/op/test_laws.py" in named
+    assert not [path for path in named if not (ROOT / path).exists()]
