@@ -3,11 +3,12 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := tools/constraints.txt
-# The pinned environment needs Python 3.11; the library itself runs on 3.10.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.version_info < (3, 11) or print("$(p)")' 2>/dev/null)))
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 ARGS ?=
+# Processes that share the tests: one a core, up to eight, each with a torch of its own in memory.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.
@@ -18,13 +19,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run all tests; some: make test ARGS="-k laws"
+test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run all tests, in parallel; some: make test ARGS="-k laws"
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)

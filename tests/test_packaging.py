@@ -91,7 +91,7 @@ def test_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     info = f"simplex_ops-{VERSION}.dist-info"
     said = said_by(wheel)
     assert (said["Name"], said["Version"]) == ("simplex-ops", VERSION)
-    assert (said["License-Expression"], said["Requires-Python"]) == ("BSD-3-Clause", ">=3.10")
+    assert (said["License-Expression"], said["Requires-Python"]) == ("BSD-3-Clause", ">=3.11")
     needed = [r for r in said.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert needed == ["torch>=2.11"]
     assert {"test", "testing", "tools", "triton"} == set(said.get_all("Provides-Extra", []))

@@ -156,7 +156,7 @@ def _by_name(workloads: Iterable[Workload]) -> dict[str, Workload]:
     return table
 
 
-# Those with an aim (tools/bench.py) come first: a bench that runs out of time keeps them.
+# Those with an aim (tools/bench) come first: a bench that runs out of time keeps them.
 WORKLOADS = _by_name([
     Workload("llama-mqa", 4, 64, 1, 4096, 128, 512, 32),
     Workload("gqa8", 4, 64, 8, 4096, 128, 512, 32, directions=("forward",)),

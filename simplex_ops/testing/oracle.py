@@ -1,6 +1,5 @@
 """The oracle: the reference in float64 and in the dtype of the inputs, and what is held to it."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,8 +167,7 @@ def assert_matches_reference(
             assert torch.equal(old, new), f"{name} was written to"
         assert_results(problem, got, slack=slack)
     except Exception as error:
-        if sys.version_info >= (3, 11):
-            error.add_note(f"reproduce with: {case!r}")
+        error.add_note(f"reproduce with: {case!r}")
         raise
     return got
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tools.contest import ANCHORS, OURS, Result, Row, field_of, measure
-from tools.environment import environment
-from tools.plot import Bar, plot_rates
+from simplex_ops.env import environment
+from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
+from tools.bench.plot import Bar, plot_rates
 from tools.workloads import WORKLOADS, Direction, useful_flops
 
 YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}

@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import simplex_ops  # noqa: F401  (registers the operators)
+from simplex_ops.env import environment
 from simplex_ops.testing import Case
-from tools.environment import environment
-from tools.fuzz_worker import Message, Settings, describe, quieten, run_case, work
+from tools.fuzz.worker import Message, Settings, describe, quieten, run_case, work
 
 GRACE_SECONDS = 60.0  # for the case in hand, a first compilation included
 

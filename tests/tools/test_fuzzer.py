@@ -9,8 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from simplex_ops.testing import Case
-from tools import fuzz, fuzz_worker
-from tools.fuzz_worker import Settings, Worker
+from tools.fuzz import __main__ as fuzz
+from tools.fuzz import worker as fuzz_worker
+from tools.fuzz.worker import Settings, Worker
 
 
 class Pipe(list):
@@ -30,7 +31,7 @@ def wrong_beyond_four_queries(*tensors, **options):
 
 def worker(pipe):
     settings = Settings(
-        device="cpu", backend="eager", seconds=20, shrink_seconds=10,
+        device="cpu", backend="eager", seconds=120, shrink_seconds=60,
         max_seq=8, max_work=20_000, seed=1, threads=2,
     )  # fmt: skip
     return Worker(settings, pipe, threading.Event(), time.monotonic() + settings.seconds)
@@ -86,7 +87,7 @@ def test_one_case_runs_from_the_command_line():
 def test_a_short_run_ends_well():
     app = typer.Typer()
     app.command()(fuzz.main)
-    result = CliRunner().invoke(app, ["--device", "cpu", "--minutes", "0.05", "--seed", "3"])
+    result = CliRunner().invoke(app, ["--device", "cpu", "--minutes", "0.15", "--seed", "3"])
     assert result.exit_code == 0, result.output
     assert "0 failed" in result.output
     assert "form trilinear" in result.output

@@ -9,8 +9,8 @@ import importlib
 
 import torch
 
-from tools.anchors import Job, NotRunError
-from tools.peers import agreement
+from tools.bench.anchors import Job, NotRunError
+from tools.bench.peers import agreement
 from tools.workloads import Direction, Workload, make_inputs, nominal_flops
 
 ROSTER: tuple[tuple[str, Direction], ...] = (("mha-d64", "forward"), ("mha-d64", "backward"))

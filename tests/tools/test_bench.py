@@ -8,11 +8,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from tools import bench
-from tools.anchors import Job, NotRunError, einsum
-from tools.contest import OURS, Result, Row, field_of, measure
-from tools.peers import agreement, fbgemm, lucidrains
-from tools.timing import Times, time_in_turn
+from tools.bench import __main__ as bench
+from tools.bench.anchors import Job, NotRunError, einsum
+from tools.bench.contest import OURS, Result, Row, field_of, measure
+from tools.bench.peers import agreement, fbgemm, lucidrains
+from tools.bench.timing import Times, time_in_turn
 from tools.workloads import WORKLOADS
 
 CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 """The Triton kernels through Triton's interpreter, on CPU tensors: run with TRITON_INTERPRET=1.
 
 Everything goes by way of the GPU implementation, `simplex_ops.devices.gpu`, as on a GPU. bfloat16
-products are wrong in the interpreter: a GPU runs them, by tests/test_budgets.py and test_fuzz.py.
+products are wrong in the interpreter: a GPU runs them, by tests/op/test_budgets.py and its
+neighbours.
 """
 
 import math

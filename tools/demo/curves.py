@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tools.train import Curve
+from tools.demo.train import Curve
 
 
 def plot_curves(curves: dict[str, Curve], file: Path, *, title: str) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from simplex_ops import mark
-from tools import corpus
-from tools.llama import CPU, build
-from tools.train import Trainer
+from tools.demo import corpus
+from tools.demo.llama import CPU, build
+from tools.demo.train import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = replace(CPU, hidden=32, layers=4, seq=32, batch=4, window=(16, 4), steps=20)
 
 

@@ -31,11 +31,11 @@ import torch
 
 import lowering
 from simplex_ops import mark
-from tools import corpus
-from tools.curves import plot_curves
-from tools.environment import device_name
-from tools.llama import CPU, CUDA, build, parameter_count
-from tools.train import VALIDATION_BATCHES, Curve, Trainer
+from simplex_ops.env import device_name
+from tools.demo import corpus
+from tools.demo.curves import plot_curves
+from tools.demo.llama import CPU, CUDA, build, parameter_count
+from tools.demo.train import VALIDATION_BATCHES, Curve, Trainer
 
 PLAIN, MARKED = "as it is", "marked"
 # backend="simplex" is the same function by its entry point, which only an installed package has.

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from tiny_llama import (
     Attention,
@@ -30,7 +30,7 @@ from lowering import compat
 from simplex_ops import mark, unmark
 from simplex_ops.rules import cache_key
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from csrc_free.measured import table
 from tools.compiled import registers
 from tools.compiled.registers import Usage, complaints, read_amdgcn, read_ptxas
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = {"sm_90": {"kernel": Usage(registers=128, spills=8, shared=1000)}}
 
 

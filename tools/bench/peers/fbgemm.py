@@ -15,8 +15,8 @@ from types import ModuleType
 
 import torch
 
-from tools.anchors import Job, NotRunError
-from tools.peers import agreement
+from tools.bench.anchors import Job, NotRunError
+from tools.bench.peers import agreement
 from tools.workloads import Direction, Workload, make_inputs, nominal_flops
 
 ROSTER: tuple[tuple[str, Direction], ...] = (("llama-mqa", "forward"), ("mha", "backward"))

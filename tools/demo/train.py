@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.corpus import even_batches, random_batch
-from tools.llama import Setting
+from tools.demo.corpus import even_batches, random_batch
+from tools.demo.llama import Setting
 
 VALIDATION_BATCHES = 6
 

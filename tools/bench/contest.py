@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 import simplex_ops  # noqa: F401  (registers the operators)
-from tools import anchors
-from tools.anchors import Job, NotRunError
-from tools.peers import fbgemm, lucidrains
-from tools.timing import Times, time_in_turn
+from tools.bench import anchors
+from tools.bench.anchors import Job, NotRunError
+from tools.bench.peers import fbgemm, lucidrains
+from tools.bench.timing import Times, time_in_turn
 from tools.workloads import Direction, Workload, make_inputs, nominal_flops
 
 Build = Callable[[Workload, Direction, torch.device], Job]

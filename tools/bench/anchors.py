@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simplex_ops import reference
-from tools.timing import Function
+from tools.bench.timing import Function
 from tools.workloads import (
     BACKWARD_FLOPS,
     Direction,

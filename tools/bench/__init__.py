@@ -1,0 +1,1 @@
+"""How fast the operator is, beside anchors and peers: `python -m tools.bench`."""

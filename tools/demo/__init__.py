@@ -1,0 +1,1 @@
+"""A small Llama trained with and without marked layers: `python -m tools.demo`."""

@@ -1,0 +1,1 @@
+"""Problems drawn over the whole contract, in several processes: `python -m tools.fuzz`."""
