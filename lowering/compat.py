@@ -10,6 +10,10 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     node.meta["nn_module_stack"]            {id: (path, class)}; absent in a frame resumed after a
                                             graph break
     SymInt.node.hint                        a symbolic size's example, without a guard
+    SymInt.node.expr, .shape_env            which sizes mark_dynamic keeps symbolic: the tracked fakes
+                                            of the shape_env and their contexts' constraints
+    symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
+    Tensor._version                         writes into a fake tensor
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
 """
@@ -96,9 +100,62 @@ def example(value: Any) -> Any:
     return value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
 
 
+def is_symbolic(value: Any) -> bool:
+    """Say whether a number is a symbol, which may differ from call to call of a graph."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a node stands for a number, symbolic or not."""
+    return isinstance(value, (int, float)) or is_symbolic(value)
+
+
 def hint(value: Any) -> Any:
-    """Return the example of a symbolic size as an int, without a guard on it."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    """Return the example of a symbolic number as a plain one, without a guard on it."""
+    if not is_symbolic(value):
+        return value
+    kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+    return kind(value.node.hint)
+
+
+def known(claim: Any) -> bool:
+    """Say whether a claim about symbolic sizes holds at all of them; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(claim)
+
+
+def guard(claim: Any) -> None:
+    """Make a claim that holds for the example a guard of the compiled code."""
+    assert bool(claim)
+
+
+def agree(a: Any, b: Any) -> bool:
+    """Say whether two sizes are equal; where the example alone says so, guard it."""
+    if hint(a) != hint(b):
+        return False
+    guard(a == b)
+    return True
+
+
+def make_constant(value: Any) -> Any:
+    """Turn a symbolic number into its example's value, guarded: another one compiles again."""
+    kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return kinds[type(value)](value) if is_symbolic(value) else value
+
+
+def must_stay_symbolic(value: Any) -> bool:
+    """Say whether mark_dynamic forbids to make this number a constant."""
+    symbols = getattr(value.node.expr, "free_symbols", set())
+    for tracked in value.node.shape_env.tracked_fakes or ():
+        rules = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if not isinstance(tracked.fake, torch.Tensor) or rules is None:
+            continue
+        for size, rule in zip(tracked.fake.shape, rules, strict=True):
+            strict = rule is not None and not rule.warn_only
+            if strict and is_symbolic(size) and symbols & size.node.expr.free_symbols:
+                return True
+    return False
 
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:
