@@ -10,8 +10,8 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     node.meta["nn_module_stack"]            {id: (path, class)}; absent in a frame resumed after a
                                             graph break
     SymInt.node.hint                        a symbolic size's example, without a guard
-    SymInt.node.expr, .shape_env            which sizes mark_dynamic keeps symbolic: the tracked fakes
-                                            of the shape_env and their contexts' constraints
+    SymInt.node.expr, .shape_env            which sizes mark_dynamic keeps symbolic: the shape_env's
+                                            tracked fakes and their contexts' constraints
     symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
     Tensor._version                         writes into a fake tensor
     torch.utils._pytree                     tree_map
@@ -66,8 +66,11 @@ def reset_cudagraphs() -> None:
     reset_cudagraph_trees()
 
 
-def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[[], None]:
-    """Call `before` on every graph that enters Inductor; return what undoes this.
+_wrapper: list[tuple[Any, Any]] = []  # the wrapped compile_fx and what it wraps
+
+
+def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> None:
+    """Call `before` on every graph that enters Inductor; where that is so already, do nothing.
 
     Not `pre_grad_custom_pass`: from 2.13 on that runs after the cache's look-up, without
     the graph's metadata in the key, and on each sub-graph alone.
@@ -75,6 +78,8 @@ def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[
     from torch._inductor import compile_fx as inductor
 
     inner = inductor.compile_fx
+    if _wrapper and inner is _wrapper[0][0]:
+        return
 
     @functools.wraps(inner)
     def compile_fx_after_pass(model_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,17 +87,19 @@ def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[
             before(model_)
         return inner(model_, *args, **kwargs)
 
+    _wrapper[:] = [(compile_fx_after_pass, inner)]
     inductor.compile_fx = compile_fx_after_pass
 
-    def undo() -> None:
-        if inductor.compile_fx is not compile_fx_after_pass:
-            raise RuntimeError(
-                "torch._inductor.compile_fx.compile_fx was wrapped again after lowering.enable(): "
-                "undo that first"
-            )
-        inductor.compile_fx = inner
 
-    return undo
+def unwrap_compile_fx() -> None:
+    """Undo `wrap_compile_fx`, unless someone wrapped compile_fx again since.
+
+    Then the wrapper must stay where it is, and whether it does anything is for `before` to say.
+    """
+    from torch._inductor import compile_fx as inductor
+
+    if _wrapper and inductor.compile_fx is _wrapper[0][0]:
+        inductor.compile_fx = _wrapper.pop()[1]
 
 
 def example(value: Any) -> Any:

@@ -294,7 +294,7 @@ def test_proofs_leave_the_random_state_alone():
 
 
 def test_a_small_mask_is_refused_where_the_sizes_agree_by_chance():
-    """A mask of 12 whatever the sequence is causal for 12 tokens, and the graph says for 12 only."""
+    """A mask of 12 rows whatever the sequence is causal for 12 tokens alone."""
     model = Masked(lambda x: torch.ones(12, 12, dtype=torch.bool).tril())
     run = torch.compile(model, backend=Passed(), dynamic=True)
     torch.testing.assert_close(run(states(12)), model.attention(states(12)))
@@ -372,7 +372,7 @@ CAUSAL = Claims(frozenset({Linear((1, -1))}))
 @pytest.mark.parametrize(
     ("make", "rule"),
     [
-        (lambda x: _lower(x), CAUSAL),
+        (_lower, CAUSAL),
         (lambda x: _rows(x) <= _rows(x)[:, None], CAUSAL),
         (lambda x: ~(_rows(x) > _rows(x)[:, None]), CAUSAL),
         (lambda x: (_rows(x) + 3)[None, :] < _rows(x).unsqueeze(-1) + 4, CAUSAL),

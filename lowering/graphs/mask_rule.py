@@ -166,6 +166,12 @@ def _as(kind: type[_V], operand: Any) -> _V:
     return operand.value
 
 
+def _either(operand: Any) -> Value:
+    if not isinstance(operand, Operand):
+        raise Unread
+    return operand.value
+
+
 def _spread(operand: Any, kind: type[_V], out: Tensor) -> _V:
     """Return a value in the coordinates of a shape that it broadcasts to."""
     value, sizes = _as(kind, operand), operand.example.shape
@@ -293,25 +299,24 @@ def _triu(out: Tensor, x: Any, diagonal: Any = 0) -> Value:
 
 
 def _same(out: Tensor, x: Any, *_: Any, dtype: Any = None, device: Any = None) -> Value:
-    value = _as(Claims if out.dtype == torch.bool else Linear, x)
+    value = _either(x)
     if out.dtype != x.example.dtype or out.dim() != x.example.dim():
         raise Unread
     return value
 
 
 def _expand(out: Tensor, x: Any, *_: Any) -> Value:
-    return _spread(x, Claims if out.dtype == torch.bool else Linear, out)
+    return _spread(x, Claims, out) if out.dtype == torch.bool else _spread(x, Linear, out)
 
 
 def _unsqueeze(out: Tensor, x: Any, dim: Any) -> Value:
     at = _integer(dim) % out.dim()
-    kind = Claims if out.dtype == torch.bool else Linear
-    return _as(kind, x).map(lambda v: replace(v, coefs=(*v.coefs[:at], 0, *v.coefs[at:])))
+    return _either(x).map(lambda v: replace(v, coefs=(*v.coefs[:at], 0, *v.coefs[at:])))
 
 
 def _getitem(out: Tensor, x: Any, index: Any) -> Value:
     index = index if isinstance(index, tuple) else (index,)
-    value = _as(Claims if out.dtype == torch.bool else Linear, x)
+    value = _either(x)
     if any(isinstance(i, Operand) for i in index):
         return value.map(lambda v: _gathered(out, v, index))
     if Ellipsis in index:

@@ -50,13 +50,8 @@ def rewrite(gm: fx.GraphModule) -> Report:
     rewritten: list[Rewritten] = []
     refused: list[Refused] = []
     for mark in marks:
-        try:
-            rewritten.append(_serve(mark, pairs, subgraphs))
-        except _Unserved as reason:
-            refused.append(Refused(name_in_model(mark), str(reason)))
-        except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, and is refused)
-            reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
-            refused.append(Refused(name_in_model(mark), reason))
+        found = _serve_or_refuse(mark, pairs, subgraphs)
+        (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
     for graph in {mark.graph for mark in marks}:
         graph.lint()
         for module in subgraphs.modules[graph]:
@@ -87,6 +82,16 @@ def _pair(marks: list[fx.Node], subgraphs: Subgraphs) -> _Pairs:
     marks_of = {call: _marks_behind(call) for call in calls}
     calls_of = {mark: [c for c in calls if mark in marks_of[c]] for mark in marks}
     return _Pairs(calls_of, marks_of, [c for c in calls if not marks_of[c]])
+
+
+def _serve_or_refuse(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten | Refused:
+    try:
+        return _serve(mark, pairs, subgraphs)
+    except _Unserved as reason:
+        return Refused(name_in_model(mark), str(reason))
+    except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
+        reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
+        return Refused(name_in_model(mark), reason)
 
 
 def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
