@@ -7,13 +7,14 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     torch._inductor.list_mode_options       `mode=` of torch.compile as Inductor options
     torch._inductor.cudagraph_trees         reset_cudagraph_trees, for torch._dynamo.reset()
     node.meta["example_value"]              a node's fake tensor or symbolic number
-    node.meta["nn_module_stack"]            {id: (path, class)}; absent in a frame resumed after a
-                                            graph break
+    node.meta["nn_module_stack"]            {id: (path, class)}; absent where the frame is the
+                                            module's own
     SymInt.node.hint                        a symbolic size's example, without a guard
     SymInt.node.expr, .shape_env            which sizes mark_dynamic keeps symbolic: the shape_env's
                                             tracked fakes and their contexts' constraints
     symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
     Tensor._version                         writes into a fake tensor
+    node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
 """
@@ -160,9 +161,20 @@ def must_stay_symbolic(value: Any) -> bool:
             continue
         for size, rule in zip(tracked.fake.shape, rules, strict=True):
             strict = rule is not None and not rule.warn_only
-            if strict and is_symbolic(size) and symbols & size.node.expr.free_symbols:
+            if strict and isinstance(size, torch.SymInt) and symbols & size.node.expr.free_symbols:
                 return True
     return False
+
+
+def weight_of(node: torch.fx.Node) -> torch.nn.Parameter | None:
+    """Return the model's weight that an input of Dynamo's graph stands for."""
+    weight = getattr(node.meta.get("grapharg"), "example", None)
+    return weight if isinstance(weight, torch.nn.Parameter) else None
+
+
+def is_dynamos(graph: torch.fx.Graph) -> bool:
+    """Say whether Dynamo traced a whole frame as this graph."""
+    return any("grapharg" in node.meta for node in graph.nodes if node.op == "placeholder")
 
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:

@@ -88,10 +88,10 @@ def _serve_or_refuse(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewr
     try:
         return _serve(mark, pairs, subgraphs)
     except _Unserved as reason:
-        return Refused(name_in_model(mark), str(reason))
+        return Refused(name_in_model(mark, _positional(mark)[1]), str(reason))
     except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
         reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
-        return Refused(name_in_model(mark), reason)
+        return Refused(name_in_model(mark, _positional(mark)[1]), reason)
 
 
 def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
@@ -218,7 +218,9 @@ def _traced_within(call: fx.Node, mark: fx.Node) -> bool:
 
 def _within(node: fx.Node, mark: fx.Node) -> bool:
     owner = compat.module_stack(mark)
-    return bool(owner) and next(reversed(owner)) in compat.module_stack(node)
+    if not owner:  # the frame that Dynamo traced is the module's own
+        return compat.is_dynamos(mark.graph)
+    return next(reversed(owner)) in compat.module_stack(node)
 
 
 def _calls(node: fx.Node, op: Any) -> bool:

@@ -42,7 +42,7 @@ def _made_from(mark: fx.Node) -> list[fx.Node]:
         if reached.isdisjoint(node.all_input_nodes):
             continue
         stack = compat.module_stack(node)
-        if not stack or owner in stack:
+        if owner is None or not stack or owner in stack:
             reached.add(node)
             found.append(node)
     return found
