@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from lowering import compat, report
-from lowering.passes.marks import rewrite
+from lowering.passes import pipeline
 from simplex_ops.rules import cache_key
 
 
@@ -37,8 +37,8 @@ def serve_marks(gm: fx.GraphModule) -> None:
         return  # Inductor's entry calls itself to apply options, and the backend calls it
     gm.meta["simplex_served"] = True
     compat.warn_if_untested()
-    cache_key.extend()
-    found = rewrite(gm)
+    cache_key.extend(f"passes:{pipeline.identity()}")
+    found = pipeline.run_passes(gm)
     if found != report.Report():
         report.keep(found)
     found.raise_if_refused()

@@ -7,9 +7,14 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     torch._inductor.list_mode_options       `mode=` of torch.compile as Inductor options
     torch._inductor.cudagraph_trees         reset_cudagraph_trees, for torch._dynamo.reset()
     node.meta["example_value"]              a node's fake tensor or symbolic number
-    node.meta["nn_module_stack"]            {id: (path, class)}; absent in a frame resumed after a
-                                            graph break
+    node.meta["nn_module_stack"]            {id: (path, class)}; absent where the frame is the
+                                            module's own
     SymInt.node.hint                        a symbolic size's example, without a guard
+    SymInt.node.expr, .shape_env            which sizes mark_dynamic keeps symbolic: the shape_env's
+                                            tracked fakes and their contexts' constraints
+    symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
+    Tensor._version                         writes into a fake tensor
+    node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
 """
@@ -62,8 +67,11 @@ def reset_cudagraphs() -> None:
     reset_cudagraph_trees()
 
 
-def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[[], None]:
-    """Call `before` on every graph that enters Inductor; return what undoes this.
+_wrapper: list[tuple[Any, Any]] = []  # the wrapped compile_fx and what it wraps
+
+
+def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> None:
+    """Call `before` on every graph that enters Inductor; where that is so already, do nothing.
 
     Not `pre_grad_custom_pass`: from 2.13 on that runs after the cache's look-up, without
     the graph's metadata in the key, and on each sub-graph alone.
@@ -71,6 +79,8 @@ def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[
     from torch._inductor import compile_fx as inductor
 
     inner = inductor.compile_fx
+    if _wrapper and inner is _wrapper[0][0]:
+        return
 
     @functools.wraps(inner)
     def compile_fx_after_pass(model_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,17 +88,19 @@ def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> Callable[
             before(model_)
         return inner(model_, *args, **kwargs)
 
+    _wrapper[:] = [(compile_fx_after_pass, inner)]
     inductor.compile_fx = compile_fx_after_pass
 
-    def undo() -> None:
-        if inductor.compile_fx is not compile_fx_after_pass:
-            raise RuntimeError(
-                "torch._inductor.compile_fx.compile_fx was wrapped again after lowering.enable(): "
-                "undo that first"
-            )
-        inductor.compile_fx = inner
 
-    return undo
+def unwrap_compile_fx() -> None:
+    """Undo `wrap_compile_fx`, unless someone wrapped compile_fx again since.
+
+    Then the wrapper must stay where it is, and whether it does anything is for `before` to say.
+    """
+    from torch._inductor import compile_fx as inductor
+
+    if _wrapper and inductor.compile_fx is _wrapper[0][0]:
+        inductor.compile_fx = _wrapper.pop()[1]
 
 
 def example(value: Any) -> Any:
@@ -96,9 +108,73 @@ def example(value: Any) -> Any:
     return value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
 
 
+def is_symbolic(value: Any) -> bool:
+    """Say whether a number is a symbol, which may differ from call to call of a graph."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a node stands for a number, symbolic or not."""
+    return isinstance(value, (int, float)) or is_symbolic(value)
+
+
 def hint(value: Any) -> Any:
-    """Return the example of a symbolic size as an int, without a guard on it."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    """Return the example of a symbolic number as a plain one, without a guard on it."""
+    if not is_symbolic(value):
+        return value
+    kind = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}[type(value)]
+    return kind(value.node.hint)
+
+
+def known(claim: Any) -> bool:
+    """Say whether a claim about symbolic sizes holds at all of them; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(claim)
+
+
+def guard(claim: Any) -> None:
+    """Make a claim that holds for the example a guard of the compiled code."""
+    assert bool(claim)
+
+
+def agree(a: Any, b: Any) -> bool:
+    """Say whether two sizes are equal; where the example alone says so, guard it."""
+    if hint(a) != hint(b):
+        return False
+    guard(a == b)
+    return True
+
+
+def make_constant(value: Any) -> Any:
+    """Turn a symbolic number into its example's value, guarded: another one compiles again."""
+    kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return kinds[type(value)](value) if is_symbolic(value) else value
+
+
+def must_stay_symbolic(value: Any) -> bool:
+    """Say whether mark_dynamic forbids to make this number a constant."""
+    symbols = getattr(value.node.expr, "free_symbols", set())
+    for tracked in value.node.shape_env.tracked_fakes or ():
+        rules = getattr(tracked.symbolic_context, "constraint_sizes", None)
+        if not isinstance(tracked.fake, torch.Tensor) or rules is None:
+            continue
+        for size, rule in zip(tracked.fake.shape, rules, strict=True):
+            strict = rule is not None and not rule.warn_only
+            if strict and isinstance(size, torch.SymInt) and symbols & size.node.expr.free_symbols:
+                return True
+    return False
+
+
+def weight_of(node: torch.fx.Node) -> torch.nn.Parameter | None:
+    """Return the model's weight that an input of Dynamo's graph stands for."""
+    weight = getattr(node.meta.get("grapharg"), "example", None)
+    return weight if isinstance(weight, torch.nn.Parameter) else None
+
+
+def is_dynamos(graph: torch.fx.Graph) -> bool:
+    """Say whether Dynamo traced a whole frame as this graph."""
+    return any("grapharg" in node.meta for node in graph.nodes if node.op == "placeholder")
 
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:

@@ -1,126 +1,122 @@
 """Proof that a mask computed inside a graph is the causal mask and nothing more.
 
 Hugging Face hands a compiled model a dense mask where eager code gets None. It is computed from
-`arange` alone; a mask that knows of padding or packed documents comes from an input tensor. So the
-mask's own nodes are run, at the example's sizes, and the result is compared.
+`arange` alone; a mask that knows of padding or packed documents comes from an input tensor.
+
+A proof holds for every size that its graph will serve. The rule that makes the mask is read from
+its nodes; what the rule says beyond causality (a window of 4096) must hold at all sizes up to one
+that becomes a guard. A mask whose rule cannot be read is run at the example's sizes, and these
+become constants, so that other sizes are compiled, and proven, again.
 """
 
-import operator
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from lowering import compat
+from lowering.graphs.mask_at_size import MaskAtSize
+from lowering.graphs.mask_rule import Linear, Unread, read_rule
+from lowering.graphs.not_proven import NotProven
 from lowering.graphs.subgraphs import Subgraphs
+from lowering.graphs.writes import writer_into
 
-_IN_PLACE = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
-}  # fmt: skip
-
-_KEYWORDS = ("and_", "or_", "not_", "is_")  # of the operator module; these write nothing
+_HIDES_MORE = "it hides other keys than those after the query"
 
 
-class NotProven(Exception):  # noqa: N818 (a finding, not an error)
-    """Why a mask may be more than causal."""
+def prove_causal(mask: fx.Node, query: Tensor, key: Tensor, subgraphs: Subgraphs) -> None:
+    """Prove that `mask` is causal for this attention in every call of its graph.
+
+    Raises:
+        NotProven: it may be more than causal, or is not the size of the attention.
+    """
+    for source in subgraphs.sources_of(mask):
+        example = compat.example(source)
+        if not isinstance(example, Tensor):
+            raise NotProven(f"it is {example!r}, no tensor")
+        _check_kind(example, query, key)
+        read: dict[fx.Node, Any] = {}
+        if not _holds_by_rule(source, example, read):
+            _prove_at_size(source, query, read)
+        writer = writer_into(source.graph, read)
+        if writer is not None:
+            raise NotProven(f"{writer} writes into it")
 
 
-def why_not_causal(mask: fx.Node, subgraphs: Subgraphs) -> str | None:
-    """Return why `mask` is not known to be causal; None where it is, in every call of its graph."""
-    try:
-        with compat.real_tensors():
-            for source in subgraphs.sources_of(mask):
-                evaluation = _Evaluation()
-                _check(evaluation.value_of(source))
-                _check_unwritten(source.graph, evaluation.known)
-    except NotProven as reason:
-        return (
-            f"its attention mask is not known to be the causal one: {reason}. "
-            "Where nothing is padded or packed, leave attention_mask and position_ids out"
+def _check_kind(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise where scaled_dot_product_attention would not take the mask, or would stretch it."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise NotProven(
+            f"it is of {mask.dtype}, and scaled_dot_product_attention takes truth values or floats"
         )
-    return None
+    queries, keys = query.shape[2], key.shape[2]
+    if mask.dim() not in (2, 3, 4):
+        raise NotProven(
+            f"it has {mask.dim()} dimensions, and a mask [{queries}, {keys}] or one with heads and "
+            "batch before that is wanted"
+        )
+    if not (compat.agree(mask.shape[-2], queries) and compat.agree(mask.shape[-1], keys)):
+        raise NotProven(
+            f"it has {mask.shape[-2]} queries and {mask.shape[-1]} keys, and the attention "
+            f"{queries} and {keys}"
+        )
+    if not compat.agree(queries, keys):
+        raise NotProven(f"there are {queries} queries and {keys} keys, as with a key-value cache")
+    leading = reversed(mask.shape[:-2])
+    for size, wanted in zip(leading, (query.shape[1], query.shape[0]), strict=False):
+        if not (compat.agree(size, 1) or compat.agree(size, wanted)):
+            raise NotProven(
+                f"it is of shape {list(mask.shape)}, and the query of {list(query.shape)}"
+            )
 
 
-def _check(mask: Any) -> None:
-    if not isinstance(mask, Tensor):
-        raise NotProven(f"it is {mask!r}, no tensor")
+def _holds_by_rule(source: fx.Node, example: Tensor, read: dict[fx.Node, Any]) -> bool:
+    """Say whether the mask's rule is causal at all sizes up to one that is guarded then."""
+    known: dict[fx.Node, Any] = {}
+    try:
+        rule = read_rule(source, known)
+    except Unread:
+        return False
+    causal = Linear((0,) * (example.dim() - 2) + (1, -1))
+    if rule.all_of is None or causal not in rule.all_of:
+        return False
+    weaker = {c for c in rule.all_of if c.coefs == causal.coefs and c.const >= 0}
+    least = [_least(claim, example) for claim in rule.all_of - weaker]
+    if not all(compat.hint(value) >= 0 for value in least):
+        return False
+    for value in least:
+        compat.guard(value >= 0)
+    read.update(known)
+    return True
+
+
+def _least(claim: Linear, example: Tensor) -> Any:
+    """Return what a claim's value is at least, over all coordinates of a shape."""
+    falling = [c * (size - 1) for c, size in zip(claim.coefs, example.shape, strict=True) if c < 0]
+    return sum(falling, start=claim.const)
+
+
+def _prove_at_size(source: fx.Node, query: Tensor, read: dict[fx.Node, Any]) -> None:
+    run = MaskAtSize()
+    _check_causal(run.value_of(source))
+    read.update(run.known)
+    bound = [size for size in run.sizes if compat.must_stay_symbolic(size)]
+    if bound:
+        raise NotProven(
+            f"it is causal at this size, but nothing says so of other values of {bound[0]}, which "
+            "mark_dynamic forbids to make a constant (torch._dynamo.maybe_mark_dynamic allows it, "
+            "and compiles again for each size)"
+        )
+    for size in run.sizes:
+        compat.make_constant(size)
+
+
+def _check_causal(mask: Tensor) -> None:
     queries, keys = mask.shape[-2:]
-    if queries != keys:
-        raise NotProven(f"it has {queries} queries and {keys} keys, as with a key-value cache")
     causal = torch.ones(queries, keys, dtype=torch.bool).tril()
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    for row_seen, row_hidden in zip(
-        seen.flatten(0, -3), hidden.flatten(0, -3), strict=True
-    ):  # one [queries, keys] at a time
-        if not (torch.equal(row_seen, causal) and torch.equal(row_hidden, ~causal)):
-            raise NotProven("it hides other keys than those after the query")
-
-
-class _Evaluation:
-    """Runs the nodes that a mask comes from, on the CPU."""
-
-    def __init__(self) -> None:
-        self.known: dict[fx.Node, Any] = {}
-
-    def value_of(self, wanted: fx.Node) -> Any:
-        pending = [wanted]
-        while pending:
-            node = pending[-1]
-            missing = [n for n in node.all_input_nodes if n not in self.known]
-            if missing:
-                pending.extend(missing)
-                continue
-            pending.pop()
-            if node not in self.known:
-                self.known[node] = self.run(node)
-        return self.known[wanted]
-
-    def run(self, node: fx.Node) -> Any:
-        found = compat.example(node)
-        if isinstance(found, (int, float, torch.SymInt)):
-            return compat.hint(found)
-        if node.op == "placeholder":
-            raise NotProven(f"it depends on the input {node.name}")
-        if node.op not in ("call_function", "call_method"):
-            raise NotProven(f"it depends on {node.op} {node.name}")
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.known[n])
-        args, kwargs = tree_map(_on_cpu, (args, kwargs))
-        try:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
-        except Exception as error:  # whatever failed, it is unproven
-            raise NotProven(f"{node.name} could not be run ahead of time ({error})") from error
-
-
-def _check_unwritten(graph: fx.Graph, read: Collection[fx.Node]) -> None:
-    """Raise where a node writes into one of those that were run, directly or through a view."""
-    for node in graph.nodes:
-        if not _writes(node):
-            continue
-        base = node.args[0] if node.args else None
-        while isinstance(base, fx.Node):
-            if base in read:
-                raise NotProven(f"{node.name} writes into it")
-            base = base.args[0] if base.args else None  # the base of a view is its first argument
-
-
-def _writes(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    return node.op == "call_function" and (
-        "out" in node.kwargs
-        or name == "setitem"
-        or (name.endswith("_") and not name.startswith("_") and name not in _KEYWORDS)
-        or node.target in _IN_PLACE
-    )
-
-
-def _on_cpu(argument: Any) -> Any:
-    return torch.device("cpu") if isinstance(argument, torch.device) else argument
+    shared = tuple(0 if stride == 0 else slice(None) for stride in mask.stride()[:-2])
+    for one in mask[shared].reshape(-1, queries, keys):
+        seen = one if one.dtype == torch.bool else one == 0
+        hidden = ~one if one.dtype == torch.bool else one <= torch.finfo(one.dtype).min
+        if not (torch.equal(seen, causal) and torch.equal(hidden, ~causal)):
+            raise NotProven(_HIDES_MORE)

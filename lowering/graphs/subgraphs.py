@@ -4,6 +4,10 @@ from typing import Any
 
 from torch import fx
 
+# Higher-order operators that give a body its inputs as their last arguments, in order, each call
+# once. A loop does not: what its body is given changes from turn to turn.
+_CALLS_ONCE = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
+
 
 class Subgraphs:
     """A graph and all it calls, each graph once.
@@ -15,6 +19,7 @@ class Subgraphs:
     def __init__(self, root: fx.GraphModule) -> None:
         self.modules: dict[fx.Graph, list[fx.GraphModule]] = {}
         self._calls: dict[fx.Graph, list[fx.Node]] = {}
+        self._bodies: dict[fx.Node, list[fx.Graph]] = {}
         pending = [root]
         while pending:
             module = pending.pop(0)
@@ -26,15 +31,20 @@ class Subgraphs:
                 held = getattr(module, str(node.target), None) if node.op == "get_attr" else None
                 if isinstance(held, fx.GraphModule):
                     self._calls.setdefault(held.graph, []).extend(node.users)
+                    for user in node.users:
+                        self._bodies.setdefault(user, []).append(held.graph)
                     pending.append(held)
 
-    def sources_of(self, node: Any) -> list[fx.Node]:
-        """Follow an input of a body to what its callers give; any other node is its own source.
+    def bodies_of(self, node: fx.Node) -> list[fx.Graph]:
+        """Return the graphs that a node calls."""
+        return self._bodies.get(node, [])
 
-        A higher-order operator takes the body's inputs as its last arguments, in order.
-        """
+    def sources_of(self, node: Any) -> list[fx.Node]:
+        """Follow an input of a body to what its callers give; any other node is its own source."""
         calls = self._calls.get(node.graph, [])
         if node.op != "placeholder" or not calls:
+            return [node]
+        if not all(str(call.target) in _CALLS_ONCE for call in calls):
             return [node]
         inputs = [n for n in node.graph.nodes if n.op == "placeholder"]
         back = inputs.index(node) - len(inputs)

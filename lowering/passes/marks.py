@@ -12,20 +12,24 @@ After:
     out = simplex::attn(q, k, k2, v, v2, w1, w2, scale=s, is_causal=..., form=..., ...)[0]
 
 A mark pairs with the one attention whose query comes from it. Every mark that pairs with none, or
-with several, or with a call that says what a window cannot, stays in the graph and is refused with
-its reason; it would raise when run, and the backend raises before that.
+with several, or whose module attends elsewhere too, or with a call that says what a window cannot,
+stays in the graph and is refused with its reason; it would raise when run, and the backend raises
+before that.
 """
 
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lowering import compat
-from lowering.graphs.causal_proof import why_not_causal
+from lowering.graphs.causal_proof import prove_causal
+from lowering.graphs.names import name_in_model, path_of
+from lowering.graphs.not_proven import NotProven
 from lowering.graphs.subgraphs import Subgraphs
+from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.marking.call import SDPA, SdpaCall, refusal
 from simplex_ops.marking.mark_op import MARK_OP
@@ -33,12 +37,6 @@ from simplex_ops.marking.mark_op import MARK_OP
 ATTN_OP = torch.ops.simplex.attn.default
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
-_NO_ATTENTION = (
-    "no scaled_dot_product_attention in its graph takes its query from the marked input. "
-    "Either a graph break parts the two (torch.compile(fullgraph=True) shows where), "
-    "or DDPOptimizer did (set torch._dynamo.config.optimize_ddp = False), "
-    'or the model attends by other means (attn_implementation="sdpa" sets it right)'
-)
 
 
 def rewrite(gm: fx.GraphModule) -> Report:
@@ -47,65 +45,133 @@ def rewrite(gm: fx.GraphModule) -> Report:
     It never raises on a graph that it does not understand; `Report.raise_if_refused` does.
     """
     subgraphs = Subgraphs(gm)
+    marks = [n for graph in subgraphs.modules for n in graph.nodes if _calls(n, MARK_OP)]
+    pairs = _pair(marks, subgraphs)
     rewritten: list[Rewritten] = []
     refused: list[Refused] = []
-    unmarked: list[str] = []
-    for graph, modules in subgraphs.modules.items():
-        marks = [n for n in graph.nodes if _calls(n, MARK_OP)]
-        taken_by: dict[fx.Node, list[fx.Node]] = {m: [] for m in marks}
-        for call in [n for n in graph.nodes if n.op == "call_function" and n.target is SDPA]:
-            reached = _marks_behind(call)
-            for m in reached:
-                taken_by[m].append(call)
-            if not reached:
-                unmarked.append(_module_of(call))
-        shared = {
-            c for m in marks for c in taken_by[m] if sum(c in t for t in taken_by.values()) > 1
-        }
-        for m in marks:
-            found = _serve(m, taken_by[m], shared, subgraphs)
-            (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
-        if marks:
-            graph.lint()
-            for module in modules:
-                module.recompile()
-    return Report(tuple(rewritten), tuple(refused), tuple(unmarked))
+    for mark in marks:
+        found = _serve_or_refuse(mark, pairs, subgraphs)
+        (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
+    for graph in {mark.graph for mark in marks}:
+        graph.lint()
+        for module in subgraphs.modules[graph]:
+            module.recompile()
+    return Report(tuple(rewritten), tuple(refused), tuple(path_of(call) for call in pairs.unmarked))
 
 
-def _serve(
-    mark: fx.Node, calls: list[fx.Node], shared: set[fx.Node], subgraphs: Subgraphs
-) -> Rewritten | Refused:
-    name = _module_of(mark)
-    if not calls:
-        return Refused(name, _NO_ATTENTION)
-    if len(calls) > 1:
-        return Refused(
-            name, f"{len(calls)} calls of scaled_dot_product_attention take their query from it"
-        )
-    if calls[0] in shared:
-        return Refused(name, "the query of its scaled_dot_product_attention comes from other marks")
+class _Unserved(Exception):  # noqa: N818 (a finding, not an error)
+    """Why a mark cannot be served."""
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Marks and calls of attention, by dataflow: in a graph and all its sub-graphs."""
+
+    calls_of: dict[fx.Node, list[fx.Node]]
+    marks_of: dict[fx.Node, list[fx.Node]]
+    unmarked: list[fx.Node]
+
+
+def _pair(marks: list[fx.Node], subgraphs: Subgraphs) -> _Pairs:
+    calls = [
+        n
+        for graph in subgraphs.modules
+        for n in graph.nodes
+        if n.op == "call_function" and n.target is SDPA
+    ]
+    marks_of = {call: _marks_behind(call) for call in calls}
+    calls_of = {mark: [c for c in calls if mark in marks_of[c]] for mark in marks}
+    return _Pairs(calls_of, marks_of, [c for c in calls if not marks_of[c]])
+
+
+def _serve_or_refuse(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten | Refused:
+    try:
+        return _serve(mark, pairs, subgraphs)
+    except _Unserved as reason:
+        return Refused(name_in_model(mark, _positional(mark)[1]), str(reason))
+    except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
+        reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
+        return Refused(name_in_model(mark, _positional(mark)[1]), reason)
+
+
+def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
+    call = _only_call(mark, pairs, subgraphs)
     x, k2, v2, mask, w1, w2 = _positional(mark)
     options = {name: _constant(mark.kwargs[name]) for name in _OPTIONS if name in mark.kwargs}
     is_causal = options.get("is_causal", True)
-    if mask is not None and not is_causal:
-        return Refused(name, "it is not causal and was given an attention_mask: leave the mask out")
-    reason = None if mask is None else why_not_causal(mask, subgraphs)
-    call = calls[0]
     given = SdpaCall.bind(call.args, call.kwargs)
-    seen = SdpaCall(*(compat.example(getattr(given, f)) for f in SdpaCall.__dataclass_fields__))
+    seen = SdpaCall(*(compat.example(getattr(given, f.name)) for f in fields(SdpaCall)))
     seen = replace(seen, dropout_p=_constant(given.dropout_p), scale=_constant(given.scale))
-    tensors = (seen.query, seen.key, compat.example(k2))
-    if not all(isinstance(t, torch.Tensor) for t in tensors):
-        return Refused(name, "its graph holds no example tensors, so it is not Dynamo's own")
-    reason = reason or refusal(seen, tensors[2], is_causal)
+    rows = compat.example(k2)
+    if not all(isinstance(t, Tensor) for t in (seen.query, seen.key, rows)):
+        raise _Unserved("its graph holds no example tensors, so it is not Dynamo's own")
+    reason = refusal(seen, rows, is_causal)
     if reason is not None:
-        return Refused(name, reason)
+        raise _Unserved(reason)
+    if mask is not None:
+        _check_mask(mask, is_causal, seen, subgraphs)
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)
+    done = Rewritten(
+        path_of(mark),
+        compat.hint(compat.example(w1)),
+        compat.hint(compat.example(w2)),
+        options.get("form", "trilinear"),
+    )
     _put(call, inputs, {"scale": seen.scale, **options})
     mark.replace_all_uses_with(x)
     mark.graph.erase_node(mark)
-    return Rewritten(name, compat.hint(compat.example(w1)), compat.hint(compat.example(w2)),
-                     options.get("form", "trilinear"))  # fmt: skip
+    return done
+
+
+def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
+    calls = pairs.calls_of[mark]
+    if not calls:
+        raise _Unserved(why_no_attention(mark, subgraphs))
+    if len(calls) > 1:
+        raise _Unserved(
+            f"{len(calls)} calls of scaled_dot_product_attention take their query from it, and a "
+            "mark takes over exactly one: mark a module that calls it once"
+        )
+    if len(pairs.marks_of[calls[0]]) > 1:
+        raise _Unserved(
+            "the query of its scaled_dot_product_attention comes from other marks too: "
+            "unmark all but one of the modules that make it"
+        )
+    if any(_within(other, mark) for other in pairs.unmarked):
+        raise _Unserved(
+            "its module calls scaled_dot_product_attention again, with a query that does not come "
+            "from the module's input, and a mark takes over exactly one call: mark a module that "
+            "calls it once"
+        )
+    return calls[0]
+
+
+def _check_mask(mask: fx.Node, is_causal: bool, seen: SdpaCall, subgraphs: Subgraphs) -> None:
+    if not is_causal:
+        raise _Unserved("it is not causal and was given an attention_mask: leave the mask out")
+    try:
+        prove_causal(mask, seen.query, seen.key, subgraphs)
+    except NotProven as reason:
+        raise _Unserved(
+            f"its attention mask is not known to be the causal one: {reason}. {_remedy(reason)}"
+        ) from reason
+
+
+def _remedy(reason: NotProven) -> str:
+    if reason.source is None:
+        return (
+            "A marked module is causal without a mask: where you made this one, leave "
+            "attention_mask out; where it is a window or chunk of the model's own, take that away "
+            "(sliding_window=None in its config) and give mark() the window, or call the model "
+            "with no more tokens than it holds"
+        )
+    return (
+        "Where this is an attention_mask or position_ids of yours and nothing is padded or packed, "
+        "leave both out (a tokenizer's mask of ones too). Where you gave none, a graph break "
+        "before this attention parts it from what made its mask "
+        "(torch.compile(fullgraph=True) shows where): take the break away, or compile layer by "
+        'layer (layer.compile(backend="simplex")), since eager code makes no mask'
+    )
 
 
 def _put(call: fx.Node, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -146,8 +212,15 @@ def _traced_within(call: fx.Node, mark: fx.Node) -> bool:
     Where attention between two layers is not a node of its own (plain matrix products), dataflow
     alone would pair a mark with the next layer's call.
     """
-    inside, owner = compat.module_stack(call), compat.module_stack(mark)
-    return not inside or not owner or next(reversed(owner)) in inside
+    known = compat.module_stack(call) and compat.module_stack(mark)
+    return not known or _within(call, mark)
+
+
+def _within(node: fx.Node, mark: fx.Node) -> bool:
+    owner = compat.module_stack(mark)
+    if not owner:  # the frame that Dynamo traced is the module's own
+        return compat.is_dynamos(mark.graph)
+    return next(reversed(owner)) in compat.module_stack(node)
 
 
 def _calls(node: fx.Node, op: Any) -> bool:
@@ -162,10 +235,4 @@ def _positional(mark: fx.Node) -> tuple[Any, ...]:
 
 def _constant(value: Any) -> Any:
     """Return a plain number for a symbolic one: dynamic=True makes floats symbols; adds a guard."""
-    value = compat.example(value)
-    return float(value) if isinstance(value, torch.SymFloat) else value
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = compat.module_stack(node)
-    return next(reversed(stack.values())) if stack else "a module traced after a graph break"
+    return compat.make_constant(compat.example(value))

@@ -42,19 +42,22 @@ def refusal(call: SdpaCall, k2: Tensor, is_causal: bool) -> str | None:
     if call.dropout_p != 0.0:
         return (
             f"its attention dropout is {float(call.dropout_p)}, and 2-simplicial attention has "
-            "none: set it to 0 (attention_dropout=0.0)"
+            "none: set it to 0 on the module (module.attention_dropout = 0.0), or call model.eval()"
         )
     if call.attn_mask is not None:
         return (
             "scaled_dot_product_attention was given an attn_mask, which a window cannot express: "
-            "where nothing is padded, leave attention_mask out"
+            "where it comes from an attention_mask or position_ids and nothing is padded or "
+            "packed, leave both out; where it is a window or chunk of the model's own, take that "
+            "away (sliding_window=None in its config) and give mark() the window"
         )
     if q.dim() != 4 or k.dim() != 4:
         return f"query and key must have 4 dimensions, got {q.dim()} and {k.dim()}"
     if k.shape[2] != k2.shape[2] or q.shape[2] != k2.shape[2]:
         return (
             f"there are {q.shape[2]} queries and {k.shape[2]} keys but {k2.shape[2]} rows of k2: "
-            "a key-value cache does not hold k2 and v2 yet; call the model with use_cache=False"
+            "a key-value cache does not hold k2 and v2 yet; call the model with use_cache=False "
+            "and without past_key_values"
         )
     if k.shape[1] != k2.shape[1]:
         return (
@@ -65,6 +68,7 @@ def refusal(call: SdpaCall, k2: Tensor, is_causal: bool) -> str | None:
     if not alone and bool(call.is_causal) != is_causal:
         return (
             f"scaled_dot_product_attention was called with is_causal={bool(call.is_causal)} and "
-            f"the module was marked with is_causal={is_causal}"
+            f"the module was marked with is_causal={is_causal}: mark it with "
+            f"is_causal={bool(call.is_causal)}"
         )
     return None

@@ -14,16 +14,17 @@ import torch
 PACKAGES = ("simplex_ops", "csrc_free", "lowering")
 
 
-def extend() -> None:
-    """Let the key of every graph that this thread compiles from here on hold the digest.
+def extend(*more: str) -> None:
+    """Let the key of every graph that this thread compiles from here on hold the digest, and more.
 
     The fake kernels call it: tracing runs them, in the thread that then asks the caches. Importing
     would be too early, since from torch 2.13 on (not in 2.11) a thread does not see what another
     put into `torch.compiler.config`.
     """
-    tag, config = f"simplex:{sources()}", torch.compiler.config
-    if tag not in config.cache_key_tag:
-        config.cache_key_tag += f"|{tag}"  # pyright: ignore[reportAttributeAccessIssue]
+    config = torch.compiler.config
+    for tag in (f"simplex:{sources()}", *more):
+        if tag not in config.cache_key_tag:
+            config.cache_key_tag += f"|{tag}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache

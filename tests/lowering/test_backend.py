@@ -1,5 +1,7 @@
 """The plugin on Inductor: backend="simplex", enable(), their options, and the compile caches."""
 
+import contextlib
+import functools
 import subprocess
 import sys
 import tomllib
@@ -22,15 +24,18 @@ from tiny_llama import (
 )
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config
 from torch._inductor.utils import fresh_inductor_cache
 
 import lowering
 from lowering import compat
 from simplex_ops import mark, unmark
+from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.rules import cache_key
 
 ROOT = Path(__file__).parents[2]
+PLAIN = compile_fx_module.compile_fx
 
 
 @pytest.fixture(autouse=True)
@@ -108,16 +113,97 @@ def test_a_reset_forgets_cuda_graphs(monkeypatch):
     assert calls == [1]
 
 
-def test_enable_serves_a_plain_compile_until_disable():
+def _served() -> bool:
+    """Say whether a plain torch.compile serves a mark now; if not, it raises as it must."""
+    torch._dynamo.reset()
     module, x = randomize(mark(Attention(), window=(5, 3))), states()
-    with torch.no_grad():
-        expected = module(x)
+    run = torch.compile(module, backend="inductor")
+    with torch.no_grad(), contextlib.suppress(UnservedMarkError):
+        torch.testing.assert_close(run(x), module(x))
+        return True
+    return False
+
+
+def on() -> bool:
+    """Say whether the pass stands in front of Inductor."""
+    return compile_fx_module.compile_fx is not PLAIN
+
+
+def test_a_with_leaves_what_stood_before_it():
+    lowering.enable()
+    with lowering.enable():
+        assert on()
+    assert on()
+    lowering.disable()
+    assert not on()
+    with lowering.enable():
         with lowering.enable():
-            lowering.enable()
-            torch.testing.assert_close(torch.compile(module)(x), expected)
-        torch._dynamo.reset()
-        with pytest.raises(RuntimeError, match=r"compiled without the pass"):
-            torch.compile(module)(x)
+            assert on()
+        assert on()
+        lowering.enable()
+    assert not on()
+    with lowering.enable():
+        lowering.disable()  # ends no block
+        assert on()
+    assert not on()
+    kept = lowering.enable()
+    lowering.enable()
+    lowering.disable()
+    assert not on()
+    for _ in range(2):
+        with kept, kept:
+            assert on()
+        assert not on()
+    with pytest.raises(ZeroDivisionError), lowering.enable():
+        _ = 1 / 0
+    assert not on()
+
+
+def test_disable_never_fails_and_can_be_followed_by_enable():
+    """Someone wraps compile_fx after enable(), so that ours cannot be taken out of the middle."""
+    lowering.enable()
+    ours, called = compile_fx_module.compile_fx, []
+
+    @functools.wraps(ours)
+    def theirs(*args, **kwargs):
+        called.append(1)
+        return ours(*args, **kwargs)
+
+    compile_fx_module.compile_fx = theirs
+    try:
+        lowering.disable()
+        assert compile_fx_module.compile_fx is theirs
+        assert not _served()
+        lowering.enable()
+        assert _served()
+        assert len(called) == 2
+        lowering.disable()
+        assert compile_fx_module.compile_fx is theirs
+    finally:
+        compile_fx_module.compile_fx = PLAIN
+    lowering.enable()
+    assert _served()
+    lowering.disable()
+    assert compile_fx_module.compile_fx is PLAIN
+
+
+def test_what_is_first_called_after_the_with_says_how_to_be_served():
+    module, x = randomize(mark(Attention(), window=(5, 3))), states()
+    with lowering.enable():
+        run = torch.compile(module)
+    with torch.no_grad():
+        with pytest.raises(UnservedMarkError) as caught:
+            run(x)
+        message = str(caught.value)
+        assert 'torch.compile(model, backend="simplex")' in message
+        assert "when the model is called, and not by torch.compile(model)" in message
+        assert "torch.compiler.reset()" in message
+        torch.testing.assert_close(torch.compile(module, backend=lowering.simplex)(x), module(x))
+        with lowering.enable():
+            torch.compiler.reset()
+            torch.testing.assert_close(run(x), module(x))
+        unmark(module)
+        torch.testing.assert_close(run(x), module(x))
 
 
 @pytest.mark.parametrize("backend", [lowering.simplex, "inductor"])

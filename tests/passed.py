@@ -1,0 +1,56 @@
+"""The pass in front of aot_eager: what tests of the pass compile with."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import Attention, randomize
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.exc import BackendCompilerFailed
+
+from lowering.backend import serve_marks
+from lowering.report import Report, last_report
+from simplex_ops import mark
+
+
+class Passed:
+    """A backend: the pass, then aot_eager. It keeps each graph's report."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        serve_marks(gm)
+        self.reports.append(last_report())
+        return aot_eager(gm, example_inputs)
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend=Passed(), fullgraph=True, **options)
+
+
+def refusal_of(module: nn.Module, *inputs: Any, fullgraph: bool = True, **kwargs: Any) -> str:
+    """Compile and run; return the message of the refusal that must come."""
+    run = torch.compile(module, backend=Passed(), fullgraph=fullgraph)
+    return refusal_in(lambda: run(*inputs, **kwargs))
+
+
+def refusal_in(run: Any) -> str:
+    """Run what compiles; return the message of the refusal that must come."""
+    with pytest.raises(BackendCompilerFailed) as caught:
+        run()
+    assert "UnservedMarkError" in str(caught.value)
+    return " ".join(str(caught.value).split())
+
+
+class Masked(nn.Module):
+    """A marked attention behind a mask that a function makes."""
+
+    def __init__(self, make: Any, window: Any = (5, 3), attend: Any = None, **how: Any) -> None:
+        super().__init__()
+        self.attention = randomize(mark(Attention(attend, **how), window=window))
+        self.make = make
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return self.attention(x, attention_mask=self.make(x, *rest))

@@ -1,0 +1,165 @@
+"""What a refusal names is the cause, and what it advises works; no call is passed by."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from passed import Passed, compiled, refusal_in, refusal_of
+from tiny_llama import (
+    Attention,
+    Residual,
+    attention,
+    llama,
+    mark_layers,
+    matrix_products,
+    randomize,
+    sdpa,
+    states,
+    tokens,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import MistralConfig, MistralForCausalLM
+
+from simplex_ops import mark, marked_modules
+from simplex_ops.marking.call import UnservedMarkError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_graph_break_in_another_layer_is_named_and_layers_compiled_alone_are_served():
+    model, norms = mark_layers(llama(), 1, window=(6, 3)), []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, given, out: norms.append(out.norm().item())
+    )
+    run = torch.compile(model, backend=Passed())
+    message = refusal_in(lambda: run(tokens()))
+    assert f"{next(iter(marked_modules(model)))}: its attention mask" in message
+    assert "a graph break before this attention" in message
+    torch._dynamo.reset()
+    expected = model(tokens()).logits
+    for layer in model.model.layers:
+        layer.compile(backend=Passed())
+    torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_layers_compiled_alone_are_named_as_in_the_model():
+    model = mark_layers(llama(attn_implementation="eager"), 1)
+    model.model.layers[1].compile(backend=Passed())
+    message = refusal_in(lambda: model(tokens()))
+    assert "model.layers.1.self_attn: no scaled_dot_product_attention" in message
+
+
+def test_another_implementation_is_named_and_sdpa_is_served():
+    model = mark_layers(llama(attn_implementation="eager"), 1)
+    message = refusal_of(model, tokens())
+    assert "it attends by softmax" in message
+    assert 'attn_implementation="sdpa"' in message
+    torch._dynamo.reset()
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(compiled(model)(tokens()).logits, model(tokens()).logits)
+
+
+def _checkpointed(q, k, v, **options):
+    return checkpoint(lambda *x: sdpa(*x, **options), q, k, v, use_reentrant=False)
+
+
+def test_attention_checkpointed_inside_its_module_is_refused_and_around_it_served():
+    message = refusal_of(mark(Attention(_checkpointed)), states())
+    assert "is called in a part of the module that is checkpointed" in message
+    torch._dynamo.reset()
+    module, x = randomize(mark(Attention(), window=(5, 3))), states().requires_grad_()
+
+    def around(x):
+        return checkpoint(module, x, use_reentrant=False)
+
+    got = torch.compile(around, backend=Passed(), fullgraph=True)(x)
+    (gradient,) = torch.autograd.grad(got.square().sum(), x)
+    (expected,) = torch.autograd.grad(module(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+class Latent(Attention):
+    """Attention that attends a second time, from a query that is no function of its input."""
+
+    def __init__(self, attend=None):
+        super().__init__(attend)
+        self.query = nn.Parameter(torch.randn(1, 4, 12, 8))
+
+    def forward(self, hidden_states, attention_mask=None):
+        out = super().forward(hidden_states)
+        k = self.k_proj(hidden_states).unflatten(-1, (-1, 8)).transpose(1, 2)
+        more = F.scaled_dot_product_attention(
+            self.query.expand(len(k), -1, -1, -1), k, k, is_causal=True, enable_gqa=True
+        )
+        return out + more.transpose(1, 2).flatten(2)
+
+
+def test_a_second_call_from_another_query_is_not_left_ordinary():
+    module = mark(Latent())
+    message = refusal_of(module, states())
+    assert "calls scaled_dot_product_attention again" in message
+    with pytest.raises(UnservedMarkError, match="2 times in one forward"):
+        module(states())
+
+
+def test_a_mark_whose_module_attends_from_elsewhere_alone_is_refused():
+    class Elsewhere(Latent):
+        def __init__(self):
+            super().__init__(matrix_products)
+
+    assert "takes its query from the marked input" in refusal_of(mark(Elsewhere()), states())
+
+
+def test_a_graph_that_the_pass_does_not_understand_is_refused_and_not_raised_from(monkeypatch):
+    from lowering.passes import marks
+
+    def fails(*_):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(marks, "refusal", fails)
+    stack = Residual(mark(Attention()))
+    message = refusal_of(stack, states())
+    assert "blocks.0: the pass does not understand its graph (IndexError: tuple index" in message
+
+
+def test_past_the_recompile_limit_a_marked_module_runs_2_simplicial_in_eager():
+    module = randomize(mark(Attention(), window=(5, 3)))
+    run = torch.compile(module, backend=Passed(), dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for seq in (4, 5, 6, 7, 8):
+            torch.testing.assert_close(run(states(seq)), module(states(seq)))
+
+
+def test_dropout_is_served_once_it_is_zero_on_the_module():
+    model = mark_layers(llama(attention_dropout=0.1), 1).train()
+    message = refusal_of(model, tokens())
+    assert "module.attention_dropout = 0.0" in message
+    torch._dynamo.reset()
+    attention(model, 1).attention_dropout = 0.0
+    compiled(model)(tokens())
+
+
+def test_another_causality_is_served_once_marked_so():
+    def attend(q, k, v, **_):
+        return sdpa(q, k, v, is_causal=False)
+
+    assert "mark it with is_causal=False" in refusal_of(mark(Attention(attend)), states())
+    torch._dynamo.reset()
+    module, x = randomize(mark(Attention(attend), is_causal=False, window=(5, 3))), states()
+    torch.testing.assert_close(compiled(module)(x), module(x))
+
+
+@torch.no_grad()
+def test_a_window_of_the_models_own_is_served_in_eager_once_taken_away():
+    sizes = llama().config.to_dict()
+    kept = {name: sizes[name] for name in sizes if name not in ("model_type", "architectures")}
+    model = MistralForCausalLM(MistralConfig(**{**kept, "sliding_window": 16})).eval()
+    mark(attention(model, 1), window=(40, 3))
+    with pytest.raises(UnservedMarkError, match="sliding_window=None in its config"):
+        model(tokens(24))
+    model.config.sliding_window = None
+    model(tokens(24))
