@@ -38,11 +38,12 @@ def refuse_wrapped(module: nn.Module, name: str, projection: Any) -> None:
 
 
 def _wrappers() -> list[nn.Module]:
-    # A module does not know who wraps it, and marking is rare: look through all that lives.
+    # A module does not know who wraps it, and marking is rare: look through all that lives. By
+    # type(), since isinstance() asks objects, and among all that live are dead weak proxies.
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     kinds = [nn.parallel.DistributedDataParallel]
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         kinds.append(fsdp.FullyShardedDataParallel)
-    return [o for o in gc.get_objects() if isinstance(o, tuple(kinds))]
+    return [o for o in gc.get_objects() if issubclass(type(o), tuple(kinds))]
