@@ -129,7 +129,7 @@ def test_hooks_run_around_the_marked_forward():
         for step in (mark, hook) if marked_first else (hook, mark):
             step(other)
         other.load_state_dict(module.state_dict())
-        other._hf_hook = lambda x: ((2 * x,), {})  # pyright: ignore
+        other._hf_hook = lambda x: ((2 * x,), {})  # pyright: ignore[reportAttributeAccessIssue]
         torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
 
 
@@ -188,7 +188,8 @@ def test_a_forward_that_passes_the_mark_by_is_refused(put_on, how, compiled_befo
     if compiled_before:
         run(states())
     put_on(model.blocks[0])
-    with pytest.raises(UnservedMarkError, match=r"blocks\.0 \(Attention\), has a forward on"):
+    name = r"Attention" if how == "compiled" else r"blocks\.0 \(Attention\)"  # frames are gone
+    with pytest.raises(UnservedMarkError, match=rf"{name}, has a forward on the instance"):
         run(states())
     del model.blocks[0].forward
     assert torch.equal(run(states()), expected)

@@ -9,6 +9,7 @@ module alone. A mark lives in the class: nothing may pass it by.
   watches that the marked one has run.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from types import MethodType
@@ -27,7 +28,8 @@ def hides(module: nn.Module, function: Any) -> bool:
     held, kept = vars(module).get("forward"), vars(module).get("_old_forward")
     if held is None or _is_method(held, module, function):
         return False
-    return "_hf_hook" not in vars(module) or not _is_method(kept, module, function)
+    hooked = "_hf_hook" in vars(module) and isinstance(held, functools.partial)
+    return not (hooked and _is_method(kept, module, function))
 
 
 def put_inside(module: nn.Module, old: Any, new: Any) -> None:

@@ -11,7 +11,7 @@ from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.filled_cache import refuse_filled_cache
 from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
-from simplex_ops.marking.instance_forward import call_watched, marked_forward_runs
+from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
 from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.naming import described, running_as
 from simplex_ops.marking.setting import Mark
@@ -28,7 +28,10 @@ class Marked(nn.Module):
     simplex_v2: nn.Linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in self.__dict__:
+        # Compiled, a watch is a side effect, which a checkpoint around the module does not allow.
+        if "forward" in self.__dict__ and (
+            not torch.compiler.is_compiling() or hides(self, Marked.forward)
+        ):
             return call_watched(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
 
