@@ -86,6 +86,9 @@ def mark(
             "it away (`del module.forward`), mark the module, then put it on again around the "
             "forward that it finds"
         )
+    for name in ("simplex_k2", "simplex_v2", "simplex_mark"):
+        if hasattr(module, name):
+            raise TypeError(f"{described(module)} has a {name} already, which a mark would replace")
     refuse_wrapped(module, found.like_name, found.like)
     k2 = _projection(found, found.head_dim, init)
     v2 = _projection(found, found.v_head_dim, init)
