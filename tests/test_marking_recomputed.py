@@ -175,7 +175,7 @@ def test_attention_in_another_thread_is_refused():
 
 def test_attention_that_waits_until_the_forward_is_over_is_refused():
     class Lazy(Attention):
-        def forward(self, hidden_states):
+        def forward(self, hidden_states) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             return (super(Lazy, self).forward(x) for x in (hidden_states,))
 
     with pytest.raises(UnservedMarkError, match=r"0 times in one forward"):

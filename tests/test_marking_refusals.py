@@ -31,6 +31,8 @@ from simplex_ops.marking.mark import is_marked
 class Quantised(nn.Module):
     """A projection whose weight is packed; it still computes what it did."""
 
+    unpacked: torch.Tensor
+
     def __init__(self, linear: Any, weight: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -94,7 +96,8 @@ def test_a_projection_without_a_width_is_refused():
 def test_an_offloaded_projection_is_refused_and_a_model_not_yet_in_memory_served():
     with torch.device("meta"):
         module: Any = Attention()
-    assert mark(module).simplex_k2.weight.is_meta
+    mark(module)
+    assert module.simplex_k2.weight.is_meta
     with torch.device("meta"):
         module = Attention()
     module.k_proj._hf_hook = object()
@@ -231,7 +234,7 @@ def test_an_error_names_the_module_as_its_model_does():
     ids=str,
 )
 def test_a_window_takes_what_is_integral(window):
-    setting = mark(Attention(), window=window).simplex_mark
+    setting: Any = mark(Attention(), window=window).simplex_mark
     assert (setting.w1, setting.w2) == (6, 3)
     assert type(setting.w1) is type(setting.w2) is int
 
@@ -244,8 +247,9 @@ def test_a_window_that_is_no_int_of_at_least_one_is_refused(bad):
     with pytest.raises(ValueError, match=r"w2 must be an int of at least 1 .*, or None, got"):
         mark(module, window=(4, bad))
     assert not is_marked(module)
+    mark(module)
     with pytest.raises(ValueError, match=r"w1 must be an int of at least 1 .*, or None, got"):
-        dataclasses.replace(mark(module).simplex_mark, w1=bad)
+        dataclasses.replace(module.simplex_mark, w1=bad)
 
 
 @pytest.mark.parametrize("bad", [None, 64, (1, 2, 3), (1,), ()])
