@@ -59,6 +59,12 @@ def refusal(call: SdpaCall, k2: Tensor, is_causal: bool) -> str | None:
             "a key-value cache does not hold k2 and v2 yet; call the model with use_cache=False "
             "and without past_key_values"
         )
+    if k.shape[1] < k2.shape[1]:
+        return (
+            f"key has {k.shape[1]} heads and k2 has {k2.shape[1]}: what shards k_proj and v_proj "
+            "over ranks must shard simplex_k2 and simplex_v2 alike (add them to the plan of "
+            "tensor parallelism)"
+        )
     if k.shape[1] != k2.shape[1]:
         return (
             f"key has {k.shape[1]} heads and k2 has {k2.shape[1]}: "

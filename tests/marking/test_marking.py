@@ -296,9 +296,9 @@ def test_a_module_of_another_shape_is_refused(module, text):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ({"window": (0, 4)}, r"w1 must be at least 1 .*, got 0"),
-        ({"window": (4, -1)}, r"w2 must be at least 1 .*, got -1"),
-        ({"window": (4, 2.5)}, r"w2 must be at least 1 .*, got 2\.5"),
+        ({"window": (0, 4)}, r"w1 must be an int of at least 1 .*, got 0"),
+        ({"window": (4, -1)}, r"w2 must be an int of at least 1 .*, got -1"),
+        ({"window": (4, 2.5)}, r"w2 must be an int of at least 1 .*, got 2\.5"),
         ({"form": "bilinear"}, r"form must be one of .*got 'bilinear'"),
         ({"init": "zeros"}, r"init must be \"residual\" or \"random\", got 'zeros'"),
         ({"form": "determinant"}, r"no k2 makes the determinant form ordinary attention"),
@@ -315,7 +315,7 @@ def test_a_bad_mark_is_refused_and_leaves_the_module(how, text):
 
 def test_marks_do_not_stack():
     module = mark(Attention())
-    with pytest.raises(ValueError, match=r"SimplexAttention is marked already"):
+    with pytest.raises(ValueError, match=r"Attention is marked already"):
         mark(module)
     with pytest.raises(ValueError, match=r"Attention is not marked"):
         unmark(unmark(module))

@@ -1,1 +1,1 @@
-"""How marking reads each kind of attention module, one file a family."""
+"""How marking reads each kind of attention module: the protocol, and one file a family."""

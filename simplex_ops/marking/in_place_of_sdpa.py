@@ -1,0 +1,41 @@
+"""The mode under which a marked module's own forward runs in eager code."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal
+from simplex_ops.marking.naming import running_as
+from simplex_ops.marking.recomputation import Surroundings, why_recomputed
+from simplex_ops.marking.setting import Mark
+
+
+class InPlaceOfSdpa(TorchFunctionMode):
+    """Runs simplex::attn where scaled_dot_product_attention is called, and counts the calls."""
+
+    def __init__(self, module: nn.Module, setting: Mark, k2: Tensor, v2: Tensor) -> None:
+        super().__init__()
+        self.module, self.setting, self.k2, self.v2 = module, setting, k2, v2
+        self.entry = Surroundings.here()
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not SDPA:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        call, setting = SdpaCall.bind(args, kwargs or {}), self.setting
+        reason = refusal(call, self.k2, setting.is_causal) or why_recomputed(self.entry)
+        if reason is not None:
+            raise UnservedMarkError(
+                f"a marked module, {running_as(self.module)}, cannot run: {reason}"
+            )
+        out, _ = torch.ops.simplex.attn(
+            call.query, call.key, self.k2, call.value, self.v2, setting.w1, setting.w2,
+            scale=call.scale, is_causal=setting.is_causal, form=setting.form,
+            k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,115 @@
+"""The class of a marked module: derived from the one it had, with a forward in front."""
+
+import functools
+import inspect
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from simplex_ops.marking.call import UnservedMarkError
+from simplex_ops.marking.families.family import Family
+from simplex_ops.marking.filled_cache import refuse_filled_cache
+from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
+from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
+from simplex_ops.marking.mark_op import MARK_OP
+from simplex_ops.marking.naming import described, running_as
+from simplex_ops.marking.setting import Mark
+
+
+class Marked(nn.Module):
+    """What every marked module does, in front of the class it had."""
+
+    simplex_base: type[nn.Module]
+    simplex_family: Family
+    simplex_arguments: tuple[str, ...]  # of the base's forward, those that positions can give
+    simplex_mark: Mark
+    simplex_k2: nn.Linear
+    simplex_v2: nn.Linear
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Compiled, a watch is a side effect, which a checkpoint around the module does not allow.
+        if "forward" in self.__dict__ and (
+            not torch.compiler.is_compiling() or hides(self, Marked.forward)
+        ):
+            return call_watched(self, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        marked_forward_runs(self)
+        given, x_name, mask_name, cache_name = self.simplex_family.bind(self, args, kwargs)
+        x, mask = given[x_name], given.get(mask_name)
+        refuse_filled_cache(self, given.get(cache_name))
+        setting = self.simplex_mark
+        k2 = self.simplex_k2(x).unflatten(-1, (-1, setting.head_dim)).transpose(1, 2)
+        v2 = self.simplex_v2(x).unflatten(-1, (-1, setting.v_head_dim)).transpose(1, 2)
+        if torch.compiler.is_compiling():
+            # A compiled model may materialise the causal mask that eager code leaves out; the mark
+            # carries it to the pass, which proves that it is no more than causal, or refuses.
+            if mask is not None:
+                given[mask_name] = None
+            given[x_name] = MARK_OP(
+                x, k2, v2, mask, setting.w1, setting.w2,
+                is_causal=setting.is_causal, form=setting.form,
+                k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
+            )  # fmt: skip
+            return super().forward(**given)
+        with InPlaceOfSdpa(self, setting, k2, v2) as taken:
+            result = super().forward(**given)
+        if taken.calls != 1:
+            raise UnservedMarkError(
+                f"a marked module, {running_as(self)}, called scaled_dot_product_attention "
+                f"{taken.calls} times in one forward, and a mark takes over exactly one call: "
+                'load the model with attn_implementation="sdpa"'
+            )
+        return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and not issubclass(value, Marked):
+            raise UnservedMarkError(
+                f"{described(self)} is marked, and as a {value.__name__} it would pass the mark "
+                "by: unmark() it, change its class, then mark it again"
+            )
+        super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made at run time, so that pickle and deepcopy cannot find it by name.
+        function, arguments, *state = super().__reduce_ex__(protocol)
+        if not has_marked_class(self):
+            return (function, arguments, *state)
+        return (_blank, (self.simplex_base, self.simplex_family), *state)
+
+
+def is_marked(module: nn.Module) -> TypeGuard[Marked]:
+    """Say whether a module is marked."""
+    return isinstance(module, Marked)
+
+
+def has_marked_class(module: nn.Module) -> bool:
+    """Say whether a module's class is the one that marking made, and not one derived from it."""
+    return "simplex_base" in vars(type(module))
+
+
+def marked_class(base: type[nn.Module], family: Family) -> type[Marked]:
+    """Return the class of marked modules that had the class `base`."""
+    return _made(base, family, base.forward)
+
+
+@functools.cache
+def _made(base: type[nn.Module], family: Family, forward: Any) -> type[Marked]:
+    parameters = inspect.signature(forward).parameters.values()
+    names = tuple(
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+    space = {
+        "__module__": __name__,
+        "simplex_base": base,
+        "simplex_family": family,
+        "simplex_arguments": names[1:],
+    }
+    return type(f"Simplex{base.__name__}", (Marked, base), space)
+
+
+def _blank(base: type[nn.Module], family: Family) -> Marked:
+    cls = marked_class(base, family)
+    return cls.__new__(cls)

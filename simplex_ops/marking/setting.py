@@ -1,0 +1,61 @@
+"""Mark: how a marked module attends."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from simplex_ops.contract.checks import FORMS
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a marked module attends: those arguments of simplex::attn that its input does not give.
+
+    It stands on the module as `simplex_mark`; to change a window, put another there
+    (`dataclasses.replace`): compiled code notices and compiles again.
+    """
+
+    w1: int | None
+    w2: int | None
+    form: str
+    k2_bias: float
+    v2_bias: float
+    is_causal: bool
+    head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        for name in ("w1", "w2"):
+            object.__setattr__(self, name, _checked_window(name, getattr(self, name)))
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+
+
+def pair_of(window: Any) -> tuple[Any, Any]:
+    """Return the two windows of mark()'s argument, unchecked.
+
+    Raises:
+        ValueError: it is no pair.
+    """
+    try:
+        w1, w2 = window
+    except (TypeError, ValueError):
+        raise ValueError(
+            "window must be a pair (w1, w2) of keys, each at least 1 or None for unbounded, "
+            f"got {window!r}"
+        ) from None
+    return w1, w2
+
+
+def _checked_window(name: str, window: Any) -> int | None:
+    if window is None:
+        return None
+    try:
+        if not isinstance(window, bool) and operator.index(window) >= 1:
+            return operator.index(window)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{name} must be an int of at least 1 (a window counts the query itself), or None, "
+        f"got {window!r}"
+    )

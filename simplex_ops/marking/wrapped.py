@@ -1,0 +1,49 @@
+"""Whether a model was wrapped for several ranks before it was marked.
+
+What wraps a model takes its parameters then. Those of k2 and v2, made later, would be reduced over
+no ranks and sharded over none: each rank would train its own, and nothing would say so.
+"""
+
+import gc
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from simplex_ops.marking.naming import described
+
+
+def refuse_wrapped(module: nn.Module, name: str, projection: Any) -> None:
+    """Raise where a module is sharded, or a part of a wrapped model.
+
+    Raises:
+        ValueError: it is; the message names what wrapped it.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is not None and isinstance(projection.weight, tensors.DTensor):
+        raise ValueError(
+            f"the weight of {described(module)}'s {name} is a DTensor: the model was sharded "
+            "already, and k2 and v2 would be left out. Mark the model before fully_shard or "
+            "parallelize_module; a plan for tensor parallelism must then shard simplex_k2 and "
+            f"simplex_v2 as it shards {name}"
+        )
+    for wrapper in _wrappers():
+        if any(m is module for m in wrapper.modules()):
+            raise ValueError(
+                f"{described(module)} is part of a model in {type(wrapper).__name__}, which took "
+                "its parameters already and would not reduce the gradients of k2 and v2: mark the "
+                f"model before {type(wrapper).__name__} wraps it"
+            )
+
+
+def _wrappers() -> list[nn.Module]:
+    # A module does not know who wraps it, and marking is rare: look through all that lives. By
+    # type(), since isinstance() asks objects, and among all that live are dead weak proxies.
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    kinds = [nn.parallel.DistributedDataParallel]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        kinds.append(fsdp.FullyShardedDataParallel)
+    return [o for o in gc.get_objects() if issubclass(type(o), tuple(kinds))]
