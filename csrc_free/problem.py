@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free.device.descriptors import can_describe, describe
+from csrc_free.device.descriptors import are_rows_aligned, can_describe, describe
 from csrc_free.device.forms import CODES
 from csrc_free.traits import Device, Traits, device_of
 
@@ -88,6 +88,7 @@ class Problem:
             form=self.form,
             is_describable=can_describe(self.k_wide) and can_describe(self.v_wide),
             are_rows_describable=all(map(can_describe, rows)),
+            are_keys_aligned=are_rows_aligned(self.k_wide) and are_rows_aligned(self.v_wide),
         )
 
     def _precision(self) -> str | None:

@@ -19,6 +19,7 @@ class Traits:
     form: str
     is_describable: bool  # the wide pair's addresses and strides allow tensor descriptors
     are_rows_describable: bool  # and those of q and dout
+    are_keys_aligned: bool = True  # every row of the wide pair begins at a multiple of 16 bytes
 
     @property
     def columns(self) -> int:
@@ -37,7 +38,12 @@ class Traits:
         Chosen by what the compiler spills. On sm_90, Triton 3.7.1: float32 at 256 columns spills
         40 kB a thread at 32 in 4 warps, and nothing at 16 in 8; at 128 columns 2.8 kB at 32 in 4
         and under 0.1 kB in 8; bfloat16 at 256 columns 1.6 kB in 4 and 0.4 kB in 8.
+
+        Rows of no multiple of 16 bytes take the smallest: in larger ones some answers were wrong
+        (DESIGN.md, known limits).
         """
+        if not self.are_keys_aligned:
+            return 16, 8 if self.columns > 128 else 4
         if self.operand_bytes == 4 and self.columns > 128:
             return 16, 8
         is_large = self.columns > (64 if self.dtype == torch.float32 else 128)

@@ -16,11 +16,16 @@ _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 
 def can_describe(tensor: Tensor) -> bool:
     """Tell whether the copy engine can read a tensor [.., .., .., D] whose last stride is 1."""
-    size = tensor.element_size()
     return (
-        tensor.numel() > 0
-        and tensor.data_ptr() % _ALIGNMENT == 0
-        and all(s > 0 and s * size % _ALIGNMENT == 0 for s in tensor.stride()[:3])
+        tensor.numel() > 0 and are_rows_aligned(tensor) and all(s > 0 for s in tensor.stride()[:3])
+    )
+
+
+def are_rows_aligned(tensor: Tensor) -> bool:
+    """Tell whether every row of a tensor [.., .., .., D] begins at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
+        s * size % _ALIGNMENT == 0 for s in tensor.stride()[:3]
     )
 
 

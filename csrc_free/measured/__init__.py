@@ -33,7 +33,7 @@ def is_measured(traits: Traits, device: Device) -> bool:
     H100, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25), and those of 32 right ones.
     """
     found = table(device.name)
-    if found is None or device.is_interpreted or not traits.is_describable:
+    if found is None or device.is_interpreted or not traits.are_keys_aligned:
         return False
     serves = found["serves"]
     return (

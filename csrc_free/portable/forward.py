@@ -68,7 +68,7 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
         return
     yield from measured.configs("forward", Config, traits, device, descriptors=described)
     side, warps = traits.plain_tile
-    has_tall_tile = traits.columns <= 64 and traits.is_describable
+    has_tall_tile = traits.columns <= 64 and traits.are_keys_aligned
     yield Config(64 if has_tall_tile else side, 1, side, warps, 1)
     yield Config(16, 1, 16, 8, 1)
 

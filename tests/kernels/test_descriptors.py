@@ -65,16 +65,21 @@ def test_what_takes_small_tiles_is_read_by_pointers(change):
     assert not any(_by_descriptor(dataclasses.replace(TRAITS, **change), HOPPER))
 
 
+def test_strides_of_zero_are_read_by_pointers_in_the_same_tiles():
+    expanded = dataclasses.replace(TRAITS, is_describable=False)
+    described, pointed = forward.choose(TRAITS, HOPPER), forward.choose(expanded, HOPPER)
+    assert pointed == dataclasses.replace(described, descriptors=False)
+
+
 @pytest.mark.parametrize("group", [1, 8, 64])
-def test_what_no_descriptor_can_read_is_read_in_small_tiles(group):
-    plain = dataclasses.replace(TRAITS, group=group, is_describable=False)
+def test_rows_of_no_multiple_of_16_bytes_are_read_in_small_tiles(group):
+    plain = dataclasses.replace(TRAITS, group=group, is_describable=False, are_keys_aligned=False)
     assert not any(_by_descriptor(plain, HOPPER))
     found = backward.choose(plain, HOPPER)
     assert found.pairs is None
     assert found.query_with_parts is None
     for config in (forward.choose(plain, HOPPER), found.wide, found.query, found.keys):
-        assert config.block_q <= 32
-        assert config.block_n <= 32
+        assert (config.block_q, config.block_n) == (16, 16)
 
 
 @pytest.mark.parametrize("change", [{"group": 40}, {"are_rows_describable": False}])

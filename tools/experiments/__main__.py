@@ -10,7 +10,7 @@ its line there is not run again, so a command that was stopped goes on when it i
 """
 
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +19,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.environment import environment
+from simplex_ops.env import environment
 from tools.experiments import cost, hops, lines, match3, report
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "cost": cost}
 QUICK_RESULTS = Path("out/experiments")
 
 
-class Name(str, Enum):
+class Name(StrEnum):
     hops = "hops"
     match3 = "match3"
     cost = "cost"

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplex_ops import SimplicialAttention
+from tools.bench.timing import time_in_turn
 from tools.experiments.train import Watch
-from tools.timing import time_in_turn
 
 ORDINARY, SIMPLICIAL = "ordinary", "2-simplicial"
 

@@ -47,6 +47,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
     monkeypatch.setattr(problem, "can_describe", lambda tensor: False)  # it has no address
+    monkeypatch.setattr(problem, "are_rows_aligned", lambda tensor: True)
     monkeypatch.setattr(
         torch.Tensor, "copy_", lambda to, _values: to
     )  # which asks for a real device
