@@ -28,6 +28,8 @@ class Marked(nn.Module):
     simplex_v2: nn.Linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Marked):  # torch.compile(module) holds this method beyond unmark()
+            return self(*args, **kwargs)
         # Compiled, a watch is a side effect, which a checkpoint around the module does not allow.
         if "forward" in self.__dict__ and (
             not torch.compiler.is_compiling() or hides(self, Marked.forward)
