@@ -245,7 +245,7 @@ def _lay_out(layout: str, values: list[Tensor]) -> list[Tensor]:
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cpu")
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
