@@ -41,9 +41,9 @@ def check_attn(
     for name, tensor in tensors.items():
         _check_rank(name, tensor)
     _check_shapes(q, k1, k2, v1, v2)
-    _check_window("w1", w1)
-    _check_window("w2", w2)
-    _check(ValueError, form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+    check_window("w1", w1)
+    check_window("w2", w2)
+    check_form(form)
     batch, seq = q.shape[0], q.shape[2]
     if kv_bounds is not None:
         meaning = "shape [q's batch, q's length, 2]"
@@ -78,6 +78,20 @@ def check_attn_backward(
         if tensor is not None:
             _check_sizes(name, meaning, expected, tuple(tensor.shape))
     _check_devices({"q": q, "out": out, "dout": dout, "lse": lse, "dlse": dlse})
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless the form is one of `FORMS`."""
+    _check(ValueError, form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+
+
+def check_window(name: str, window: Any) -> None:
+    """Raise ValueError unless a window, an int or a symbol, is None or at least 1."""
+    _check(
+        ValueError,
+        window is None or window >= 1,
+        lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
+    )
 
 
 def _check(error: type[Exception], condition: Any, message: Callable[[], str]) -> None:
@@ -165,14 +179,6 @@ def _check_sizes(name: str, meaning: str, expected: tuple[Any, ...], got: tuple[
         ValueError,
         got == expected,
         lambda: f"{name} must have {meaning} {list(expected)}, got {list(got)}",
-    )
-
-
-def _check_window(name: str, window: Any) -> None:
-    _check(
-        ValueError,
-        window is None or window >= 1,
-        lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
     )
 
 

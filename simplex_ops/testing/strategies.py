@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from hypothesis import strategies as st
 
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.testing.case import BOUNDS, LAYOUTS, LAYOUTS_OF_ONE, STARTS, THROUGH, Case
 
-FORMS = ("trilinear", "determinant", "strassen")
 GROUPS = (1, 2, 3, 6, 7)
 LARGE_GROUPS = (8, 12, 16, 32, 64)
 HEAD_DIMS = (8, 16, 24, 33, 48, 64, 65, 80, 96, 128, 192, 255, 256)
