@@ -21,7 +21,6 @@ import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from lowering import compat
@@ -31,10 +30,9 @@ from lowering.graphs.not_proven import NotProven
 from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
+from simplex_ops.contract.schema import ATTN_OP
 from simplex_ops.marking.call import SDPA, SdpaCall, refusal
 from simplex_ops.marking.mark_op import MARK_OP
-
-ATTN_OP = torch.ops.simplex.attn.default
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
 

@@ -41,14 +41,15 @@ def check_attn(
     for name, tensor in tensors.items():
         _check_rank(name, tensor)
     _check_shapes(q, k1, k2, v1, v2)
-    _check_window("w1", w1)
-    _check_window("w2", w2)
-    _check(ValueError, form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+    check_window("w1", w1)
+    check_window("w2", w2)
+    check_form(form)
     batch, seq = q.shape[0], q.shape[2]
     if kv_bounds is not None:
-        _check_positions("kv_bounds", kv_bounds, "[batch, queries, 2]", (batch, seq, 2))
+        meaning = "shape [q's batch, q's length, 2]"
+        _check_positions("kv_bounds", kv_bounds, meaning, (batch, seq, 2))
     if q_start is not None:
-        _check_positions("q_start", q_start, "[batch]", (batch,))
+        _check_positions("q_start", q_start, "shape [q's batch]", (batch,))
 
 
 def check_attn_backward(
@@ -67,16 +68,30 @@ def check_attn_backward(
 ) -> None:
     """Raise unless the arguments of simplex::attn_backward are well formed; see `check_attn`."""
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
-    shape = (*q.shape[:3], v1.shape[3])
-    for name, tensor, expected in (
-        ("out", out, shape),
-        ("dout", dout, shape),
-        ("lse", lse, shape[:3]),
-        ("dlse", dlse, shape[:3]),
+    rows, shape = "q's batch, heads and length", (*q.shape[:3], v1.shape[3])
+    for name, tensor, meaning, expected in (
+        ("out", out, f"{rows} and v1's head_dim", shape),
+        ("dout", dout, f"{rows} and v1's head_dim", shape),
+        ("lse", lse, rows, shape[:3]),
+        ("dlse", dlse, rows, shape[:3]),
     ):
         if tensor is not None:
-            _check_shape(name, tensor, expected)
+            _check_sizes(name, meaning, expected, tuple(tensor.shape))
     _check_devices({"q": q, "out": out, "dout": dout, "lse": lse, "dlse": dlse})
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless the form is one of `FORMS`."""
+    _check(ValueError, form in FORMS, lambda: f"form must be one of {FORMS}, got {form!r}")
+
+
+def check_window(name: str, window: Any) -> None:
+    """Raise ValueError unless a window, an int or a symbol, is None or at least 1."""
+    _check(
+        ValueError,
+        window is None or window >= 1,
+        lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
+    )
 
 
 def _check(error: type[Exception], condition: Any, message: Callable[[], str]) -> None:
@@ -131,7 +146,7 @@ def _check_rank(name: str, tensor: Tensor) -> None:
 
 
 def _check_shapes(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> None:
-    batch, heads, _, head_dim = q.shape
+    heads, head_dim = q.shape[1], q.shape[3]
     kv_heads, value_dim = k1.shape[1], v1.shape[3]
     _check(ValueError, head_dim >= 1, lambda: f"q must have head_dim at least 1, got {head_dim}")
     _check(ValueError, value_dim >= 1, lambda: f"v1 must have head_dim at least 1, got {value_dim}")
@@ -146,26 +161,24 @@ def _check_shapes(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> 
             f"and {kv_heads} in k1"
         ),
     )
-    _check_shape("k1", k1, (batch, kv_heads, k1.shape[2], head_dim))
-    _check_shape("v1", v1, (batch, kv_heads, k1.shape[2], value_dim))
-    _check_shape("k2", k2, (batch, kv_heads, k2.shape[2], head_dim))
-    _check_shape("v2", v2, (batch, kv_heads, k2.shape[2], value_dim))
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[Any, ...]) -> None:
-    _check(
-        ValueError,
-        tensor.dim() == len(expected)
-        and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
-        lambda: f"{name} must have shape {list(expected)}, got {list(tensor.shape)}",
+    batch, _, keys1, _ = k1.shape
+    batch2, heads2, keys2, dim2 = k2.shape
+    _check_sizes("k1", "q's batch and head_dim", (q.shape[0], head_dim), (batch, k1.shape[3]))
+    _check_sizes(
+        "v1", "k1's batch, heads and length", (batch, kv_heads, keys1), tuple(v1.shape[:3])
     )
+    _check_sizes(
+        "k2", "k1's batch, heads and head_dim", (batch, kv_heads, head_dim), (batch2, heads2, dim2)
+    )
+    _check_sizes("v2", "k2's batch, heads and length", (batch2, heads2, keys2), tuple(v2.shape[:3]))
+    _check_sizes("v2", "v1's head_dim", (value_dim,), (v2.shape[3],))
 
 
-def _check_window(name: str, window: Any) -> None:
+def _check_sizes(name: str, meaning: str, expected: tuple[Any, ...], got: tuple[Any, ...]) -> None:
     _check(
         ValueError,
-        window is None or window >= 1,
-        lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
+        got == expected,
+        lambda: f"{name} must have {meaning} {list(expected)}, got {list(got)}",
     )
 
 
@@ -175,9 +188,4 @@ def _check_positions(name: str, tensor: Tensor, meaning: str, expected: tuple[An
         tensor.dtype == torch.int32,
         lambda: f"{name} must be int32, got {tensor.dtype}",
     )
-    _check(
-        ValueError,
-        tensor.dim() == len(expected)
-        and all(got == want for got, want in zip(tensor.shape, expected, strict=True)),
-        lambda: f"{name} must have shape {meaning} = {list(expected)}, got {list(tensor.shape)}",
-    )
+    _check_sizes(name, f"{meaning} =", expected, tuple(tensor.shape))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx, jit, nn
 
-from simplex_ops.contract.checks import FORMS
+from simplex_ops.contract.checks import check_form
 from simplex_ops.marking.families.family import Projections
 from simplex_ops.marking.families.known import family_of
 from simplex_ops.marking.instance_forward import hides, put_inside
@@ -150,8 +150,7 @@ def _projection(found: Projections, width: int, init: str) -> nn.Linear:
 
 
 def _default_biases(init: str, form: str) -> tuple[float, float]:
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    check_form(form)
     if init == "random":
         return 0.0, 0.0
     if init != "residual":

@@ -4,7 +4,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-from simplex_ops.contract.checks import FORMS
+from simplex_ops.contract.checks import check_form, check_window
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Mark:
 
     def __post_init__(self) -> None:
         for name in ("w1", "w2"):
-            object.__setattr__(self, name, _checked_window(name, getattr(self, name)))
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+            object.__setattr__(self, name, _int_or_none(name, getattr(self, name)))
+        check_form(self.form)
 
 
 def pair_of(window: Any) -> tuple[Any, Any]:
@@ -47,15 +46,18 @@ def pair_of(window: Any) -> tuple[Any, Any]:
     return w1, w2
 
 
-def _checked_window(name: str, window: Any) -> int | None:
+def _int_or_none(name: str, window: Any) -> int | None:
+    """Return a window as Python's int, whatever kind of integer it is."""
     if window is None:
         return None
     try:
-        if not isinstance(window, bool) and operator.index(window) >= 1:
-            return operator.index(window)
+        number = None if isinstance(window, bool) else operator.index(window)
     except TypeError:
-        pass
-    raise ValueError(
-        f"{name} must be an int of at least 1 (a window counts the query itself), or None, "
-        f"got {window!r}"
-    )
+        number = None
+    if number is None:
+        raise ValueError(
+            f"{name} must be an int of at least 1 (a window counts the query itself), or None, "
+            f"got {window!r}"
+        )
+    check_window(name, number)
+    return number

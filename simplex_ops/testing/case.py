@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "transposed", "fused", "strided", "expanded")
+LAYOUTS_OF_ONE = ("contiguous", "transposed", "strided", "expanded")  # no others to fuse it with
 BOUNDS = ("none", "documents", "padding", "ranges", "wild")
 STARTS = ("none", "end", "random")
 THROUGH = ("out", "lse", "both")
@@ -42,6 +43,11 @@ class Case:
         layout: strides of the five inputs: "contiguous"; "transposed", seen through a transpose
             of [B, N, H, D]; "fused", slices of one [B, N, all heads, D]; "strided", steps of two
             along every dimension; "expanded", one batch row seen B times (stride 0).
+        layout_of_gradients: strides of dout and dlse: "contiguous"; "transposed", as where out is
+            seen through a transpose; "strided"; "expanded", one number everywhere (stride 0), as
+            out.sum() gives.
+        layout_of_positions: strides of kv_bounds and q_start: "contiguous", "transposed",
+            "strided", or "expanded", one batch row seen B times.
         through: which outputs carry a gradient.
         grad_mask: which of q, k1, k2, v1, v2 ask for a gradient.
         amplitude: multiplies q, and so the logits.
@@ -66,6 +72,8 @@ class Case:
     bounds: str = "none"
     starts: str = "none"
     layout: str = "contiguous"
+    layout_of_gradients: str = "contiguous"
+    layout_of_positions: str = "contiguous"
     dtype: torch.dtype = torch.float32
     through: str = "out"
     grad_mask: tuple[bool, ...] = (True,) * 5
@@ -77,6 +85,8 @@ class Case:
             ("bounds", BOUNDS),
             ("starts", STARTS),
             ("layout", LAYOUTS),
+            ("layout_of_gradients", LAYOUTS_OF_ONE),
+            ("layout_of_positions", LAYOUTS_OF_ONE),
             ("through", THROUGH),
         ):
             if getattr(self, name) not in known:
@@ -116,12 +126,12 @@ class Case:
         return self.w1, self.w2
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator("cpu").manual_seed(self.seed)
 
     def inputs(self, device: torch.device | str = "cpu") -> Inputs:
         """Return q, k1, k2, v1, v2: normal, the same on every device, requiring no gradient."""
         generator = self.generator()
-        values = [torch.randn(shape, generator=generator) for shape in self.shapes]
+        values = [_normal(shape, generator) for shape in self.shapes]
         values[0] *= self.amplitude
         laid = _lay_out(self.layout, [v.to(self.dtype) for v in values])
         q, k1, k2, v1, v2 = (_moved(t, device) for t in laid)
@@ -129,29 +139,35 @@ class Case:
 
     def cotangents(self, device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor | None]:
         """Return dout [B, H, N, Dv] and dlse [B, H, N], None for an output without gradient."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator("cpu").manual_seed(self.seed + 1)
         (batch, heads, seq, _), value_dim = self.shapes[0], self.shapes[3][3]
-        dout = torch.randn(batch, heads, seq, value_dim, generator=generator).to(self.dtype)
-        dlse = torch.randn(batch, heads, seq, generator=generator)
+        dout = _normal((batch, heads, seq, value_dim), generator).to(self.dtype)
+        dlse = _normal((batch, heads, seq), generator)
         dlse = dlse.double() if self.dtype == torch.float64 else dlse
+
+        def laid(t: Tensor) -> Tensor:
+            if self.layout_of_gradients == "expanded" and t.numel():
+                return _moved(t.flatten()[0].expand(t.shape), device)
+            return _moved(_lay_out(self.layout_of_gradients, [t])[0], device)
+
         return (
-            None if self.through == "lse" else dout.to(device),
-            None if self.through == "out" else dlse.to(device),
+            None if self.through == "lse" else laid(dout),
+            None if self.through == "out" else laid(dlse),
         )
 
     def kv_bounds(self, device: torch.device | str = "cpu") -> Tensor | None:
         """Return the int32 [B, N, 2] that `bounds` asks for, or None."""
-        generator = torch.Generator().manual_seed(self.seed + 2)
+        generator = torch.Generator("cpu").manual_seed(self.seed + 2)
         m, shape = max(self.m1, self.m2), (self.batch, self.seq)
 
         def draw(low: int, high: int, *size: int) -> Tensor:
-            return torch.randint(low, max(high, low + 1), size, generator=generator)
+            return _integers(low, max(high, low + 1), size, generator)
 
         if self.bounds == "none":
             return None
         if self.bounds == "documents":
             inner = draw(0, m + 1, self.batch, 2).sort(1).values  # three documents
-            key = (torch.arange(self.seq) + m - self.seq).clamp(min=0).expand(shape)
+            key = (torch.arange(self.seq, device="cpu") + m - self.seq).clamp(min=0).expand(shape)
             document = torch.searchsorted(inner, key.contiguous(), right=True)
             edges = torch.nn.functional.pad(inner, (1, 0), value=0)
             edges = torch.nn.functional.pad(edges, (0, 1), value=m)
@@ -167,18 +183,22 @@ class Case:
             far = torch.iinfo(torch.int32)
             start = torch.where(draw(0, 4, *shape) == 0, far.min, start)
             end = torch.where(draw(0, 4, *shape) == 0, far.max, end)
-        return torch.stack((start, end), -1).to(device, torch.int32)
+        return self._laid_positions(torch.stack((start, end), -1), device)
 
     def q_start(self, device: torch.device | str = "cpu") -> Tensor | None:
         """Return the int32 [B] that `starts` asks for, or None."""
-        generator = torch.Generator().manual_seed(self.seed + 3)
+        generator = torch.Generator("cpu").manual_seed(self.seed + 3)
         m = max(self.m1, self.m2)
         if self.starts == "none":
             return None
         if self.starts == "end":
-            return torch.full((self.batch,), m - self.seq, dtype=torch.int32, device=device)
-        low = -self.seq - 1
-        return torch.randint(low, m + 2, (self.batch,), generator=generator).to(device, torch.int32)
+            start = torch.full((self.batch,), m - self.seq, device="cpu")
+        else:
+            start = _integers(-self.seq - 1, m + 2, (self.batch,), generator)
+        return self._laid_positions(start, device)
+
+    def _laid_positions(self, t: Tensor, device: torch.device | str) -> Tensor:
+        return _moved(_lay_out(self.layout_of_positions, [t.to(torch.int32)])[0], device)
 
     def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Return the keyword arguments of the operator."""
@@ -194,17 +214,20 @@ class Case:
 
 
 def _lay_out(layout: str, values: list[Tensor]) -> list[Tensor]:
-    """Return the same values in other strides; what lies between them is NaN."""
+    """Return the same values in other strides; NaN, or the largest integer, lies between them."""
     if layout == "contiguous":
         return values
     if layout == "transposed":
-        return [v.transpose(1, 2).contiguous().transpose(1, 2) for v in values]
+        return [
+            v.transpose(1, 2).contiguous().transpose(1, 2) if v.dim() > 2 else v for v in values
+        ]
     if layout == "strided":
         laid = []
         for v in values:
-            wide = v.new_full([2 * size for size in v.shape], torch.nan)
-            wide[::2, ::2, ::2, ::2] = v
-            laid.append(wide[::2, ::2, ::2, ::2])
+            between = torch.nan if v.is_floating_point() else torch.iinfo(v.dtype).max
+            wide = v.new_full([2 * size for size in v.shape], between)
+            view = wide[(slice(None, None, 2),) * v.dim()]
+            laid.append(view.copy_(v))
         return laid
     if layout == "expanded":
         return [v[:1].expand(v.shape) for v in values]
@@ -221,10 +244,18 @@ def _lay_out(layout: str, values: list[Tensor]) -> list[Tensor]:
     return laid
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def _integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(low, high, shape, generator=generator, device="cpu")
+
+
 def _moved(t: Tensor, device: torch.device | str) -> Tensor:
     """Return t on the device with the strides it has."""
     if t.device == torch.device(device):
         return t
     storage = t.untyped_storage()
-    flat = torch.empty(0, dtype=t.dtype).set_(storage)  # type: ignore[call-overload]
+    flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage)  # type: ignore[call-overload]
     return flat.to(device).as_strided(t.shape, t.stride(), t.storage_offset())

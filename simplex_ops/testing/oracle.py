@@ -1,7 +1,9 @@
 """The oracle: the reference in float64 and in the dtype of the inputs, and what is held to it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ Attn = Callable[..., tuple[Tensor, Tensor]]
 """A function with the arguments and results of `torch.ops.simplex.attn`, autograd's included."""
 
 INPUTS = ("q", "k1", "k2", "v1", "v2")
+JUDGED_WHERE_THEY_ARE = {"cpu", "cuda"}  # others may have no float64: judged on the CPU
 DRAWS = 3
 DRAWS_OF_A_SMALL_PROBLEM = 12  # up to 256 elements of out: the largest of a few is a matter of luck
 
@@ -45,6 +48,26 @@ class Problem:
         dout, dlse = case.cotangents(device)
         return cls(
             case.inputs(device), case.windows, case.options(device), dout, dlse, case.grad_mask
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by its name: inputs, those of the options, dout and dlse."""
+        named = {**dict(zip(INPUTS, self.inputs, strict=True)), **self.options}
+        named |= {"dout": self.dout, "dlse": self.dlse}
+        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Problem":
+        """Return the same problem with every tensor changed."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            inputs=tuple(map(change, self.inputs)),
+            options={name: changed(value) for name, value in self.options.items()},
+            dout=changed(self.dout),
+            dlse=changed(self.dlse),
         )
 
     def to(self, dtype: torch.dtype) -> "Problem":
@@ -93,6 +116,8 @@ def run_attn(attn: Attn, problem: Problem) -> dict[str, Tensor]:
 def judge(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (exact, rounded): the reference's results in float64, and in the inputs' dtype.
 
+    They are on the problem's device where that is known to have float64, else on the CPU.
+
     The error of `rounded` is the error that plain PyTorch makes. In float64, which has no wider
     dtype to be judged in, it is that of float32 scaled down, twice: `exact` errs as well. On a
     small problem it is a matter of luck. So to it is added what a few roundings do, found by
@@ -114,13 +139,15 @@ def judge(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
       goes from e to 2 as base), or each its own way; and by sqrt(D) / 6 as much again, since s is
       summed a second time.
     """
+    if problem.inputs[0].device.type not in JUDGED_WHERE_THEY_ARE:
+        problem = problem.mapped(Tensor.cpu)
     dtype = problem.inputs[0].dtype
     exact = run_attn(reference.attn, problem.to(torch.float64))
     plain = torch.float32 if dtype == torch.float64 else dtype
     roundings = 0.5 if plain.itemsize == 2 else 2.0
     shrink = 1.0 if plain == dtype else 2.0 * torch.finfo(dtype).eps / torch.finfo(plain).eps
     rounded = run_attn(reference.attn, problem.to(plain))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     wide = problem.to(torch.float64)
     draws = DRAWS if exact["out"].numel() > 256 else DRAWS_OF_A_SMALL_PROBLEM
     moved = [
@@ -147,25 +174,32 @@ def assert_matches_reference(
     """Run `attn` on a case and hold everything it returns to the contract; return its results.
 
     Held are values (out, lse and the gradients asked for, to the error budget), shapes, dtypes,
-    that no gradient comes where none was asked for, and that the inputs are left as they were.
+    that no gradient comes where none was asked for, and that every tensor that was given, dout,
+    dlse, kv_bounds and q_start included, is left as it was: results are judged by copies that the
+    implementation never saw.
 
     Args:
         case: what to run.
-        attn: the implementation; None is `torch.ops.simplex.attn`.
+        attn: the implementation; None is `torch.ops.simplex.attn`. Where it is what
+            `torch.compile` returned, Dynamo is reset first: after its recompile limit (8) the
+            other cases would run eager.
         device: where to run it.
         slack: see `assert_within_budget`.
 
     Raises:
         AssertionError: with the case's expression at the end.
+        RuntimeError: compiled code inside `attn` came to Dynamo's recompile limit.
     """
     problem = Problem.of(case, device) if isinstance(case, Case) else case
     attn = torch.ops.simplex.attn if attn is None else attn
-    before = [t.clone() for t in problem.inputs]
+    before = problem.mapped(Tensor.clone)
     try:
-        got = run_attn(attn, problem)
-        for name, old, new in zip(INPUTS, before, problem.inputs, strict=True):
-            assert torch.equal(old, new), f"{name} was written to"
-        assert_results(problem, got, slack=slack)
+        with _never_eager_for_compiled(attn):
+            got = run_attn(attn, problem)
+        now = problem.tensors()
+        written = [n for n, old in before.tensors().items() if not _is_same(old, now[n])]
+        assert not written, f"{', '.join(written)} written to, and must be left as given"
+        assert_results(before, got, slack=slack)
     except Exception as error:
         error.add_note(f"reproduce with: {case!r}")
         raise
@@ -181,7 +215,35 @@ def assert_results(problem: Problem, got: dict[str, Tensor], *, slack: float = 2
         truth, error = exact[name], rounded[name]
         wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
         assert value.dtype == wanted, f"{name} is {value.dtype}, not {wanted}"
-        assert_within_budget(name, value, truth, error, slack=slack)
+        assert_within_budget(name, value.to(truth.device), truth, error, slack=slack)
+
+
+def _is_same(old: Tensor, new: Tensor) -> bool:
+    """Compare values, a NaN being the same as a NaN."""
+    return old.shape == new.shape and torch.allclose(old, new, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def _never_eager_for_compiled(attn: Attn) -> Iterator[None]:
+    """Raise where Dynamo would run eager what it compiled too often; first forget earlier cases."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and it takes seconds to import
+        yield
+        return
+    import torch._dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    if hasattr(attn, "_torchdynamo_orig_callable") or hasattr(attn, "_orig_mod"):
+        torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise RuntimeError(
+            "attn must be compiled for every case, and Dynamo's recompile limit "
+            f"({torch._dynamo.config.recompile_limit}) is reached: cases after it would run "
+            "eager. Give what torch.compile returned as attn, which is reset for each case, or "
+            "call torch._dynamo.reset() before each"
+        ) from error
 
 
 def _moved(
@@ -196,7 +258,7 @@ def _moved(
     out, lse = results["out"], results["lse"]
 
     def signs(like: Tensor) -> Tensor:
-        return torch.randint(0, 2, like.shape, generator=generator).to(like) * 2 - 1
+        return torch.randint(0, 2, like.shape, generator=generator, device="cpu").to(like) * 2 - 1
 
     eps = torch.finfo(dtype).eps
     eps_of_lse = torch.finfo(torch.promote_types(dtype, torch.float32)).eps

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from hypothesis import strategies as st
 
-from simplex_ops.testing.case import BOUNDS, LAYOUTS, STARTS, THROUGH, Case
+from simplex_ops.contract.checks import FORMS
+from simplex_ops.testing.case import BOUNDS, LAYOUTS, LAYOUTS_OF_ONE, STARTS, THROUGH, Case
 
-FORMS = ("trilinear", "determinant", "strassen")
 GROUPS = (1, 2, 3, 6, 7)
 LARGE_GROUPS = (8, 12, 16, 32, 64)
 HEAD_DIMS = (8, 16, 24, 33, 48, 64, 65, 80, 96, 128, 192, 255, 256)
@@ -26,13 +26,13 @@ def cases(
     max_head_dim: int = 256,
     max_work: int = 1_000_000,
 ) -> Case:
-    """Draw a problem: every option of the operator, every kind of stride, bounds and start.
+    """Draw a problem: every option of the operator, bounds, starts, and strides of every tensor.
 
     Args:
         draw: hypothesis gives it.
         dtypes: of the inputs.
         forms: of the logit.
-        layouts: kinds of strides, of `simplex_ops.testing.case.LAYOUTS`.
+        layouts: kinds of strides of the five inputs, of `simplex_ops.testing.case.LAYOUTS`.
         max_batch: largest B.
         max_heads: largest H.
         max_seq: largest N, M1 and M2; windows reach beyond it.
@@ -78,6 +78,8 @@ def cases(
         grad_mask=draw(_mostly(st.just((True,) * 5), st.tuples(*[st.booleans()] * 5))),
         amplitude=draw(_mostly(st.just(1.0), st.sampled_from((4.0, 0.0)))),
         seed=draw(st.integers(0, 2**31 - 1)),
+        layout_of_gradients=draw(st.sampled_from(LAYOUTS_OF_ONE)),
+        layout_of_positions=draw(st.sampled_from(LAYOUTS_OF_ONE)),
     )
 
 

@@ -296,8 +296,8 @@ def test_a_module_of_another_shape_is_refused(module, text):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ({"window": (0, 4)}, r"w1 must be an int of at least 1 .*, got 0"),
-        ({"window": (4, -1)}, r"w2 must be an int of at least 1 .*, got -1"),
+        ({"window": (0, 4)}, r"w1 must be at least 1 .*, got 0"),
+        ({"window": (4, -1)}, r"w2 must be at least 1 .*, got -1"),
         ({"window": (4, 2.5)}, r"w2 must be an int of at least 1 .*, got 2\.5"),
         ({"form": "bilinear"}, r"form must be one of .*got 'bilinear'"),
         ({"init": "zeros"}, r"init must be \"residual\" or \"random\", got 'zeros'"),

@@ -81,27 +81,47 @@ BAD = {
     ),
     "batch of k1": Bad(
         ValueError,
-        "k1 must have shape [2, 2, 8, 16], got [3, 2, 8, 16]",
+        "k1 must have q's batch and head_dim [2, 16], got [3, 16]",
         {"k1": _empty(3, 2, 8, 16)},
     ),
     "head_dim of k1": Bad(
         ValueError,
-        "k1 must have shape [2, 2, 8, 16], got [2, 2, 8, 12]",
+        "k1 must have q's batch and head_dim [2, 16], got [2, 12]",
         {"k1": _empty(2, 2, 8, 12)},
     ),
     "keys of v1": Bad(
         ValueError,
-        "v1 must have shape [2, 2, 8, 16], got [2, 2, 9, 16]",
+        "v1 must have k1's batch, heads and length [2, 2, 8], got [2, 2, 9]",
         {"v1": _empty(2, 2, 9, 16)},
     ),
     "kv heads of k2": Bad(
         ValueError,
-        "k2 must have shape [2, 2, 8, 16], got [2, 3, 8, 16]",
+        "k2 must have k1's batch, heads and head_dim [2, 2, 16], got [2, 3, 16]",
         {"k2": _empty(2, 3, 8, 16)},
+    ),
+    "kv heads of k1": Bad(  # the one that is wrong may be either
+        ValueError,
+        "v1 must have k1's batch, heads and length [2, 3, 8], got [2, 2, 8]",
+        {"k1": _empty(2, 3, 8, 16)},
+    ),
+    "keys of k1": Bad(
+        ValueError,
+        "v1 must have k1's batch, heads and length [2, 2, 9], got [2, 2, 8]",
+        {"k1": _empty(2, 2, 9, 16)},
+    ),
+    "keys of v2": Bad(
+        ValueError,
+        "v2 must have k2's batch, heads and length [2, 2, 8], got [2, 2, 7]",
+        {"v2": _empty(2, 2, 7, 16)},
+    ),
+    "head_dim of q": Bad(
+        ValueError,
+        "k1 must have q's batch and head_dim [2, 20], got [2, 16]",
+        {"q": _empty(2, 6, 8, 20)},
     ),
     "value_dim of v2": Bad(
         ValueError,
-        "v2 must have shape [2, 2, 8, 16], got [2, 2, 8, 20]",
+        "v2 must have v1's head_dim [16], got [20]",
         {"v2": _empty(2, 2, 8, 20)},
     ),
     "w1 of zero": Bad(
@@ -122,37 +142,43 @@ BAD = {
     ),
     "shape of kv_bounds": Bad(
         ValueError,
-        "kv_bounds must have shape [batch, queries, 2] = [2, 8, 2], got [2, 9, 2]",
+        "kv_bounds must have shape [q's batch, q's length, 2] = [2, 8, 2], got [2, 9, 2]",
         {"kv_bounds": _int32(2, 9, 2)},
     ),
     "rank of kv_bounds": Bad(
         ValueError,
-        "kv_bounds must have shape [batch, queries, 2] = [2, 8, 2], got [8, 2]",
+        "kv_bounds must have shape [q's batch, q's length, 2] = [2, 8, 2], got [8, 2]",
         {"kv_bounds": _int32(8, 2)},
     ),
     "dtype of q_start": Bad(
         TypeError, "q_start must be int32, got torch.float32", {"q_start": torch.zeros(2)}
     ),
     "shape of q_start": Bad(
-        ValueError, "q_start must have shape [batch] = [2], got [3]", {"q_start": _int32(3)}
+        ValueError, "q_start must have shape [q's batch] = [2], got [3]", {"q_start": _int32(3)}
     ),
 }
 BAD_BACKWARD = {
     "shape of dout": Bad(
         ValueError,
-        "dout must have shape [2, 6, 8, 16], got [2, 6, 8, 12]",
+        "dout must have q's batch, heads and length and v1's head_dim [2, 6, 8, 16], "
+        "got [2, 6, 8, 12]",
         {"dout": _empty(2, 6, 8, 12)},
     ),
     "shape of dlse": Bad(
-        ValueError, "dlse must have shape [2, 6, 8], got [2, 6]", {"dlse": _empty(2, 6)}
+        ValueError,
+        "dlse must have q's batch, heads and length [2, 6, 8], got [2, 6]",
+        {"dlse": _empty(2, 6)},
     ),
     "shape of out": Bad(
         ValueError,
-        "out must have shape [2, 6, 8, 16], got [2, 6, 9, 16]",
+        "out must have q's batch, heads and length and v1's head_dim [2, 6, 8, 16], "
+        "got [2, 6, 9, 16]",
         {"out": _empty(2, 6, 9, 16)},
     ),
     "shape of lse": Bad(
-        ValueError, "lse must have shape [2, 6, 8], got [2, 6, 8, 1]", {"lse": _empty(2, 6, 8, 1)}
+        ValueError,
+        "lse must have q's batch, heads and length [2, 6, 8], got [2, 6, 8, 1]",
+        {"lse": _empty(2, 6, 8, 1)},
     ),
     "device of dout": Bad(
         RuntimeError,

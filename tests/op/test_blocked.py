@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from blind_host import blind
 from hypothesis import HealthCheck, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simplex_ops.devices.blocked import host, plan, sides
+from simplex_ops.devices import cpu
+from simplex_ops.devices.blocked import plan
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -24,8 +26,7 @@ def small_tiles(request, monkeypatch):
 @pytest.fixture
 def blind_host(monkeypatch):
     """Decide nothing by values, as on a device where looking would synchronise."""
-    monkeypatch.setattr(host, "can_look", lambda _: False)
-    monkeypatch.setattr(sides, "can_look", lambda _: False)
+    blind(monkeypatch)
 
 
 several = settings(
@@ -57,6 +58,45 @@ def test_tiles_of_any_size_are_within_the_budget(case):
 @given(case=problems)
 def test_a_host_that_may_not_look_is_within_the_budget(case):
     assert_matches_reference(case)
+
+
+def _readings(problem):
+    """Return the values that a forward and a backward read, and their float64 tensors, counted."""
+
+    class Watch(TorchDispatchMode):
+        read = doubled = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.read += func is torch.ops.aten._local_scalar_dense.default
+            self.doubled += isinstance(result, torch.Tensor) and result.dtype == torch.float64
+            return result
+
+    with Watch() as watch:
+        bounds, starts = (problem.options[name] for name in ("kv_bounds", "q_start"))
+        _run(problem.inputs, problem.windows, bounds, starts, operators=cpu)
+    return watch.read, watch.doubled
+
+
+BLINDNESS = Problem.of(
+    Case(batch=2, kv_heads=2, seq=20, w1=9, w2=4, bounds="ranges", starts="random")
+)
+
+
+@pytest.mark.usefixtures("blind_host")
+@pytest.mark.parametrize("magnitude", [1.0, 1e20])
+def test_a_host_that_may_not_look_reads_nothing_and_stays_in_float32(magnitude):
+    problem = BLINDNESS.mapped(lambda t: t * magnitude if t.is_floating_point() else t)
+    assert _readings(problem) == (0, 0)
+
+
+def test_a_host_that_may_look_reads_and_doubles_where_float32_overflows():
+    """What the test above would see, were the host not blind."""
+    read, doubled = _readings(BLINDNESS)
+    assert (read > 0, doubled) == (True, 0)
+    read, doubled = _readings(BLINDNESS.mapped(lambda t: t * 1e20 if t.is_floating_point() else t))
+    assert read > 0
+    assert doubled > 0
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -164,15 +204,18 @@ def test_no_tensor_grows_with_the_product_of_the_windows(windows, monkeypatch):
     inputs = case.inputs()
     largest = _LargestTensor()
     with largest:
-        _run(inputs, windows, None)
+        _run(inputs, windows, None, operators=cpu)
+    assert largest.elements > tile // 4  # it saw the tiles
     assert largest.elements <= 2 * tile, f"a tensor of {largest.elements} elements"
 
 
-def _run(inputs, windows, bounds):
-    out, lse = torch.ops.simplex.attn(*inputs, *windows, kv_bounds=bounds)
-    grads = torch.ops.simplex.attn_backward(
+def _run(inputs, windows, bounds, starts=None, operators=torch.ops.simplex):
+    """Run both; as functions of `devices.cpu`, since a mode sees an operator only from outside."""
+    options = {"kv_bounds": bounds, "q_start": starts}
+    out, lse = operators.attn(*inputs, *windows, **options)
+    grads = operators.attn_backward(
         torch.ones_like(out), torch.ones_like(lse), *inputs, out, lse, *windows,
-        kv_bounds=bounds, grad_mask=[True] * 5,
+        **options, grad_mask=[True] * 5,
     )  # fmt: skip
     return out, lse, *grads
 

@@ -152,7 +152,11 @@ def test_a_gpu_replays_the_operator_in_cuda_graphs():
     [
         ({"w1": 0}, ValueError, r"w1 must be at least 1"),
         ({"form": "bilinear"}, ValueError, r"form must be one of"),
-        ({"k2": torch.zeros(2, 2, 12, 15)}, ValueError, r"k2 must have shape"),
+        (
+            {"k2": torch.zeros(2, 2, 12, 15)},
+            ValueError,
+            r"k2 must have k1's batch, heads and head_dim",
+        ),
         ({"v1": torch.zeros(2, 2, 12, 8).double()}, TypeError, r"v1 must have the dtype of q"),
         ({"q_start": torch.zeros(3, dtype=torch.int32)}, ValueError, r"q_start must have shape"),
     ],
