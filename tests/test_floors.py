@@ -56,6 +56,9 @@ def test_inductor_is_known_to_lowering_alone() -> None:
     for floor in ("csrc_free", "simplex_ops"):
         for path in (ROOT / floor).rglob("*.py"):
             named = {n for n in imports_of(path) if n.startswith(private)}
+            if path.is_relative_to(ROOT / "simplex_ops/testing"):
+                # Who judges compiled code must know whether it ran compiled: Dynamo says it.
+                named = {n for n in named if not n.startswith("torch._dynamo")}
             assert not named, f"{path.relative_to(ROOT)} imports {sorted(named)}"
 
 

@@ -233,7 +233,7 @@ def _never_eager_for_compiled(attn: Attn) -> Iterator[None]:
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     if hasattr(attn, "_torchdynamo_orig_callable") or hasattr(attn, "_orig_mod"):
-        torch._dynamo.reset()
+        torch.compiler.reset()
     try:
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             yield
