@@ -21,6 +21,8 @@ from csrc_free.hopper.reach import item_place, tile_reach
 
 # P·v stays below 2^16 times |v|: float32 holds it for any |v| below 2^110.
 LAGGING_LIMIT = gl.constexpr(2.0**16)
+# Triton 3.7 renamed it.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -268,14 +270,14 @@ def _consume(
             hand_out.store(acc)
             hand_sums.index(0).store(top_o)
             hand_sums.index(1).store(sums_o)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(handed, count=1)
         else:
             mbarrier.wait(handed, count & 1)
             other_top = hand_sums.index(0).load(T_ROWS)
             other_sums = hand_sums.index(1).load(T_ROWS)
             other = hand_out.load(T_LAYOUT)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(taken, count=1)
             highest = gl.maximum(top_o, other_top)
             base = gl.where(highest == float("-inf"), 0.0, highest)
