@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import sys
 import time
 
 import torch
@@ -10,6 +11,11 @@ from csrc_free.hopper.serve import choose, launch, why_not
 from csrc_free.launch import device_of
 from csrc_free.portable.forward import attn_forward
 from csrc_free.problem import problem_of
+
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
 
 
 def inputs(batch, heads, kv, seq, m1, m2, *, is_transposed=False):
@@ -111,9 +117,9 @@ def fuzz(seconds):
         if not ok:
             bad.append((count - 1, group, kv, n, m1, m2, w1, w2, causal, scale, kb, trick,
                         f"{e:.1e} {ep:.1e} {l:.1e} {lp:.1e}"))  # fmt: skip
-    print("fuzz", count, "cases; failures", len(bad), "worst excess", worst)
+    say("fuzz", count, "cases; failures", len(bad), "worst excess", worst)
     for b in bad[:25]:
-        print("  ", *b)
+        say("  ", *b)
 
 
 def timed(f, repeats=3):
@@ -127,39 +133,39 @@ def timed(f, repeats=3):
     return a.elapsed_time(b) / repeats
 
 
-def bench():
-    for heads, kv in ((64, 1), (64, 8), (32, 8), (16, 16)):
-        x = inputs(4, heads, kv, 4096, 4096, 4096)
-        pr = problem_of(*x, (511, 0), (31, 0), 128**-0.5, "trilinear", 0.0, 0.0, None, None)
-        out, lse = torch.empty_like(x[0]), torch.empty(x[0].shape[:3], device="cuda")
-        kk = torch.randn(4, heads, 16384, 128, device="cuda", dtype=torch.bfloat16)
-        flops = 4 * 4 * heads * 4096 * 128 * 512 * 32
-        rates = {"hopper": [], "portable": [], "cudnn": []}
+def bench(heads, kv):
+    x = inputs(4, heads, kv, 4096, 4096, 4096)
+    pr = problem_of(*x, (511, 0), (31, 0), 128**-0.5, "trilinear", 0.0, 0.0, None, None)
+    out, lse = torch.empty_like(x[0]), torch.empty(x[0].shape[:3], device="cuda")
+    kk = torch.randn(4, heads, 16384, 128, device="cuda", dtype=torch.bfloat16)
+    flops = 4 * 4 * heads * 4096 * 128 * 512 * 32
+    rates = {"hopper": [], "portable": [], "cudnn": []}
 
-        def sdpa(q=x[0], kk=kk):
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-                torch.nn.functional.scaled_dot_product_attention(q, kk, kk)
+    def sdpa(q=x[0], kk=kk):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(q, kk, kk)
 
-        calls = {
-            "hopper": lambda: launch(pr, choose(pr.traits()), out, lse),
-            "portable": lambda: attn_forward(
-                *x, reach1=(511, 0), reach2=(31, 0), scale=128**-0.5, form="trilinear",
-                k2_bias=0.0, v2_bias=0.0, kv_bounds=None, q_start=None, out=out, lse=lse),
-            "cudnn": sdpa,
-        }  # fmt: skip
-        for _ in range(5):
-            for name, call in calls.items():
-                rates[name].append(flops / timed(call) / 1e9)
-        med = {k: round(statistics.median(v)) for k, v in rates.items()}
-        print(
-            f"G {heads // kv} H{heads}/{kv}",
-            med,
-            "of cuDNN",
-            round(med["hopper"] / med["cudnn"], 3),
-        )
+    calls = {
+        "hopper": lambda: launch(pr, choose(pr.traits()), out, lse),
+        "portable": lambda: attn_forward(
+            *x, reach1=(511, 0), reach2=(31, 0), scale=128**-0.5, form="trilinear",
+            k2_bias=0.0, v2_bias=0.0, kv_bounds=None, q_start=None, out=out, lse=lse),
+        "cudnn": sdpa,
+    }  # fmt: skip
+    for _ in range(5):
+        for name, call in calls.items():
+            rates[name].append(flops / timed(call) / 1e9)
+    med = {k: round(statistics.median(v)) for k, v in rates.items()}
+    say(
+        f"G {heads // kv} H{heads}/{kv}",
+        med,
+        "of cuDNN",
+        round(med["hopper"] / med["cudnn"], 3),
+    )
 
 
 if __name__ == "__main__":
-    print(torch.cuda.get_device_name(), torch.__version__, time.strftime("%F %T"))
+    say(torch.cuda.get_device_name(), torch.__version__, time.strftime("%F %T"))
     fuzz(110)
-    bench()
+    for shape in ((64, 1), (64, 8), (32, 8), (16, 16)):
+        bench(*shape)

@@ -1,1 +1,1 @@
-"""Kernels for Hopper (sm_90) in Gluon: narrower than the portable ones, and faster where they serve."""
+"""Kernels for Hopper (sm_90) in Gluon: they serve less than the portable ones do."""
