@@ -29,7 +29,7 @@ CASES = (
     Case(2, 2, 3, 70, head_dim=48, w1=9, w2=30, bounds="documents", k2_bias=1.0, **BF16),
     Case(1, 2, 1, 50, head_dim=33, w1=20, w2=5, is_causal=False, **BF16),
     Case(1, 2, 12, 50, keys1=60, head_dim=33, w1=20, w2=5, **BF16),
-    Case(2, 1, 1, 40, head_dim=64, w1=20, w2=4, **(BF16 | {"layout": "expanded"})),
+    Case(2, 1, 1, 40, head_dim=64, w1=20, w2=4, dtype=torch.bfloat16, layout="expanded"),
     Case(1, 2, 2, 40, head_dim=64, w1=20, w2=5, form="determinant", **BF16),
     Case(1, 2, 2, 40, head_dim=64, w1=20, w2=5, form="strassen", **BF16),
     Case(1, 1, 4, 40, head_dim=64, w1=20, w2=5, dtype=torch.float16, through="both"),
