@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simplex_ops.contract.scale import scale_of
 from simplex_ops.contract.windows import reach
 from simplex_ops.devices.blocked import forms
 from simplex_ops.functional import Window, simplicial_attention, window_pair
@@ -81,13 +82,13 @@ def attended_pairs(
     _, lse = simplicial_attention(
         q, k1, k2, *no_values, window=window, return_lse=True, **given, **positions
     )
-    batch, heads, seq, head_dim = q.shape
+    batch, heads, seq, _ = q.shape
     best = AttendedPairs(
         torch.full((batch, heads, seq, top), -1, device=q.device),
         torch.full((batch, heads, seq, top), -1, device=q.device),
         torch.zeros(batch, heads, seq, top, device=q.device, dtype=lse.dtype),
     )
-    factor = head_dim**-0.5 if scale is None else scale
+    factor = scale_of(q, scale)
     keys = max(k1.shape[2], k2.shape[2])
     for b in range(batch):
         start = keys - seq if q_start is None else int(q_start[b])
