@@ -15,6 +15,22 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
     Tensor._version                         writes into a fake tensor
     node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
+    symbolic_shapes.guard_or_false          a claim as a guard; False where no example decides it
+
+Seen in 2.11, 2.13 and 2.15, for the lowerings:
+
+    torch._inductor.lowering                register_lowering, fallback_handler and
+                                            process_subgraph_nodes, which lowers a graph in place
+    torch._inductor.virtualized.V           .graph: current_node, sizevars, unaligned_buffers,
+                                            cpp_wrapper and aot_mode; .fake_mode
+    torch._inductor.ir                      ExternKernel.require_exact_strides, IRNode
+    torch._inductor.decomposition           select_decomp_table
+    node.meta["eager_input_vals"]           a call's tensors with the strides of eager code
+    _higher_order_ops.triton_kernel_wrap    triton_kernel_wrapper_mutation: a launch as a node;
+                                            kernel_side_table and create_tma_stable_metadata: what
+                                            a node cannot hold
+    proxy_tensor.make_fx                    a function on fake tensors as a graph
+    SymNode.maybe_as_int                    the value of a symbol that guards have fixed
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
 """
@@ -195,3 +211,169 @@ def _readable(path: str) -> str:
     path = re.sub(r"^L\['\w+'\]\.?", "", path)
     path = re.sub(r"\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]", r".\1\2\3", path)
     return path.strip(".") or "the compiled module"
+
+
+def guarded(claim: Any) -> bool:
+    """Decide a claim by the example and guard it; False where no example decides it."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(claim)
+
+
+def number(value: Any) -> Any:
+    """Return a plain number for a symbol of which guards have left one value; else as it is."""
+    known = value.node.maybe_as_int() if isinstance(value, torch.SymInt) else None
+    return value if known is None else known
+
+
+def identity_of(value: Any) -> Any:
+    """Return what tells apart two arguments that are traced to different graphs."""
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return value.dtype, value.device, tuple(map(identity_of, sizes))
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return tuple(value) if isinstance(value, list) else value
+
+
+def register_lowering(op: Any, lower: Callable[..., Any]) -> None:
+    """Let Inductor call a function for each node of an operator, in place of the operator."""
+    from torch._inductor import lowering
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def leave_to_operator(op: Any, given: dict[str, Any]) -> Any:
+    """Lower the current node to a call of its operator when the compiled code runs."""
+    from torch._inductor import lowering
+
+    return lowering.fallback_handler(op, add_to_fallback_set=False)(**given)
+
+
+def by_name(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by the names of the operator's schema."""
+    names = (argument.name for argument in op._schema.arguments)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def current_graph() -> Any:
+    """Return the graph that Inductor is lowering."""
+    from torch._inductor.virtualized import V
+
+    return V.graph
+
+
+def arguments_of_current_node(op: Any) -> dict[str, Any]:
+    """Return fake tensors and numbers by name, with the strides that eager code had."""
+    node = current_graph().current_node
+    found = by_name(op, *torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"]))
+    eager = node.meta.get("eager_input_vals")  # None for what is no tensor
+    known = {} if eager is None else by_name(op, *eager)
+    return found | {n: value for n, value in known.items() if isinstance(value, torch.Tensor)}
+
+
+def fix_sizes(fake: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """Make some of a tensor's sizes constants of the graph, by guards."""
+    for dim in dims:
+        make_constant(fake.shape[dim])
+
+
+def laid_out(box: Any, fake: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Give a tensor of Inductor's the strides of a fake one; return it, and a fake one like it.
+
+    That one's offset says whether its memory begins at a multiple of 16 bytes.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    box.realize()
+    box = ir.ExternKernel.require_exact_strides(box, fake.stride())
+    offset = box.get_layout().offset * fake.element_size()
+    is_aligned = box.get_name() not in V.graph.unaligned_buffers and (
+        V.graph.sizevars.statically_known_multiple_of(offset, 16)
+    )
+    sizes, strides = (list(map(number, found)) for found in (fake.shape, fake.stride()))
+    extent = 2 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    with V.fake_mode:
+        memory = torch.empty(extent, dtype=fake.dtype, device=fake.device)
+        return box, memory.as_strided(sizes, strides, 0 if is_aligned else 1)
+
+
+def are_guards_kept() -> bool:
+    """Say whether the compiled code is compiled again where a guard of now fails: no package is."""
+    from torch._inductor.virtualized import V
+
+    return not V.graph.aot_mode
+
+
+def can_describe_in_graph(row_bytes: int) -> bool:
+    """Say whether compiled code can make tensor descriptors of such rows.
+
+    C++ code before 2.15 gives the driver the whole row as the box, which may have 128 bytes.
+    """
+    from torch._inductor.virtualized import V
+
+    return not V.graph.cpp_wrapper or _release() >= (2, 15) or row_bytes <= 128
+
+
+def _release() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def trace_to_graph(run: Callable[..., Any], inputs: list[Any]) -> torch.fx.GraphModule:
+    """Run a function on fake tensors and symbols, and return what it did as a graph."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with V.fake_mode, torch.no_grad():
+        return make_fx(run, decomposition_table=select_decomp_table())(*inputs)
+
+
+def inline(traced: torch.fx.GraphModule, boxes: list[Any]) -> Any:
+    """Lower a traced graph in place of the current node, any number of times."""
+    from torch._inductor import lowering
+
+    copied = torch.fx.GraphModule(traced, torch.fx.Graph())
+    copied.graph.output(copied.graph.graph_copy(traced.graph, {}))
+    return lowering.process_subgraph_nodes(copied, boxes)
+
+
+def is_rewritable(kernel: Any) -> bool:
+    """Say whether Inductor can write a kernel out: it knows plain Triton and no Gluon."""
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(kernel, JITFunction) and not kernel.is_gluon()
+
+
+def record_launch(
+    kernel: Any,
+    programs: Any,
+    arguments: dict[str, Any],
+    blocks: dict[str, list[int]],
+    options: dict[str, int],
+) -> None:
+    """Trace a launch in a grid of one dimension; `blocks` has the tiles of its descriptors."""
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    in_graph = (torch.Tensor, torch.SymInt, int, float, str, type(None))
+    held = {name: value for name, value in arguments.items() if not isinstance(value, in_graph)}
+    wrap.triton_kernel_wrapper_mutation(
+        kernel_idx=wrap.kernel_side_table.add_kernel(_configured(kernel, **options)),
+        constant_args_idx=wrap.kernel_side_table.add_constant_args(held),
+        grid=[(programs, 1, 1)],
+        tma_descriptor_metadata={
+            name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()
+        },
+        kwargs={name: value for name, value in arguments.items() if name not in held},
+    )
+
+
+@functools.cache
+def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """Return a kernel with its options: they reach Inductor as an autotuner's one config."""
+    import triton
+
+    config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune([config], key=[])(kernel)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from csrc_free import tracing
 from csrc_free.device.forms import load_rows
 
 _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
@@ -16,24 +17,34 @@ _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 
 def can_describe(tensor: Tensor) -> bool:
     """Tell whether the copy engine can read a tensor [.., .., .., D] whose last stride is 1."""
+    tracer = tracing.tracer()
+    row_bytes = tensor.shape[3] * tensor.element_size()
     return (
-        tensor.numel() > 0 and are_rows_aligned(tensor) and all(s > 0 for s in tensor.stride()[:3])
+        (tracer is None or tracer.can_describe(row_bytes))
+        and tracing.holds(tensor.numel() > 0)
+        and are_rows_aligned(tensor)
+        and all(tracing.holds(s > 0) for s in tensor.stride()[:3])
     )
 
 
 def are_rows_aligned(tensor: Tensor) -> bool:
     """Tell whether every row of a tensor [.., .., .., D] begins at a multiple of 16 bytes."""
     size = tensor.element_size()
-    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
-        s * size % _ALIGNMENT == 0 for s in tensor.stride()[:3]
+    # Traced, a tensor has no address, and its memory begins at a multiple of 16 bytes.
+    traced = tracing.tracer() is not None
+    address = tensor.storage_offset() * size if traced else tensor.data_ptr()
+    return tracing.holds(address % _ALIGNMENT == 0) and all(
+        tracing.holds(s * size % _ALIGNMENT == 0) for s in tensor.stride()[:3]
     )
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Describe a tensor [.., .., .., D] for tiles [rows, columns]; all outside it reads as 0."""
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns]
-    )
+    block_shape = [1, 1, rows, columns]
+    tracer = tracing.tracer()
+    if tracer is not None:
+        return tracer.describe(tensor, block_shape)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free import measured
+from csrc_free import measured, tracing
 from csrc_free.device.descriptors import load_keys
 from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
 from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
@@ -178,6 +178,11 @@ def forward_kernel(
     It loops over the offsets of the narrow window, and inside over tiles of the wide window.
     With DESCRIPTORS, k_wide and v_wide are descriptors.
     """
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    k_wide_bias = tl.cast(k_wide_bias, tl.float32)
+    v_wide_bias = tl.cast(v_wide_bias, tl.float32)
+    k_narrow_bias = tl.cast(k_narrow_bias, tl.float32)
+    v_narrow_bias = tl.cast(v_narrow_bias, tl.float32)
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
@@ -297,7 +302,7 @@ def attn_forward(
     problem = problem_of(
         q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
     )
-    if out.numel() == 0:
+    if tracing.holds(out.numel() == 0):
         return
     config = choose(problem.traits(), problem.device)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors

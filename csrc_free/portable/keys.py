@@ -82,6 +82,12 @@ def backward_keys_kernel(
     It loops over its tiles, over the narrow keys a tile sees, and inside over tiles of the wide
     window. Parts must come zeroed; only this program adds to its part.
     """
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    k_wide_bias = tl.cast(k_wide_bias, tl.float32)
+    v_wide_bias = tl.cast(v_wide_bias, tl.float32)
+    k_narrow_bias = tl.cast(k_narrow_bias, tl.float32)
+    v_narrow_bias = tl.cast(v_narrow_bias, tl.float32)
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
     part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
     m_keys = tl.maximum(wide_rows, narrow_rows)

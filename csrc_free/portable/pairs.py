@@ -127,6 +127,12 @@ def backward_pairs_kernel(
     dout are descriptors of [B, N, H, D], delta and lse2 of [B, Hkv, N, G]; a tile of rows is then
     of one position.
     """
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    k_wide_bias = tl.cast(k_wide_bias, tl.float32)
+    v_wide_bias = tl.cast(v_wide_bias, tl.float32)
+    k_narrow_bias = tl.cast(k_narrow_bias, tl.float32)
+    v_narrow_bias = tl.cast(v_narrow_bias, tl.float32)
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     m_keys = tl.maximum(wide_rows, narrow_rows)

@@ -116,6 +116,12 @@ def backward_query_kernel(
 
     Filling parts needs HEADS a power of two; parts must come zeroed.
     """
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    k_wide_bias = tl.cast(k_wide_bias, tl.float32)
+    v_wide_bias = tl.cast(v_wide_bias, tl.float32)
+    k_narrow_bias = tl.cast(k_narrow_bias, tl.float32)
+    v_narrow_bias = tl.cast(v_narrow_bias, tl.float32)
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)

@@ -75,6 +75,12 @@ def backward_wide_kernel(
     It loops over the rows (position, head) that see the tile, and inside over the offsets of the
     narrow window. delta and lse2 are [B, Hkv, N, G].
     """
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    k_wide_bias = tl.cast(k_wide_bias, tl.float32)
+    v_wide_bias = tl.cast(v_wide_bias, tl.float32)
+    k_narrow_bias = tl.cast(k_narrow_bias, tl.float32)
+    v_narrow_bias = tl.cast(v_narrow_bias, tl.float32)
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     m_keys = tl.maximum(wide_rows, narrow_rows)

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from csrc_free import tracing
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
 from csrc_free.steps import parts_sum
@@ -82,9 +83,10 @@ def _allocate(
 ) -> Parts | None:  # fmt: skip
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     value_dim = problem.v_narrow.shape[3]
-    do_move = span < narrow_rows
-    shape = (count, batch, kv_heads, min(span, narrow_rows))
-    if count > 1 and 4 * math.prod(shape) * (head_dim + value_dim) > LIMIT_BYTES:
+    do_move = tracing.holds(span < narrow_rows)
+    shape = (count, batch, kv_heads, span if do_move else narrow_rows)
+    size = 4 * math.prod(shape) * (head_dim + value_dim)
+    if tracing.holds(size > LIMIT_BYTES) and tracing.holds(count > 1):
         return None
     dk, dv = (
         torch.zeros(*shape, dim, dtype=torch.float32, device=problem.q.device)
