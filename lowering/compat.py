@@ -28,7 +28,8 @@ Seen in 2.11, 2.13 and 2.15, for the lowerings:
     node.meta["eager_input_vals"]           a call's tensors with the strides of eager code
     _higher_order_ops.triton_kernel_wrap    triton_kernel_wrapper_mutation: a launch as a node;
                                             kernel_side_table and create_tma_stable_metadata: what
-                                            a node cannot hold
+                                            a node cannot hold; identify_accessed_tensors (2.11:
+                                            identify_mutated_tensors)
     proxy_tensor.make_fx                    a function on fake tensors as a graph
     SymNode.maybe_as_int                    the value of a symbol that guards have fixed
     torch.utils._pytree                     tree_map
@@ -39,7 +40,7 @@ import contextlib
 import functools
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -337,7 +338,55 @@ def inline(traced: torch.fx.GraphModule, boxes: list[Any]) -> Any:
 
     copied = torch.fx.GraphModule(traced, torch.fx.Graph())
     copied.graph.output(copied.graph.graph_copy(traced.graph, {}))
-    return lowering.process_subgraph_nodes(copied, boxes)
+    with _analysed_once():
+        return lowering.process_subgraph_nodes(copied, boxes)
+
+
+_ACCESSES: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _analysed_once() -> Iterator[None]:
+    """Let Inductor ask once for each kernel and its constants what it reads and writes.
+
+    It compiles a kernel halfway to find out, twice a launch, and keeps nothing: of the five kernels
+    of a backward that is most of the time that a layer takes to lower.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    names = ("identify_accessed_tensors", "identify_mutated_tensors")
+    name = next(name for name in names if hasattr(wrap, name))
+    analyse = getattr(wrap, name)
+
+    def analyse_once(kernel: Any, kwargs: dict[str, Any], blocks: dict[str, Any]) -> Any:
+        key = (_kernel_of(kernel), *_kinds(_kernel_of(kernel), kwargs), *sorted(blocks))
+        if key not in _ACCESSES:
+            _ACCESSES[key] = analyse(kernel, kwargs, blocks)
+        return _ACCESSES[key]
+
+    setattr(wrap, name, analyse_once)
+    try:
+        yield
+    finally:
+        setattr(wrap, name, analyse)
+
+
+def _kinds(kernel: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield what of a launch's arguments can change what a kernel reads and writes."""
+    for param in kernel.params:
+        value = kwargs[param.name]
+        if hasattr(value, "get_dtype") or isinstance(value, torch.Tensor):
+            yield value.dtype
+        elif param.is_constexpr or value is None:
+            yield value
+        else:
+            yield "a number"
+
+
+def _kernel_of(kernel: Any) -> Any:
+    from triton.runtime.autotuner import Autotuner
+
+    return kernel.fn if isinstance(kernel, Autotuner) else kernel
 
 
 def is_rewritable(kernel: Any) -> bool:
