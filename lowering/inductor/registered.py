@@ -26,4 +26,6 @@ def _attn_backward(*args: Any, **kwargs: Any) -> Any:
     from lowering.inductor.launcher import lower
     from simplex_ops.devices import gpu
 
-    return lower(ATTN_BACKWARD_OP, gpu.attn_backward, compat.by_name(ATTN_BACKWARD_OP, args, kwargs))
+    return lower(
+        ATTN_BACKWARD_OP, gpu.attn_backward, compat.by_name(ATTN_BACKWARD_OP, args, kwargs)
+    )

@@ -1,6 +1,6 @@
-"""A machine without a GPU, as torch.compile sees it: an H100, for which it compiles all there is.
+"""torch.compile for an H100 that is not there: nothing runs, all else is as it would be.
 
-Inductor and Triton are asked for sm_90 code and make it, down to the binary; nothing runs.
+Inductor writes its code for sm_90; Triton compiles it, down to the binary, where that is asked for.
 """
 
 import contextlib
@@ -36,11 +36,16 @@ class Compiled:
 
 
 def compiled_for_gpu(
-    function: Callable[..., Any], make: Callable[[], tuple[Any, ...]], **inductor: Any
+    function: Callable[..., Any],
+    make: Callable[[], tuple[Any, ...]],
+    *,
+    to_binary: bool = False,
+    dynamic: bool | None = None,
+    **inductor: Any,
 ) -> Compiled:
     """Compile a function for inputs that `make` makes on a device called cuda.
 
-    It is called in a fake mode, in which tensors have no memory.
+    It is called in a fake mode, in which tensors have no memory. `inductor` has Inductor's options.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -53,15 +58,19 @@ def compiled_for_gpu(
         return gm.forward  # fake inputs go through the graph as it was
 
     torch._dynamo.reset()
-    with _pretended_gpu(found), config.patch({**INDUCTOR, **inductor}), torch.no_grad():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            torch.compile(function, backend=backend, fullgraph=True)(*make())
+    with (
+        _pretended_gpu(found, to_binary=to_binary),
+        config.patch({**INDUCTOR, **inductor}),
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*make())
     torch._dynamo.reset()
     return found
 
 
 @contextlib.contextmanager
-def _pretended_gpu(found: Compiled) -> Iterator[None]:
+def _pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
     from torch._dynamo import device_interface
     from torch._inductor import graph
     from torch._inductor.fx_passes import joint_graph
@@ -86,7 +95,7 @@ def _pretended_gpu(found: Compiled) -> Iterator[None]:
     }  # fmt: skip
     interface = {"exchange_device": 0, "maybe_exchange_device": 0, "get_raw_stream": 0}
 
-    def note(kernel: Any) -> None:
+    def note(kernel: Any, *_args: Any, **_options: Any) -> None:
         found.kernels.append(kernel)
 
     with contextlib.ExitStack() as stack:
@@ -107,10 +116,18 @@ def _pretended_gpu(found: Compiled) -> Iterator[None]:
         put(fake_tensor, "init_gpu_context", same(None))
         put(joint_graph, "lazy_init", same(None))  # its patterns are made of real tensors
         put(triton_helpers, "set_driver_to_gpu", same(None))
-        put(triton_heuristics.CachingAutotuner, "_make_launchers", note)
+        last_step = "_make_launchers" if to_binary else "precompile"
+        put(triton_heuristics.CachingAutotuner, last_step, note)
         put(graph.GraphLowering, "save_output_code", staticmethod(found.wrappers.append))
+        # The methods ask for a device before they dispatch.
+        put(torch.Tensor, "copy_", lambda to, values: torch.ops.aten.copy_.default(to, values))
+        put(torch.Tensor, "contiguous", _contiguous)
         stack.enter_context(_pretended_driver())
         yield
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
