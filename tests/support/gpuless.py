@@ -120,7 +120,7 @@ def _pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
         put(triton_heuristics.CachingAutotuner, last_step, note)
         put(graph.GraphLowering, "save_output_code", staticmethod(found.wrappers.append))
         # The methods ask for a device before they dispatch.
-        put(torch.Tensor, "copy_", lambda to, values: torch.ops.aten.copy_.default(to, values))
+        put(torch.Tensor, "copy_", torch.ops.aten.copy_.default)
         put(torch.Tensor, "contiguous", _contiguous)
         stack.enter_context(_pretended_driver())
         yield
