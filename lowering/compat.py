@@ -244,11 +244,11 @@ def register_lowering(op: Any, lower: Callable[..., Any]) -> None:
     lowering.register_lowering(op, type_promotion_kind=None)(lower)
 
 
-def leave_to_operator(op: Any, given: dict[str, Any]) -> Any:
+def leave_to_operator(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Lower the current node to a call of its operator when the compiled code runs."""
     from torch._inductor import lowering
 
-    return lowering.fallback_handler(op, add_to_fallback_set=False)(**given)
+    return lowering.fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
 
 
 def by_name(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -30,16 +30,30 @@ _TRACED: weakref.WeakKeyDictionary[Any, dict[Any, fx.GraphModule | None]] = (
 
 
 def lower(
+    op: torch._ops.OpOverload,
+    implementation: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Lower the current node, a call of `op` on tensors and numbers of Inductor's.
+
+    Where no kernel serves it, or one that Inductor cannot write out, it stays a call.
+    """
+    found = lower_to_kernels(op, implementation, compat.by_name(op, args, kwargs))
+    return compat.leave_to_operator(op, args, kwargs) if found is None else found
+
+
+def lower_to_kernels(
     op: torch._ops.OpOverload, implementation: Callable[..., Any], given: dict[str, Any]
 ) -> Any:
-    """Lower the current node, a call of `op`; `given` has its arguments in Inductor's terms."""
+    """Lower the current node to launches, or return None where it must stay a call."""
     fakes = compat.arguments_of_current_node(op)
     if fakes["q"].device.type != "cuda":
-        return compat.leave_to_operator(op, given)
+        return None
     for name in ("q", "k1", "k2", "v1", "v2"):  # tiles and descriptors need numbers
         compat.fix_sizes(fakes[name], (1, 3))
     if unserved(fakes["q"], fakes["v1"]):
-        return compat.leave_to_operator(op, given)
+        return None
     boxes, values = {}, {}
     for name, fake in fakes.items():
         if isinstance(fake, Tensor):
@@ -49,9 +63,7 @@ def lower(
         else:
             values[name] = compat.number(fake)
     traced = _trace_once(op, implementation, values, tuple(boxes))
-    if traced is None:
-        return compat.leave_to_operator(op, given)
-    return compat.inline(traced, list(boxes.values()))
+    return None if traced is None else compat.inline(traced, list(boxes.values()))
 
 
 def _trace_once(

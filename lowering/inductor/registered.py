@@ -19,13 +19,11 @@ def _attn(*args: Any, **kwargs: Any) -> Any:
     from lowering.inductor.launcher import lower
     from simplex_ops.devices import gpu
 
-    return lower(ATTN_OP, gpu.attn, compat.by_name(ATTN_OP, args, kwargs))
+    return lower(ATTN_OP, gpu.attn, args, kwargs)
 
 
 def _attn_backward(*args: Any, **kwargs: Any) -> Any:
     from lowering.inductor.launcher import lower
     from simplex_ops.devices import gpu
 
-    return lower(
-        ATTN_BACKWARD_OP, gpu.attn_backward, compat.by_name(ATTN_BACKWARD_OP, args, kwargs)
-    )
+    return lower(ATTN_BACKWARD_OP, gpu.attn_backward, args, kwargs)

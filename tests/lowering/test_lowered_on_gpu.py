@@ -133,7 +133,6 @@ def seconds(run, inputs, repeats=300):
 
 
 def test_a_small_layer_takes_half_the_host_time_of_the_operator(monkeypatch):
-    from lowering import compat
     from lowering.inductor import launcher
 
     inputs = [t.requires_grad_() for t in inputs_of(256, batch=1)]
@@ -145,9 +144,7 @@ def test_a_small_layer_takes_half_the_host_time_of_the_operator(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch._inductor.config, "force_disable_caches", True)
             if name == "extern":
-                patch.setattr(
-                    launcher, "lower", lambda op, _run, given: compat.leave_to_operator(op, given)
-                )
+                patch.setattr(launcher, "lower_to_kernels", lambda *_given: None)
             seconds(runs[name], inputs, 3)
     rounds = [{name: seconds(run, inputs) for name, run in runs.items()} for _ in range(5)]
     ratio = statistics.median(found["lowered"] / found["extern"] for found in rounds)

@@ -120,10 +120,14 @@ def _pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
         put(triton_heuristics.CachingAutotuner, last_step, note)
         put(graph.GraphLowering, "save_output_code", staticmethod(found.wrappers.append))
         # The methods ask for a device before they dispatch.
-        put(torch.Tensor, "copy_", torch.ops.aten.copy_.default)
+        put(torch.Tensor, "copy_", _copy)
         put(torch.Tensor, "contiguous", _contiguous)
         stack.enter_context(_pretended_driver())
         yield
+
+
+def _copy(to: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.copy_.default(to, values)
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
