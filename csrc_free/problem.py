@@ -120,6 +120,16 @@ class Problem:
             *self.wide_reach, *self.narrow_reach, self.keys - seq,
         )  # fmt: skip
 
+    def numbers(self) -> tuple[int, ...]:
+        """Return kv_heads, seq, rows of each pair, lowered reaches and the default q_start.
+
+        A reach is lowered by 2^31 for `device.tiles.window_of`: so what is unbounded is an int32,
+        and one compiled kernel serves it too.
+        """
+        seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
+        reaches = (min(r, 2**32 - 1) - 2**31 for r in (*self.wide_reach, *self.narrow_reach))
+        return self.k_wide.shape[1], seq, wide_rows, narrow_rows, *reaches, self.keys - seq
+
     def biases(self) -> tuple[float, ...]:
         """Return the biases of k_wide, v_wide, k_narrow and v_narrow."""
         wide, narrow = self.by_role((0.0, 0.0), (self.k2_bias, self.v2_bias))
