@@ -8,11 +8,14 @@ What goes together is a tuple, which whoever takes it unpacks by name:
     sizes   (seq, keys, wide_first, narrow_first): queries, key positions, each pair's first one
     windows (wide_begin, wide_end, narrow_begin, narrow_end): query i sees [i + begin, i + end)
     rows    (i, head, mask): each row's query and head, and whether there is such a row
+    bounds  (lo, hi) of kv_bounds for each row
     sight   (lo, hi, first, last, full_lo, full_hi): the wide keys [lo, hi) that each row sees,
             [first, last) that any of them sees, [full_lo, full_hi) that all of them see
 
 Plain tuples, and no class: Inductor writes kernels out by source and drops classes that it does not
-know, and Triton's cache key does not see the order of a class's fields.
+know, and Triton's cache key does not see the order of a class's fields. q_start and kv_bounds are
+loaded by the kernels themselves: Inductor follows the addresses of stores back, and where it meets
+a function that took a pointer and returned an index, it counts the pointer as written to.
 """
 
 import triton
@@ -63,21 +66,12 @@ def window_of(start, left, right, seq, keys):
 
 
 @triton.jit
-def start_of(q_start, batch, default_start, HAS_Q_START: tl.constexpr):
-    """Return the position at which the first query of a batch row stands among the keys."""
-    if HAS_Q_START:
-        return tl.load(q_start + batch)
-    return default_start
+def windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes):
+    """Return `windows` of a batch row, exact for every int32 start and every window.
 
-
-@triton.jit
-def windows_of(
-    q_start, batch, default_start, wide_left, wide_right, narrow_left, narrow_right, sizes,
-    HAS_Q_START: tl.constexpr,
-):  # fmt: skip
-    """Return `windows` of one batch row, exact for every int32 q_start and every window."""
+    `start` is where its first query stands among the keys.
+    """
     seq, keys, _wide_first, _narrow_first = sizes
-    start = start_of(q_start, batch, default_start, HAS_Q_START)
     wide_begin, wide_end = window_of(start, wide_left, wide_right, seq, keys)
     narrow_begin, narrow_end = window_of(start, narrow_left, narrow_right, seq, keys)
     return wide_begin, wide_end, narrow_begin, narrow_end
@@ -101,50 +95,42 @@ def query_rows(
 
 
 @triton.jit
-def key_range(
-    kv_bounds, batch, rows, begin, end, first, seq, keys, HAS_BOUNDS: tl.constexpr
-):  # fmt: skip
+def key_range(rows, bounds, begin, end, first, keys, HAS_BOUNDS: tl.constexpr):
     """Return [lo, hi), the key positions that each row sees through one window; 0, 0 for none."""
     i, _head, mask = rows
     lo = tl.maximum(i + begin, first)
     hi = tl.minimum(i + end, keys)
     if HAS_BOUNDS:
-        offs = (batch.to(tl.int64) * seq + i) * 2
-        lo = tl.maximum(lo, tl.load(kv_bounds + offs, mask=mask, other=0))
-        hi = tl.minimum(hi, tl.load(kv_bounds + offs + 1, mask=mask, other=0))
+        bound_lo, bound_hi = bounds
+        lo = tl.maximum(lo, bound_lo)
+        hi = tl.minimum(hi, bound_hi)
     sees = mask & (lo < hi)
     return tl.where(sees, lo, 0), tl.where(sees, hi, 0)
 
 
 @triton.jit
-def key_ranges(kv_bounds, batch, rows, windows, sizes, HAS_BOUNDS: tl.constexpr):
+def key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
     """Return what each row sees: [lo, hi) of the wide pair and [narrow_lo, narrow_hi)."""
     wide_begin, wide_end, narrow_begin, narrow_end = windows
-    seq, keys, wide_first, narrow_first = sizes
-    lo, hi = key_range(
-        kv_bounds, batch, rows, wide_begin, wide_end, wide_first, seq, keys, HAS_BOUNDS
-    )
+    _seq, keys, wide_first, narrow_first = sizes
+    lo, hi = key_range(rows, bounds, wide_begin, wide_end, wide_first, keys, HAS_BOUNDS)
     narrow_lo, narrow_hi = key_range(
-        kv_bounds, batch, rows, narrow_begin, narrow_end, narrow_first, seq, keys, HAS_BOUNDS
+        rows, bounds, narrow_begin, narrow_end, narrow_first, keys, HAS_BOUNDS
     )
     return lo, hi, narrow_lo, narrow_hi
 
 
 @triton.jit
-def look(
-    flat, kv_bounds, batch, windows, sizes,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, INDEX: tl.constexpr, HAS_BOUNDS: tl.constexpr,
-):  # fmt: skip
-    """Return (rows, sight, narrow_sight) of entries `flat`.
+def look(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
+    """Return (sight, narrow_sight) of rows.
 
     narrow_sight is (lo, hi, sees): each row's narrow keys [lo, hi), and whether it sees a pair.
     """
-    seq, keys, _wide_first, _narrow_first = sizes
-    rows = query_rows(flat, seq, GROUP, HEADS, INDEX)
-    lo, hi, narrow_lo, narrow_hi = key_ranges(kv_bounds, batch, rows, windows, sizes, HAS_BOUNDS)
+    _seq, keys, _wide_first, _narrow_first = sizes
+    lo, hi, narrow_lo, narrow_hi = key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS)
     first, last, full_lo, full_hi = spread(lo, hi, keys)
     sees = (lo < hi) & (narrow_lo < narrow_hi)
-    return rows, (lo, hi, first, last, full_lo, full_hi), (narrow_lo, narrow_hi, sees)
+    return (lo, hi, first, last, full_lo, full_hi), (narrow_lo, narrow_hi, sees)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.device.pair import load_keys_of_rows, pair_of
-from csrc_free.device.tiles import look, place, sizes_of, windows_of
+from csrc_free.device.tiles import look, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED
@@ -87,10 +87,10 @@ def backward_keys_kernel(
     part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     _seq, key_count, wide_first, narrow_first = sizes
-    windows = windows_of(
-        q_start, batch, q_start_default, wide_left, wide_right, narrow_left, narrow_right, sizes,
-        HAS_Q_START,
-    )  # fmt: skip
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
@@ -119,11 +119,15 @@ def backward_keys_kernel(
     same = tl.zeros([1], INDEX)
 
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
-        rows, sight, narrow_sight = look(
-            tile * BLOCK_Q + tl.arange(0, BLOCK_Q), kv_bounds, batch, windows, sizes,
-            GROUP, GROUP, INDEX, HAS_BOUNDS,
-        )  # fmt: skip
-        i, head, mask = rows
+        flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i, head, mask = query_rows(flat, seq, GROUP, GROUP, INDEX)
+        bounds = (0, 0)
+        if HAS_BOUNDS:
+            bound_ptrs = kv_bounds + (batch * seq + i) * 2
+            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+            bounds = (bound_lo, bound_hi)
+        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
         narrow_lo, narrow_hi, sees = narrow_sight
         key_first = tl.min(tl.where(sees, narrow_lo, key_count), 0)
         key_end = tl.max(tl.where(sees, narrow_hi, 0), 0)

@@ -150,10 +150,10 @@ def backward_pairs_kernel(
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     _seq, key_count, wide_first, narrow_first = sizes
-    windows = windows_of(
-        q_start, batch, q_start_default, wide_left, wide_right, narrow_left, narrow_right, sizes,
-        HAS_Q_START,
-    )  # fmt: skip
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     wide_begin, wide_end, narrow_begin, narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
@@ -242,8 +242,14 @@ def backward_pairs_kernel(
                 | is_huge
             )
             if HAS_BOUNDS | is_partial:
+                bounds = (0, 0)
+                if HAS_BOUNDS:
+                    bound_ptrs = kv_bounds + (batch * seq + i) * 2
+                    bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+                    bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+                    bounds = (bound_lo, bound_hi)
                 lo, hi, narrow_lo, narrow_hi = key_ranges(
-                    kv_bounds, batch, (i, head, mask), windows, sizes, HAS_BOUNDS
+                    (i, head, mask), bounds, windows, sizes, HAS_BOUNDS
                 )
                 hi = tl.where((m >= narrow_lo) & (m < narrow_hi), hi, 0)
                 key = (key_first + keys)[:, None]

@@ -122,17 +122,21 @@ def backward_query_kernel(
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     _seq, _keys, wide_first, narrow_first = sizes
-    windows = windows_of(
-        q_start, batch, q_start_default, wide_left, wide_right, narrow_left, narrow_right, sizes,
-        HAS_Q_START,
-    )  # fmt: skip
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
     replica = tl.arange(0, M) // BLOCK_Q
-    rows, sight, narrow_sight = look(
-        tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q, kv_bounds, batch, windows, sizes,
-        GROUP, HEADS, INDEX, HAS_BOUNDS,
-    )  # fmt: skip
-    i, head, mask = rows
+    flat = tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q
+    i, head, mask = query_rows(flat, seq, GROUP, HEADS, INDEX)
+    bounds = (0, 0)
+    if HAS_BOUNDS:
+        bound_ptrs = kv_bounds + (batch * seq + i) * 2
+        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+        bounds = (bound_lo, bound_hi)
+    sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
     narrow_lo, narrow_hi, sees = narrow_sight
     offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 

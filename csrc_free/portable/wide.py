@@ -9,7 +9,7 @@ import triton.language as tl
 from csrc_free import measured
 from csrc_free.device.forms import TRILINEAR, load_for_form, load_rows, virtual_query
 from csrc_free.device.pair import load_keys_of_rows, load_values_of_rows, pair_of
-from csrc_free.device.tiles import look, offset_range, place, sizes_of, windows_of
+from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.rows import row_constants
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED
@@ -81,10 +81,10 @@ def backward_wide_kernel(
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     _seq, key_count, wide_first, narrow_first = sizes
-    windows = windows_of(
-        q_start, batch, q_start_default, wide_left, wide_right, narrow_left, narrow_right, sizes,
-        HAS_Q_START,
-    )  # fmt: skip
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     wide_begin, wide_end, _narrow_begin, _narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
@@ -122,10 +122,14 @@ def backward_wide_kernel(
     flat_end = tl.minimum(key_last - wide_begin + 1, seq) * GROUP
     for flat in range(flat_first, flat_end, BLOCK_Q):
         row = flat + tl.arange(0, BLOCK_Q)
-        rows, sight, narrow_sight = look(
-            row, kv_bounds, batch, windows, sizes, GROUP, GROUP, INDEX, HAS_BOUNDS
-        )
-        i, head, mask = rows
+        i, head, mask = query_rows(row, seq, GROUP, GROUP, INDEX)
+        bounds = (0, 0)
+        if HAS_BOUNDS:
+            bound_ptrs = kv_bounds + (batch * seq + i) * 2
+            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+            bounds = (bound_lo, bound_hi)
+        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
         lo, hi, _first, _last, full_lo, full_hi = sight
         narrow_lo, narrow_hi, sees = narrow_sight
         sees = sees & (lo <= key_last) & (hi > key_first)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from csrc_free.device.tiles import start_of, window_of
+from csrc_free.device.tiles import window_of
 from csrc_free.traits import Device, Traits
 
 
@@ -60,7 +60,9 @@ def sum_parts_kernel(
     last = parts - 1
     if PARTS_MOVE:
         if PARTS_FOLLOW_QUERIES:
-            start = start_of(q_start, batch, q_start_default, HAS_Q_START)
+            start = q_start_default
+            if HAS_Q_START:
+                start = tl.load(q_start + batch)
             narrow_begin, _narrow_end = window_of(start, narrow_left, 0, seq, keys)
             part_shift += narrow_begin - (keys - rows)
         first = tl.cdiv(tl.maximum(row - part_shift - slots + 1, 0) * PER_POSITION, part_rows)

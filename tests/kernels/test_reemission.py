@@ -6,25 +6,27 @@ only its outputs count as written to.
 """
 
 import importlib.util
-import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata,
-    identify_mutated_tensors,
+    get_mutated_tensors,
+    kernel_side_table,
 )
 from torch._inductor.codegen.wrapper import (
     user_defined_triton_kernel_transitive_closure_source_code as source_code_of,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _triton
 
 from simplex_ops.devices import gpu
 
 pytest.importorskip("triton")
 
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
@@ -32,6 +34,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import problem
+from csrc_free.portable.forward import forward_kernel
 from csrc_free.traits import DEVICES
 
 HEADER = "import triton\nimport triton.language as tl\n\n@triton.jit\n"
@@ -44,6 +47,7 @@ WRITTEN = {
     "backward_pairs_kernel": {"dk_wide", "dv_wide", "dk_parts", "dv_parts"},
     "sum_parts_kernel": {"dk", "dv"},
 }
+FLAGS = {"NEEDS_DQ": "dq", "FILLS_DK": "dk_parts", "FILLS_DV": "dv_parts"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Each way of computing: Hopper's large tiles at three sizes of group, other forms in small ones.
 CASES = {
@@ -85,8 +89,10 @@ def calls(monkeypatch, request):
         q = torch.empty(2, group, 512, 64, dtype=torch.bfloat16, device="cuda")
         k = torch.empty(2, 1, 512, 64, dtype=torch.bfloat16, device="cuda")
         starts = torch.empty(2, dtype=torch.int32, device="cuda")
-        out, lse = gpu.attn(q, k, k, k, k, 100, 20, q_start=starts, **options)
-        gpu.attn_backward(out, None, q, k, k, k, k, out, lse, 100, 20, q_start=starts, **options)
+        bounds = torch.empty(2, 512, 2, dtype=torch.int32, device="cuda")
+        options = {"q_start": starts, "kv_bounds": bounds, **options}
+        out, lse = gpu.attn(q, k, k, k, k, 100, 20, **options)
+        gpu.attn_backward(out, None, q, k, k, k, k, out, lse, 100, 20, **options)
     monkeypatch.undo()
     return noted
 
@@ -95,6 +101,7 @@ def calls(monkeypatch, request):
 @pytest.mark.parametrize("calls", CASES, indirect=True)
 def test_every_kernel_compiles_from_the_source_that_inductor_writes(calls, tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "_active", _Driver())
+    monkeypatch.setattr(_triton, "has_triton_tensor_descriptor_host_tma", lambda: True)
     _make_floats_double(monkeypatch)
     assert {kernel.__name__ for kernel, _arguments in calls} > {"forward_kernel", "delta_kernel"}
     for kernel, arguments in calls:
@@ -105,9 +112,10 @@ def test_every_kernel_compiles_from_the_source_that_inductor_writes(calls, tmp_p
                 metadata[name] = create_tma_stable_metadata(list(value.block_shape))
             plain[name] = value.base if isinstance(value, TensorDescriptor) else value
         # Where it does not compile, every tensor counts as written to.
-        written = identify_mutated_tensors(emitted, plain, metadata)
-        allowed = {n for n in WRITTEN[kernel.__name__] if plain[n] is not None}
-        assert allowed - {"dq", "dk_parts", "dv_parts"} <= set(written) <= allowed
+        index = kernel_side_table.add_kernel(emitted), kernel_side_table.add_constant_args({})
+        written = get_mutated_tensors(*index, plain, metadata)
+        unwanted = {name for flag, name in FLAGS.items() if plain.get(flag) is False}
+        assert set(written) == WRITTEN[kernel.__name__] - unwanted, kernel.__name__
 
 
 def _make_floats_double(monkeypatch) -> None:
@@ -120,9 +128,35 @@ def _make_floats_double(monkeypatch) -> None:
     monkeypatch.setattr(jit, "mangle_type", mangle)
 
 
-def _emitted(kernel: JITFunction, path) -> JITFunction:
-    path.write_text(HEADER + source_code_of(kernel))
+def _emitted(kernel: JITFunction, path: Path) -> JITFunction:
+    return getattr(_loaded(path, HEADER + source_code_of(kernel)), kernel.__name__)
+
+
+def _loaded(path: Path, source: str) -> Any:
+    path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, kernel.__name__)
+    return module
+
+
+def test_what_goes_together_in_another_order_is_another_kernel(tmp_path):
+    """Triton's cache is asked by a key of sources: a tuple's order must be one of them."""
+    source = HEADER + source_code_of(forward_kernel)
+    known = _loaded(tmp_path / "known.py", source).forward_kernel.cache_key
+    returned = re.findall(r"^    return (\(?\w+, )(\w+, )", source, re.MULTILINE)
+    assert {first for first, _second in returned} >= {
+        "seq, ",
+        "wide_begin, ",
+        "i, ",
+        "(lo, ",
+        "k, ",
+    }
+    for number, (first, second) in enumerate(returned):
+        swapped = source.replace(f"return {first}{second}", f"return {second}{first}")
+        if first.startswith("("):
+            swapped = source.replace(f"return {first}{second}", f"return ({second}{first[1:]}")
+        assert swapped != source
+        module = _loaded(tmp_path / f"swapped{number}.py", swapped)
+        assert module.forward_kernel.cache_key != known
+    assert _loaded(tmp_path / "again.py", source).forward_kernel.cache_key == known
