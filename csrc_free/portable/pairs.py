@@ -274,6 +274,8 @@ def backward_pairs_kernel(
         y *= v_row[None, :]
         tl.store(dk_sums, tl.load(dk_sums, mask=dk_mask, other=0.0) + x, mask=dk_mask)
         tl.store(dv_sums, tl.load(dv_sums, mask=dv_mask, other=0.0) + y, mask=dv_mask)
+        # The next turn may load the sums in another layout: by other threads than stored them.
+        tl.debug_barrier()
         m = m_first + (turn + 1 + shift) % count
         vk, vv = _virtual_keys(
             wide, narrow, keys, key_mask, m - narrow_first, True,
