@@ -114,12 +114,20 @@ class Problem:
         return self.keys - self.k_narrow.shape[2]
 
     def sizes(self) -> tuple[int, ...]:
-        """Return kv_heads, seq, rows of each pair, reaches and the default q_start."""
+        """Return kv_heads, seq, rows of each pair, reaches up to 2^30 and the default q_start."""
         seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
-        return (
-            self.k_wide.shape[1], seq, wide_rows, narrow_rows,
-            *self.wide_reach, *self.narrow_reach, self.keys - seq,
-        )  # fmt: skip
+        reaches = (min(r, 2**30) for r in (*self.wide_reach, *self.narrow_reach))
+        return self.k_wide.shape[1], seq, wide_rows, narrow_rows, *reaches, self.keys - seq
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return kv_heads, seq, rows of each pair, lowered reaches and the default q_start.
+
+        A reach is lowered by 2^31 for `device.tiles.window_of`: so what is unbounded is an int32,
+        and one compiled kernel serves it too.
+        """
+        seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
+        reaches = (min(r, 2**32 - 1) - 2**31 for r in (*self.wide_reach, *self.narrow_reach))
+        return self.k_wide.shape[1], seq, wide_rows, narrow_rows, *reaches, self.keys - seq
 
     def biases(self) -> tuple[float, ...]:
         """Return the biases of k_wide, v_wide, k_narrow and v_narrow."""

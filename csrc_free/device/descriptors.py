@@ -10,7 +10,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import tracing
-from csrc_free.device.forms import load_rows
 
 _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 
@@ -57,27 +56,3 @@ def load_described(
         tl.cast(column, tl.int32),
     ])  # fmt: skip
     return tl.reshape(x, [ROWS, COLUMNS])
-
-
-@triton.jit
-def load_keys(
-    source, batch, kv_head, row, rows, stride_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Load a tile [BLOCK_N, BLOCK_D] of a head's keys or values, from `row` on; 0 past the last.
-
-    `source` is a descriptor of [B, Hkv, rows, D], or a pointer to the head's first row.
-    float16 comes back as float32, as in `load_rows`.
-    """
-    if DESCRIPTORS:
-        x = load_described(source, batch, kv_head, row, 0, BLOCK_N, BLOCK_D)
-        if x.dtype == tl.float16:
-            x = x.to(tl.float32)
-    else:
-        keys = tl.arange(0, BLOCK_N).to(INDEX)
-        x = load_rows(
-            source + row.to(tl.int64) * stride_n, keys, stride_n, tl.arange(0, BLOCK_D),
-            row + keys < rows, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-    return x

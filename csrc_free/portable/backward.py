@@ -215,7 +215,7 @@ class _Backward:
         launch(
             kernel, programs,
             *inputs, *outputs,
-            problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
+            problem.kv_bounds, problem.q_start, *problem.numbers(), *numbers,
             *problem.strides(), *dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),
             **problem.constants(dout, *outputs), **constants, IS_SMALL_GRID=is_small(programs),

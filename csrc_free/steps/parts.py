@@ -21,7 +21,7 @@ class Parts:
     """The buffers that a kernel fills, and where slot 0 of each part stands.
 
     Part number `part` holds the narrow rows from part * rows // per_position + shift on, counted
-    from the first query's position where the parts follow the queries; or all rows.
+    from where the first query's narrow window begins if the parts follow the queries; or all rows.
     """
 
     dk: Tensor  # float32 [parts, B, Hkv, slots, D], zeroed
@@ -40,12 +40,14 @@ class Parts:
     def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
         """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
         batch, kv_heads, rows, _ = dk.shape
-        constants = problem.constants()
+        constants, numbers = problem.constants(), problem.numbers()
+        _kv_heads, seq, _wide_rows, _narrow_rows, _left, _right, narrow_left, _, start = numbers
         names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
         launch(
             sum_parts_kernel, batch * kv_heads * rows,
             self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
-            *self.numbers, problem.sizes()[-1], *dk.stride()[:3], *dv.stride()[:3],
+            *self.numbers, narrow_left, seq, problem.keys, start,
+            *dk.stride()[:3], *dv.stride()[:3],
             PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
             PARTS_FOLLOW_QUERIES=self.do_follow_queries,
             **{name: constants[name] for name in names},
@@ -61,8 +63,7 @@ def parts_of_queries(problem: Problem, heads: int, rows: int) -> Parts | None:
     left, right = problem.narrow_reach
     count = triton.cdiv(problem.q.shape[2] * heads, rows)
     span = (rows - 1) // heads + 2 + left + right
-    shift = -left - problem.narrow_first
-    return _allocate(problem, count, span, rows, heads, shift, do_follow_queries=True)
+    return _allocate(problem, count, span, rows, heads, 0, do_follow_queries=True)
 
 
 def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
