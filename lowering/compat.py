@@ -413,7 +413,7 @@ def record_launch(
         constant_args_idx=wrap.kernel_side_table.add_constant_args(held),
         grid=[(programs, 1, 1)],
         tma_descriptor_metadata={
-            name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()
+            name: wrap.create_tma_stable_metadata([*block]) for name, block in blocks.items()
         },
         kwargs={name: value for name, value in arguments.items() if name not in held},
     )
