@@ -17,6 +17,10 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
     node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
     symbolic_shapes.guard_or_false          a claim as a guard; False where no example decides it
 
+Seen in 2.11, 2.13 and 2.15:
+
+    torch.export._trace._export_to_torch_ir Dynamo's graph of a strict export: wrapped by enable()
+
 Seen in 2.11, 2.13 and 2.15, for the lowerings:
 
     torch._inductor.lowering                register_lowering, fallback_handler and
@@ -84,40 +88,57 @@ def reset_cudagraphs() -> None:
     reset_cudagraph_trees()
 
 
-_wrapper: list[tuple[Any, Any]] = []  # the wrapped compile_fx and what it wraps
+_wrapped: dict[str, tuple[Any, Any]] = {}  # by name: the wrapper, and what it wraps
 
 
-def wrap_compile_fx(before: Callable[[torch.fx.GraphModule], None]) -> None:
-    """Call `before` on every graph that enters Inductor; where that is so already, do nothing.
+def wrap_entries(serve: Callable[[torch.fx.GraphModule], None]) -> None:
+    """Call `serve` on every graph that enters Inductor, and on what strict export has traced.
 
     Not `pre_grad_custom_pass`: from 2.13 on that runs after the cache's look-up, without
     the graph's metadata in the key, and on each sub-graph alone.
     """
-    from torch._inductor import compile_fx as inductor
 
-    inner = inductor.compile_fx
-    if _wrapper and inner is _wrapper[0][0]:
-        return
+    def around_inductor(inner: Any) -> Any:
+        @functools.wraps(inner)
+        def compile_fx_after_pass(model_: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(model_, torch.fx.GraphModule):
+                serve(model_)
+            return inner(model_, *args, **kwargs)
 
-    @functools.wraps(inner)
-    def compile_fx_after_pass(model_: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(model_, torch.fx.GraphModule):
-            before(model_)
-        return inner(model_, *args, **kwargs)
+        return compile_fx_after_pass
 
-    _wrapper[:] = [(compile_fx_after_pass, inner)]
-    inductor.compile_fx = compile_fx_after_pass
+    def around_export(inner: Any) -> Any:
+        @functools.wraps(inner)
+        def export_before_pass(*args: Any, **kwargs: Any) -> Any:
+            found = inner(*args, **kwargs)
+            serve(found)
+            return found
+
+        return export_before_pass
+
+    for (module, name), around in zip(_entries(), (around_inductor, around_export), strict=True):
+        inner = getattr(module, name)
+        if name in _wrapped and inner is _wrapped[name][0]:
+            continue
+        _wrapped[name] = (around(inner), inner)
+        setattr(module, name, _wrapped[name][0])
 
 
-def unwrap_compile_fx() -> None:
-    """Undo `wrap_compile_fx`, unless someone wrapped compile_fx again since.
+def unwrap_entries() -> None:
+    """Undo `wrap_entries`, unless someone wrapped an entry again since.
 
-    Then the wrapper must stay where it is, and whether it does anything is for `before` to say.
+    Then the wrapper must stay where it is, and whether it does anything is for `serve` to say.
     """
-    from torch._inductor import compile_fx as inductor
+    for module, name in _entries():
+        if name in _wrapped and getattr(module, name) is _wrapped[name][0]:
+            setattr(module, name, _wrapped.pop(name)[1])
 
-    if _wrapper and inductor.compile_fx is _wrapper[0][0]:
-        inductor.compile_fx = _wrapper.pop()[1]
+
+def _entries() -> tuple[tuple[Any, str], tuple[Any, str]]:
+    from torch._inductor import compile_fx as inductor
+    from torch.export import _trace as export
+
+    return (inductor, "compile_fx"), (export, "_export_to_torch_ir")
 
 
 def example(value: Any) -> Any:
