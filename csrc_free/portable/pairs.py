@@ -13,16 +13,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import measured
-from csrc_free.device.descriptors import load_described
+from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.forms import TRILINEAR, load_rows
 from csrc_free.device.pair import biases_of, load_keys_of_rows, load_values_of_rows, pair_of
 from csrc_free.device.tiles import key_ranges, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Device, Traits
 
 
@@ -281,3 +287,42 @@ def backward_pairs_kernel(
             wide, narrow, keys, key_mask, m - narrow_first, True,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
         )  # fmt: skip
+
+
+def write_pairs(
+    problem: Problem, statistics: Statistics, config: Config,
+    wide: PairGradients, narrow: PairGradients,
+) -> bool:  # fmt: skip
+    """Write the gradients of both pairs, unless the narrow one's parts would be too large."""
+    parts = parts_of_wide_keys(problem, config.block_n)
+    if parts is None:
+        return False
+    sums = [
+        torch.zeros(t.shape, dtype=torch.float32, device=t.device)
+        for t in (problem.k_wide, problem.v_wide)
+    ]
+    launch_backward(
+        backward_pairs_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
+        problem, statistics, _inputs(problem, statistics, config),
+        [*sums, parts.dk, parts.dv], parts.numbers, config=config,
+    )  # fmt: skip
+    for grad, total in zip(wide, sums, strict=True):
+        if grad is not None:
+            grad.copy_(total)
+    sum_parts(parts, narrow, problem)
+    return True
+
+
+def _inputs(
+    problem: Problem, statistics: Statistics, config: Config
+) -> list[Tensor | TensorDescriptor]:
+    """Return the inputs, what is read by rows through descriptors where the config says so."""
+    if not config.descriptors:
+        return inputs_of(problem, statistics)
+    q, *kept = problem.tensors
+    dout, delta, lse2, has_huge = statistics
+    q_tile, dout_tile = (
+        describe(t.transpose(1, 2), config.block_q, block(t.shape[3])) for t in (q, dout)
+    )
+    of_rows = (describe(t, 1, config.block_q) for t in (delta, lse2))
+    return [q_tile, *kept, dout_tile, *of_rows, has_huge]
