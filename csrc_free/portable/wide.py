@@ -133,8 +133,8 @@ def backward_wide_kernel(
             bounds = (bound_lo, bound_hi)
         sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
         lo, hi, _first, _last, full_lo, full_hi = sight
-        narrow_lo, narrow_hi, sees = narrow_sight
-        sees = sees & (lo <= key_last) & (hi > key_first)
+        narrow_lo, narrow_hi, _sees = narrow_sight
+        sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
         offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
