@@ -57,7 +57,7 @@ class Device:
     backend: str  # "cuda", "hip" or "cpu" (the interpreter)
     arch: int | str  # as Triton names it: 90 for sm_90, "gfx942"; 0 for the interpreter
     shared_limit: int  # bytes of shared memory that one program may have
-    multiprocessors: int = 1  # 1 where nothing was measured that depends on it
+    multiprocessors: int = 0  # 0 where nothing was measured that depends on it
 
     @property
     def is_interpreted(self) -> bool:
