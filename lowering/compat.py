@@ -411,10 +411,16 @@ def _kernel_of(kernel: Any) -> Any:
 
 
 def is_rewritable(kernel: Any) -> bool:
-    """Say whether Inductor can write a kernel out: it knows plain Triton and no Gluon."""
+    """Say whether Inductor can write a kernel out as what it is in eager code.
+
+    It knows plain Triton and no Gluon, and cannot ask for fused multiply-adds, on which the kernels
+    count: they must be Triton's default.
+    """
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
-    return isinstance(kernel, JITFunction) and not kernel.is_gluon()
+    is_plain = isinstance(kernel, JITFunction) and not kernel.is_gluon()
+    return is_plain and getattr(knobs.language, "default_fp_fusion", True)
 
 
 def record_launch(
