@@ -52,11 +52,15 @@ import torch
 TESTED = ("2.11", "2.13", "2.14", "2.15")
 
 
+def is_tested() -> bool:
+    """Say whether this torch is one of the releases that the plugin was tested on."""
+    return ".".join(torch.__version__.split(".")[:2]) in TESTED
+
+
 @functools.cache
 def warn_if_untested() -> None:
     """Warn, once, where this torch is none of the releases that the plugin was tested on."""
-    release = ".".join(torch.__version__.split(".")[:2])
-    if release not in TESTED:
+    if not is_tested():
         warnings.warn(
             f"the simplex plugin of torch.compile was tested on torch {', '.join(TESTED)}; "
             f"this is {torch.__version__}. It reads private names of Dynamo and Inductor: "
