@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free import measured
+from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe
 from csrc_free.launch import is_small, launch
 from csrc_free.portable import keys, pairs, query, wide
@@ -68,7 +68,7 @@ def attn_backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
     """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
-    if any(t.numel() == 0 for t in (q, k1, k2)):
+    if any(tracing.holds(t.numel() == 0) for t in (q, k1, k2)):
         for grad in grads:
             if grad is not None:
                 grad.zero_()
@@ -215,7 +215,7 @@ class _Backward:
         launch(
             kernel, programs,
             *inputs, *outputs,
-            problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
+            problem.kv_bounds, problem.q_start, *problem.numbers(), *numbers,
             *problem.strides(), *dout.stride()[:3], *strides,
             problem.scale, problem.log2_scale, *problem.biases(),
             **problem.constants(dout, *outputs), **constants, IS_SMALL_GRID=is_small(programs),
