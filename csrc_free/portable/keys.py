@@ -8,14 +8,18 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.device.pair import load_keys_of_rows, pair_of
 from csrc_free.device.tiles import look, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -45,6 +49,11 @@ SPACE = {
 def choose(traits: Traits, device: Device) -> Config:
     """Choose the tiles of dq and the narrow pair's parts, narrow key by narrow key."""
     return first_that_fits(_configs(traits, device), traits, device)
+
+
+def tiles_of_a_part(traits: Traits, device: Device) -> int:
+    """Choose how many tiles of rows share a part of the narrow pair's gradients."""
+    return 1 if measured.is_measured(traits, device) else 2
 
 
 def _configs(traits: Traits, device: Device) -> Iterator[Config]:
@@ -191,3 +200,24 @@ def backward_keys_kernel(
         )  # fmt: skip
         # The next tile meets the same narrow keys.
         tl.debug_barrier()
+
+
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, config: Config, tiles_of_a_part: int,
+    dq: Tensor, narrow: PairGradients,
+) -> None:  # fmt: skip
+    """Write dq and the narrow pair's gradients; parts that would be too large take more tiles."""
+    parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
+    while parts is None:
+        tiles_of_a_part *= 2
+        parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
+    tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    launch_backward(
+        backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
+        problem, statistics,
+        inputs_of(problem, statistics, config.block_n if config.descriptors else None),
+        [dq, parts.dk, parts.dv],
+        (*parts.numbers, tiles_of_a_part), dq.stride()[:3],
+        PARTS_FOLLOW_QUERIES=parts.do_follow_queries, config=config,
+    )  # fmt: skip
+    sum_parts(parts, narrow, problem)

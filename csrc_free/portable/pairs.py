@@ -13,16 +13,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import measured
-from csrc_free.device.descriptors import load_described
+from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.forms import TRILINEAR, load_rows
 from csrc_free.device.pair import biases_of, load_keys_of_rows, load_values_of_rows, pair_of
 from csrc_free.device.tiles import key_ranges, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Device, Traits
 
 
@@ -42,6 +48,7 @@ class Config:
         return backward_bytes(self.block_n, self.block_q, self.tile_stages, traits, device)
 
 
+MOST_SPLITS = 16
 SPACE = {
     "block_q": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "tile_stages": (1, 2, 3, 4),
     "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
@@ -59,6 +66,18 @@ def choose(traits: Traits, device: Device) -> Config | None:
             can = traits.is_describable and traits.are_rows_describable
             return dataclasses.replace(config, descriptors=can and is_of_one_position)
     return None
+
+
+def splits_of(programs: int, device: Device) -> int:
+    """Choose among how many programs each tile's narrow keys are shared.
+
+    A multiprocessor holds two programs; while some would hold none, each is split in two. Every
+    split has sums of its own for the wide pair, which are then added up.
+    """
+    splits = 1
+    while splits < MOST_SPLITS and 2 * splits * programs <= 2 * device.multiprocessors:
+        splits *= 2
+    return splits
 
 
 def _configs(traits: Traits, device: Device) -> Iterator[Config]:
@@ -136,18 +155,20 @@ def backward_pairs_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, TILE_STAGES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_N wide keys of one key-value head, and one part of the narrow pair's.
+    """`SPLITS` programs own BLOCK_N wide keys of one key-value head, and one part of the narrow's.
 
-    It loops over the narrow keys, and inside over the rows (position, head) that see both.
-    dk_wide and dv_wide are zeroed float32 [B, Hkv, rows, D]: between narrow keys the owner keeps
-    its sums there. Parts are zeroed too, and each slot is written once. With DESCRIPTORS, q and
-    dout are descriptors of [B, N, H, D], delta and lse2 of [B, Hkv, N, G]; a tile of rows is then
-    of one position.
+    Each has its share of the narrow keys. It loops over them, and inside over the rows (position,
+    head) that see both. dk_wide and dv_wide are zeroed float32 [SPLITS, B, Hkv, rows, D]: between
+    narrow keys the owner keeps its sums there. Parts are zeroed too, and each slot is written once.
+    With DESCRIPTORS, q and dout are descriptors of [B, N, H, D], delta and lse2 of [B, Hkv, N, G];
+    a tile of rows is then of one position.
     """
-    tiles = tl.cdiv(wide_rows, BLOCK_N)
-    tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
+    shares = tl.cdiv(wide_rows, BLOCK_N) * SPLITS
+    share, bh, batch, kv_head = place(shares, kv_heads, IS_SMALL_GRID, False)
+    tile = share // SPLITS
+    heads = tl.num_programs(0) // shares
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     _seq, key_count, wide_first, narrow_first = sizes
     start = q_start_default
@@ -180,12 +201,12 @@ def backward_pairs_kernel(
     key_mask = tile * BLOCK_N + keys < wide_rows
     key_first = wide_first + tile * BLOCK_N
     key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
-    sum_rows = (bh * wide_rows + tile_row + keys)[:, None]
+    sum_rows = ((share % SPLITS * heads + bh) * wide_rows + tile_row + keys)[:, None]
     dk_sums = dk_wide + sum_rows * HEAD_DIM + columns[None, :]
     dv_sums = dv_wide + sum_rows * VALUE_DIM + value_columns[None, :]
     dk_mask = key_mask[:, None] & (columns < HEAD_DIM)[None, :]
     dv_mask = key_mask[:, None] & (value_columns < VALUE_DIM)[None, :]
-    part_slot = (tile * (tl.num_programs(0) // tiles) + bh) * slots - narrow_first
+    part_slot = (tile * heads + bh) * slots - narrow_first
     part_slot -= tile * part_rows + part_shift
 
     query_first = tl.maximum(key_first - wide_end + 1, 0)
@@ -195,6 +216,10 @@ def backward_pairs_kernel(
     count = m_end - m_first
     if query_first >= query_end:
         count = 0
+    if SPLITS > 1:
+        each = tl.cdiv(tl.maximum(count, 0), SPLITS)
+        m_first += share % SPLITS * each
+        count = tl.minimum(count - share % SPLITS * each, each)
     # At turn t a program is at the narrow key congruent to t: tiles that share narrow keys, and so
     # queries, meet them at the same time, and read them from the cache.
     shift = count - m_first % tl.maximum(count, 1)
@@ -281,3 +306,44 @@ def backward_pairs_kernel(
             wide, narrow, keys, key_mask, m - narrow_first, True,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
         )  # fmt: skip
+
+
+def write_pairs(
+    problem: Problem, statistics: Statistics, config: Config,
+    wide: PairGradients, narrow: PairGradients,
+) -> bool:  # fmt: skip
+    """Write the gradients of both pairs, unless the narrow one's parts would be too large."""
+    parts = parts_of_wide_keys(problem, config.block_n)
+    if parts is None:
+        return False
+    tiles = triton.cdiv(problem.k_wide.shape[2], config.block_n)
+    splits = splits_of(tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1], problem.device)
+    sums = [
+        torch.zeros(splits, *t.shape, dtype=torch.float32, device=t.device)
+        for t in (problem.k_wide, problem.v_wide)
+    ]
+    launch_backward(
+        backward_pairs_kernel, tiles * splits,
+        problem, statistics, _inputs(problem, statistics, config),
+        [*sums, parts.dk, parts.dv], parts.numbers, config=config, SPLITS=splits,
+    )  # fmt: skip
+    for grad, total in zip(wide, sums, strict=True):
+        if grad is not None:
+            grad.copy_(total[0] if splits == 1 else total.sum(0))
+    sum_parts(parts, narrow, problem)
+    return True
+
+
+def _inputs(
+    problem: Problem, statistics: Statistics, config: Config
+) -> list[Tensor | TensorDescriptor]:
+    """Return the inputs, what is read by rows through descriptors where the config says so."""
+    if not config.descriptors:
+        return inputs_of(problem, statistics)
+    q, *kept = problem.tensors
+    dout, delta, lse2, has_huge = statistics
+    q_tile, dout_tile = (
+        describe(t.transpose(1, 2), config.block_q, block(t.shape[3])) for t in (q, dout)
+    )
+    of_rows = (describe(t, 1, config.block_q) for t in (delta, lse2))
+    return [q_tile, *kept, dout_tile, *of_rows, has_huge]

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
 from csrc_free.device.pair import load_keys_of_rows, pair_of
 from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -227,3 +231,37 @@ def backward_query_kernel(
             dq + dq_offs[:, None] + columns[None, :], acc,
             mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
         )  # fmt: skip
+
+
+def write_query(problem: Problem, statistics: Statistics, config: Config, dq: Tensor) -> None:
+    """Write dq alone."""
+    _launch(problem, statistics, config, dq, None, NEEDS_DQ=True, FILLS_DK=False, FILLS_DV=False)
+
+
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, config: Config, dq: Tensor, narrow: PairGradients
+) -> bool:
+    """Write dq and the narrow pair's gradients, unless their parts would be too large."""
+    parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
+    if parts is None:
+        return False
+    _launch(problem, statistics, config, dq, parts, NEEDS_DQ=True, FILLS_DK=True, FILLS_DV=False)
+    _launch(problem, statistics, config, dq, parts, NEEDS_DQ=False, FILLS_DK=False, FILLS_DV=True)
+    sum_parts(parts, narrow, problem)
+    return True
+
+
+def _launch(
+    problem: Problem, statistics: Statistics, config: Config, dq: Tensor, parts: Parts | None,
+    **wanted: bool,
+) -> None:  # fmt: skip
+    heads = problem.group if parts is None else parts.per_position
+    launch_backward(
+        backward_query_kernel, triton.cdiv(problem.q.shape[2] * heads, config.block_q),
+        problem, statistics,
+        inputs_of(problem, statistics, config.block_n if config.descriptors else None),
+        [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
+        (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
+        HEADS=heads, PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
+        config=config, **wanted,
+    )  # fmt: skip

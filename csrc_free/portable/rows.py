@@ -51,9 +51,10 @@ def virtual_rows(
     k, k_prev = load_keys_of_rows(
         narrow, key_row, key_mask, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
     )
-    v = load_values_of_rows(narrow, key_row, key_mask, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV)
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-    vdo = load_rows(dout, dout_offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM) * v
+    do = load_rows(dout, dout_offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
+    v = load_values_of_rows(narrow, key_row, key_mask, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV)
+    vdo = do * v
     shift, row_dp = row_constants(
         query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale,
         FORM, HAS_WIDE_BIAS,

@@ -10,9 +10,11 @@ from csrc_free import measured
 from csrc_free.device.forms import TRILINEAR, load_for_form, load_rows, virtual_query
 from csrc_free.device.pair import load_keys_of_rows, load_values_of_rows, pair_of
 from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
 from csrc_free.portable.rows import row_constants
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits, first_that_fits
 
 
@@ -131,8 +133,8 @@ def backward_wide_kernel(
             bounds = (bound_lo, bound_hi)
         sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
         lo, hi, _first, _last, full_lo, full_hi = sight
-        narrow_lo, narrow_hi, sees = narrow_sight
-        sees = sees & (lo <= key_last) & (hi > key_first)
+        narrow_lo, narrow_hi, _sees = narrow_sight
+        sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
         offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
@@ -188,4 +190,16 @@ def backward_wide_kernel(
     tl.store(
         dv_wide + dv_offs[:, None] + value_columns[None, :], dv,
         mask=key_mask[:, None] & (value_columns < VALUE_DIM)[None, :],
+    )  # fmt: skip
+
+
+def write_wide(
+    problem: Problem, statistics: Statistics, config: Config, wide: PairGradients
+) -> None:
+    """Write the wide pair's gradients."""
+    dk, dv = complete(wide, problem.k_wide, problem.v_wide)
+    launch_backward(
+        backward_wide_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
+        problem, statistics, inputs_of(problem, statistics), [dk, dv],
+        strides=(*dk.stride()[:3], *dv.stride()[:3]), config=config,
     )  # fmt: skip

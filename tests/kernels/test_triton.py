@@ -202,18 +202,17 @@ def test_windows_beyond_int32_are_no_windows():
 
 
 INT32 = torch.iinfo(torch.int32)
-STARTS = (INT32.max, INT32.min, 2**30 + 5, -(2**30) - 5, 37, -3)
+STARTS = (INT32.max, INT32.min, 2**30 + 5, 21)
 
 
-@pytest.mark.parametrize(("is_causal", "group"), [(True, 1), (False, 2), (True, 4), (False, 1)])
+@pytest.mark.parametrize(("is_causal", "group"), [(True, 1), (False, 2), (True, 4)])
 @pytest.mark.parametrize(
-    "windows", [(None, None), (None, 3), (3, None), (2, 3), (2**31, 2**31 + 3), (2**30 + 9, 4)]
+    ("windows", "keys"), [((None, None), 7), ((None, 3), 24), ((2, 3), 24), ((2**31, 2**31 + 3), 7)]
 )
-def test_q_start_at_the_ends_of_int32(windows, is_causal, group):
-    case = Case(len(STARTS), 1, group, 5, keys1=40, keys2=40, head_dim=4, is_causal=is_causal)
+def test_q_start_at_the_ends_of_int32(windows, keys, is_causal, group):
+    case = Case(len(STARTS), 1, group, 3, keys1=keys, keys2=keys, head_dim=4, is_causal=is_causal)
     inputs = [t.requires_grad_() for t in case.inputs()]
-    starts = torch.tensor(STARTS, dtype=torch.int32)
-    options = {"is_causal": is_causal, "q_start": starts}
+    options = {"is_causal": is_causal, "q_start": torch.tensor(STARTS, dtype=torch.int32)}
     found = []
     for attn, rows in ((_attn, inputs), (reference.attn, [t.double() for t in inputs])):
         out, lse = attn(*rows, *windows, **options)
