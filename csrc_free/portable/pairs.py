@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free import measured
+from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.forms import TRILINEAR, load_rows
 from csrc_free.device.pair import biases_of, load_keys_of_rows, load_values_of_rows, pair_of
@@ -75,7 +75,7 @@ def splits_of(programs: int, device: Device) -> int:
     split has sums of its own for the wide pair, which are then added up.
     """
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * programs <= 2 * device.multiprocessors:
+    while splits < MOST_SPLITS and tracing.likely(splits * programs <= device.multiprocessors):
         splits *= 2
     return splits
 
