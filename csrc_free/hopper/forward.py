@@ -14,6 +14,9 @@ of their sum passes 2^10 the tile's product is made again under a raised maximum
 that grew too large was multiplied.
 """
 
+from dataclasses import dataclass
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,6 +35,7 @@ from csrc_free.hopper.assembly import (
     parts_of_rows,
 )
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
+from csrc_free.hopper.describe import describe, matrix
 from csrc_free.hopper.layouts import (
     accumulator,
     columns_of,
@@ -40,8 +44,12 @@ from csrc_free.hopper.layouts import (
     plain,
     rows_of,
 )
-from csrc_free.hopper.maximum import UNSET, raised, ratio_between, total_of_both
+from csrc_free.hopper.maximum import UNSET, raised, total_of_both
 from csrc_free.hopper.reach import query_reach
+from csrc_free.hopper.serve import processors_of
+from csrc_free.launch import launch
+from csrc_free.problem import Problem
+from csrc_free.traits import Device, Traits
 
 LN_2 = gl.constexpr(0.6931471805599453)
 LIMIT = gl.constexpr(10)  # an exponent of two
@@ -176,11 +184,12 @@ def _virtual_queries(q_tile, k_rows, row, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _hidden(s, row, low, sign, N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Hide the keys before `low` in logits [64, N] whose first key is `row`."""
-    if row < low:
-        key = row + gl.arange(0, N, layout=columns_of(LAYOUT))
-        s = gl.where((key >= low)[None, :], s, sign * float("-inf"))
+def _hidden(s, left, log2_scale, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Hide all but the last `left` keys of logits [64, N]: those before are not seen."""
+    if left < N:
+        key = gl.arange(0, N, layout=columns_of(LAYOUT))
+        nothing = gl.where(log2_scale < 0, float("inf"), float("-inf"))
+        s = gl.where((key >= N - left)[None, :], s, nothing)
     return s
 
 
@@ -207,7 +216,6 @@ def _attend(
     T: gl.constexpr = accumulator(BLOCK_DV)
     QUERIES: gl.constexpr = operand(BLOCK_N)
     WEIGHTS: gl.constexpr = operand(BLOCK_DV)
-    sign = gl.where(log2_scale < 0, -1.0, 1.0)
     turn = 0
     chunk_turn = 0
     worked = 0
@@ -236,6 +244,9 @@ def _attend(
             wait_full(narrow_full, slot, chunk_turn >> 1)
             if offsets > 0:
                 vq = _virtual_queries(q_tile, k_rows, narrow, QUERIES)
+                passes = groups * offsets
+                if is_last_chunk & (passes == 1):
+                    arrive(q_empty, 0)
                 wait_full(k_full, 0, turn)
                 s = warpgroup_mma(
                     vq, k_tiles.index(0).permute((1, 0)), blank, use_acc=False, is_async=True
@@ -243,49 +254,46 @@ def _attend(
                 s = warpgroup_mma_wait(0, deps=(s,))
                 if offsets == 1:
                     arrive(k_empty, 0)
-                s = _hidden(s, high - BLOCK_N, low, sign, BLOCK_N, S)
+                left = high - low
+                s = _hidden(s, left, log2_scale, BLOCK_N, S)
                 top, factor, decay = raised(s, top, factor, log2_scale)
                 p, parts = _weights(s, top, factor, WEIGHTS)
                 acc *= gl.convert_layout(decay, rows_of(T))[:, None]
                 sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
                 sums += parts
-                passes = groups * offsets
-                group = 0
                 offset = 0
-                for n in range(passes):
-                    is_more = n + 1 < passes
+                for more in range(passes - 1, -1, -1):
                     is_first = offset == 0
                     is_last = offset == offsets - 1
-                    next_group = gl.where(is_last & is_more, group + 1, group)
-                    next_offset = gl.where(is_more, gl.where(is_last, 0, offset + 1), offset)
-                    row = high - (group * TILES + 1) * BLOCK_N
-                    next_row = high - (next_group * TILES + 1) * BLOCK_N
+                    is_new_group = is_last & (more > 0)
+                    next_left = gl.where(is_new_group, left - TILES * BLOCK_N, left)
+                    next_turn = gl.where(is_new_group, turn + 1, turn)
+                    next_offset = gl.where(is_last, 0, offset + 1)
                     z = opaque_zero()
                     t = nothing
-                    for n_tile in gl.static_range(TILES):
-                        if n_tile < TILES - 1:
+                    for n in gl.static_range(TILES):
+                        if n < TILES - 1:
                             if is_first:
-                                wait_full(k_full, z + n_tile + 1, turn + group)
-                                wait_full(v_full, z + n_tile, turn + group)
-                            k_tile = k_tiles.index(z + n_tile + 1).permute((1, 0))
+                                wait_full(k_full, z + n + 1, turn)
+                                wait_full(v_full, z + n, turn)
+                            k_tile = k_tiles.index(z + n + 1).permute((1, 0))
                             s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                             t = warpgroup_mma(
-                                p, v_tiles.index(z + n_tile), t, use_acc=n_tile > 0, is_async=True
+                                p, v_tiles.index(z + n), t, use_acc=n > 0, is_async=True
                             )
                             s = warpgroup_mma_wait(1, deps=(s,))
-                            tile_row = row - (n_tile + 1) * BLOCK_N
-                            s = _hidden(s, tile_row, low, sign, BLOCK_N, S)
+                            s = _hidden(s, left - (n + 1) * BLOCK_N, log2_scale, BLOCK_N, S)
                             p, parts = _weights(s, top, factor, WEIGHTS)
                             # Before the wait for t: ptxas else sinks the exponentials behind it.
                             is_high = is_any_above(parts, LIMIT, SIDE)
                             t = warpgroup_mma_wait(0, deps=(t,))
                             if is_last:
-                                arrive(v_empty, z + n_tile)
+                                arrive(v_empty, z + n)
                             if is_high != 0:
-                                k_tile = k_tiles.index(z + n_tile + 1).permute((1, 0))
+                                k_tile = k_tiles.index(z + n + 1).permute((1, 0))
                                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                                 s = warpgroup_mma_wait(0, deps=(s,))
-                                s = _hidden(s, tile_row, low, sign, BLOCK_N, S)
+                                s = _hidden(s, left - (n + 1) * BLOCK_N, log2_scale, BLOCK_N, S)
                                 top, factor, decay = raised(s, top, factor, log2_scale)
                                 p, parts = _weights(s, top, factor, WEIGHTS)
                                 decay_t = gl.convert_layout(decay, rows_of(T))[:, None]
@@ -293,58 +301,60 @@ def _attend(
                                 acc *= decay_t
                                 sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
                             if is_last:
-                                arrive(k_empty, z + n_tile + 1)
+                                arrive(k_empty, z + n + 1)
                             sums += parts
                         else:
                             vq = _virtual_queries(q_tile, k_rows, narrow + 2 * next_offset, QUERIES)
-                            if is_last_chunk & (n == gl.maximum(passes - 2, 0)):
+                            if is_last_chunk & (more == 1):
                                 arrive(q_empty, 0)
-                            if is_last & is_more:
-                                wait_full(k_full, z, turn + next_group)
+                            if is_new_group:
+                                wait_full(k_full, z, next_turn)
                             if is_first:
-                                wait_full(v_full, z + n_tile, turn + group)
+                                wait_full(v_full, z + n, turn)
                             k_tile = k_tiles.index(z).permute((1, 0))
                             s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                             t = warpgroup_mma(
-                                p, v_tiles.index(z + n_tile), t, use_acc=n_tile > 0, is_async=True
+                                p, v_tiles.index(z + n), t, use_acc=n > 0, is_async=True
                             )
                             s = warpgroup_mma_wait(1, deps=(s,))
-                            s = _hidden(s, next_row, low, sign, BLOCK_N, S)
+                            s = _hidden(s, next_left, log2_scale, BLOCK_N, S)
                             p, parts = _weights(s, top, factor, WEIGHTS)
                             # After the last pass s is of no key.
-                            parts = gl.where(is_more, parts, 0.0)
+                            parts = gl.where(more > 0, parts, 0.0)
                             is_high = is_any_above(parts, LIMIT, SIDE)
                             t = warpgroup_mma_wait(0, deps=(t,))
                             if is_last:
-                                arrive(v_empty, z + n_tile)
+                                arrive(v_empty, z + n)
                             v = v_rows.index(narrow + 2 * offset).load(T)
                             acc += t * v
                             if is_high != 0:
                                 k_tile = k_tiles.index(z).permute((1, 0))
                                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                                 s = warpgroup_mma_wait(0, deps=(s,))
-                                s = _hidden(s, next_row, low, sign, BLOCK_N, S)
+                                s = _hidden(s, next_left, log2_scale, BLOCK_N, S)
                                 top, factor, decay = raised(s, top, factor, log2_scale)
                                 p, parts = _weights(s, top, factor, WEIGHTS)
                                 acc *= gl.convert_layout(decay, rows_of(T))[:, None]
                                 sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
-                            if is_more & (next_offset == offsets - 1):
+                            if (more > 0) & (next_offset == offsets - 1):
                                 arrive(k_empty, z)
                             sums += parts
-                    group = next_group
+                    left = next_left
+                    turn = next_turn
                     offset = next_offset
+                turn += 1
             else:
                 if is_last_chunk:
                     arrive(q_empty, 0)
-                for group in range(groups):
-                    for n_tile in gl.static_range(TILES):
-                        wait_full(k_full, n_tile, turn + group)
-                        arrive(k_empty, n_tile)
-                        wait_full(v_full, n_tile, turn + group)
-                        arrive(v_empty, n_tile)
+                for _group in range(groups):
+                    for n in gl.static_range(TILES):
+                        wait_full(k_full, n, turn)
+                        arrive(k_empty, n)
+                        wait_full(v_full, n, turn)
+                        arrive(v_empty, n)
+                    turn += 1
             arrive(narrow_empty, slot)
             chunk_turn += 1
-            turn += groups
 
         top_o = gl.convert_layout(top, rows_of(T))
         factor_o = gl.convert_layout(factor, rows_of(T))
@@ -476,3 +486,72 @@ def forward_kernel(
             HAS_BOUNDS, HAS_Q_START, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK,
         )),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """TILES tiles of BLOCK_N wide keys stay in shared memory for CHUNK narrow rows at a time."""
+
+    tiles: int
+    block_n: int = 64
+    chunk: int = 32
+    num_warps: int = 4
+    num_stages: int = 1
+    maxnreg: int = 168  # on average: 240 for the two warpgroups, 24 for the warps that bring
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        q, v = traits.block_d, traits.block_dv
+        rows = 2 * self.chunk * (4 * q + 4 * v)
+        tiles = 2 * self.tiles * self.block_n * (q + v)
+        return 2 * 64 * q + tiles + rows + 4 * 64 * v + 3 * 4 * 64 + 2048
+
+
+def choose(width: int, *, has_bias: bool) -> Config:
+    """Choose how many tiles stay, for a wide window of so many keys.
+
+    What is computed is a multiple of the tiles. A pass over them costs 0.6 of a tile more.
+    """
+    tiles = -(-width // 64)
+    kept = min((4, 3, 2, 1), key=lambda n: -(-tiles // n) * (n + 0.6))
+    return Config(kept, chunk=16 if has_bias else 32)
+
+
+def run(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    """Write out [B, H, N, Dv] and lse [B, H, N]."""
+    batch, heads, seq, head_dim = problem.q.shape
+    value_dim = out.shape[3]
+    block_d, block_dv = (64 if dim <= 64 else 128 for dim in (head_dim, value_dim))
+    wide_rows, narrow_rows = problem.k_wide.shape[2], problem.k_narrow.shape[2]
+    _, _, k_bias, v_bias = problem.biases()
+    has_bias = k_bias != 0.0 or v_bias != 0.0
+    width = min(sum(problem.wide_reach) + 1, wide_rows)
+    config = choose(width, has_bias=has_bias)
+    kv_heads = problem.k_wide.shape[1]
+    per_query = batch * heads // 64
+    items = per_query * seq
+    blocks = [1, 64, 1, block_d], [1, 1, config.block_n, block_d], [1, 1, config.block_n, block_dv]
+    tiles = (problem.q, problem.k_wide, problem.v_wide)
+    described = [describe(t, block) for t, block in zip(tiles, blocks, strict=True)]
+    matrices = [
+        matrix(t.dtype, b)
+        for t, b in zip(
+            tiles,
+            ([64, block_d], [config.block_n, block_d], [config.block_n, block_dv]),
+            strict=True,
+        )
+    ]
+    launch(
+        forward_kernel, min(processors_of(problem.q.device), items),
+        *described, problem.k_narrow, problem.v_narrow, out, lse,
+        problem.kv_bounds, problem.q_start,
+        items, seq, per_query, kv_heads, problem.group // 64,
+        problem.keys, wide_rows, narrow_rows,
+        *problem.wide_reach, *problem.narrow_reach, problem.keys - seq,
+        *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3], *out.stride()[:3],
+        problem.log2_scale, k_bias, v_bias,
+        HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
+        HAS_NARROW_BIAS=has_bias, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        BLOCK_D=block_d, BLOCK_DV=block_dv,
+        Q_LAYOUT=matrices[0], K_LAYOUT=matrices[1], V_LAYOUT=matrices[2], config=config,
+    )  # fmt: skip
