@@ -177,7 +177,7 @@ def test_as_many_tiles_stay_as_waste_the_least(width, tiles):
     ("given", "arguments", "spills"),
     [
         ({}, {"w1": 512, "w2": 32}, 64),
-        ({"dim": 64}, {"w1": 64, "k2_bias": 1.0}, 160),
+        ({"dim": 64}, {"w1": 64, "k2_bias": 1.0}, 200),  # in the warp that brings rows
     ],
 )
 def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spills):
