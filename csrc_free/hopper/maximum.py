@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 UNSET = gl.constexpr(-3.4028234663852886e38)
 # A row's highest exponential so far, when its maximum is set, is 2^-CENTRE.
-CENTRE = gl.constexpr(30.0)
+CENTRE = gl.constexpr(36.0)
 _HUGE = gl.constexpr(2.0**28)
 
 
