@@ -66,7 +66,7 @@ def _runs_on_hopper(problem: Problem, out: Tensor, lse: Tensor) -> bool:
     try:
         from csrc_free.hopper import forward as hopper
 
-        hopper.run(problem, out, lse)
+        hopper.compute(problem, out, lse)
     except (ImportError, AttributeError, TypeError, CompilationError, TritonError) as error:
         _give_up(error)
     except RuntimeError as error:

@@ -167,7 +167,7 @@ def _given_or(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return (stand_in.view(torch.int32), 0) if tensor is None else (tensor, 1)
 
 
-def run(problem: Problem, out: Tensor, lse: Tensor) -> None:
+def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
     batch, heads, seq, head_dim = problem.q.shape
     value_dim = out.shape[3]

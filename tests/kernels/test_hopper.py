@@ -139,7 +139,7 @@ def test_a_gluon_that_does_not_compile_leaves_the_portable_path_with_one_warning
         raise error
 
     monkeypatch.setattr(attn, "_broken", [])
-    monkeypatch.setattr("csrc_free.hopper.forward.run", fail)
+    monkeypatch.setattr("csrc_free.hopper.forward.compute", fail)
     with pytest.warns(attn.PortableWarning, match="could not be compiled"):
         (launch,) = _run(_inputs())
     assert not launch.kernel.is_gluon()
@@ -159,7 +159,7 @@ def test_what_the_device_says_is_not_hidden(hopper, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(attn, "_broken", [])
-    monkeypatch.setattr("csrc_free.hopper.forward.run", fail)
+    monkeypatch.setattr("csrc_free.hopper.forward.compute", fail)
     with pytest.raises(type(error)):
         _run(_inputs())
     assert attn._broken == []
@@ -190,3 +190,15 @@ def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spil
     width = arguments["w1"]
     config = choose(width, has_bias="k2_bias" in arguments)
     assert usage.shared <= config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
+
+
+def test_the_bench_names_who_serves(hopper):
+    from tools.bench.contest import _forward_served_by
+    from tools.workloads import WORKLOADS, meta_inputs
+
+    said = {
+        name: _forward_served_by(WORKLOADS[name], meta_inputs(WORKLOADS[name]).problem)
+        for name in ("llama-mqa", "fp32")
+    }
+    assert said["llama-mqa"] == "hopper"
+    assert said["fp32"] == "portable: they take bfloat16, and q is float32"
