@@ -5,39 +5,66 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from csrc_free.device.forms import STRASSEN, TRILINEAR
-from csrc_free.hopper.assembly import is_any_above, opaque_zero, pack_bfloat16, parts_of_rows
+from csrc_free.hopper.assembly import (
+    is_any_above,
+    opaque_zero,
+    pack_bfloat16,
+    pack_float16,
+    parts_of_rows,
+)
 from csrc_free.hopper.bring import ROWS, place
 from csrc_free.hopper.channels import arrive, wait_empty, wait_full
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, rows_of
-from csrc_free.hopper.maximum import UNSET, raised, total_of_both
+from csrc_free.hopper.maximum import CENTRE, HALF_CENTRE, UNSET, raised, total_of_both
 from csrc_free.hopper.reach import query_reach
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # A part of a row's sum stays below 2^LIMIT, so that times any value up to 2^100 it is finite.
 LIMIT = gl.constexpr(24)
+HALF_LIMIT = gl.constexpr(15)
+
+
+@gluon.jit
+def _scale_of(q_tile, FORM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return a power of two a row [64, 1] that keeps virtual queries within float16's range.
+
+    The largest of a row of q becomes less than 1/2, so that times any float16 it fits.
+    """
+    q = q_tile.load(LAYOUT).to(gl.float32)
+    exponent = gl.max(gl.abs(q), 1).to(gl.int32, bitcast=True) >> 23
+    exponent = gl.minimum(gl.maximum(exponent, 127 - 16), 127 + 15)
+    if FORM == STRASSEN:
+        exponent = exponent * 0 + 126  # a sum of two float16 numbers
+    return ((252 - exponent) << 23).to(gl.float32, bitcast=True)[:, None]
 
 
 @gluon.jit
 def _virtual_queries(
-    q_tile, k_rows, row, k_wide_bias,
+    q_tile, k_rows, row, scale, k_wide_bias,
     FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr,
     LAYOUT: gl.constexpr, ROWS_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return the virtual queries [64, BLOCK_D] of one narrow key, and what they add to a row.
 
-    That is 0 where nothing is added, else one number a row, in the logits' own unit.
+    That is 0 where nothing is added, else one number a row, in the unit of the products with vq.
+    `scale` multiplies both in float16.
     """
     q = q_tile.load(LAYOUT)
     k = k_rows.index(row).load(LAYOUT)
+    HAS_SCALE: gl.constexpr = q.dtype == gl.float16
     constant = 0.0
     if FORM == TRILINEAR and k.dtype == q.dtype and not HAS_WIDE_BIAS:
+        if HAS_SCALE:
+            q *= scale.to(gl.float16)
         vq = q * k
     else:
         wide_q = q.to(gl.float32)
+        if HAS_SCALE:
+            wide_q *= scale
         wide_k = k.to(gl.float32)
         if FORM == STRASSEN:
-            vq = wide_q + wide_k
             constant = gl.convert_layout(gl.sum(wide_q * wide_k, 1), ROWS_LAYOUT)
+            vq = wide_q + (wide_k * scale if HAS_SCALE else wide_k)
         else:
             vq = wide_q * wide_k
         if HAS_WIDE_BIAS:
@@ -47,30 +74,34 @@ def _virtual_queries(
 
 
 @gluon.jit
-def _hidden(s, left, log2_scale, IS_MASKED: gl.constexpr, LAYOUT: gl.constexpr):
+def _hidden(s, left, factor, IS_MASKED: gl.constexpr, LAYOUT: gl.constexpr):
     """Hide all but the last `left` keys of logits [64, N]: those before are not seen."""
     if IS_MASKED:
         N: gl.constexpr = s.shape[1]
         if left < N:
             key = gl.arange(0, N, layout=columns_of(LAYOUT))
-            nothing = gl.where(log2_scale < 0, float("inf"), float("-inf"))
-            s = gl.where((key >= N - left)[None, :], s, nothing)
+            nothing = gl.where(factor < 0, float("inf"), float("-inf"))
+            s = gl.where((key >= N - left)[None, :], s, nothing[:, None])
     return s
 
 
 @gluon.jit
-def _weights(s, constant, top, factor, HAS_CONSTANT: gl.constexpr, LAYOUT: gl.constexpr):
+def _weights(
+    s, constant, top, factor,
+    HAS_CONSTANT: gl.constexpr, IS_HALF: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Return P = exp2(factor · (s + constant) - top) as an operand, and its row sums in parts."""
     shift = top
     if HAS_CONSTANT:
         shift -= constant * factor
     p = gl.exp2(s * factor[:, None] - shift[:, None])
-    return gl.convert_layout(pack_bfloat16(p), LAYOUT), parts_of_rows(p)
+    packed = pack_float16(p) if IS_HALF else pack_bfloat16(p)
+    return gl.convert_layout(packed, LAYOUT), parts_of_rows(p)
 
 
 @gluon.jit
 def _weights_raised(
-    vq, k_tile, left, constant, top, factor, log2_scale,
+    vq, k_tile, left, constant, top, factor, full_factor,
     IS_MASKED: gl.constexpr, HAS_CONSTANT: gl.constexpr,
     LAYOUT: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
@@ -79,23 +110,34 @@ def _weights_raised(
     Returns P, its row sums in parts, the new top and factor, and the decay of what was summed.
     """
     N: gl.constexpr = k_tile.shape[1]
+    IS_HALF: gl.constexpr = vq.dtype == gl.float16
+    centre: gl.constexpr = HALF_CENTRE if IS_HALF else CENTRE
     blank = gl.zeros([ROWS, N], gl.float32, LAYOUT)
     s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    s = _hidden(s, left, log2_scale, IS_MASKED, LAYOUT)
+    s = _hidden(s, left, full_factor, IS_MASKED, LAYOUT)
     if HAS_CONSTANT:
-        new_top, new_factor, decay = raised(s + constant[:, None], top, factor, log2_scale)
+        found = raised(s + constant[:, None], top, factor, full_factor, centre)
     else:
-        new_top, new_factor, decay = raised(s, top, factor, log2_scale)
-    p, parts = _weights(s, constant, new_top, new_factor, HAS_CONSTANT, WEIGHTS)
+        found = raised(s, top, factor, full_factor, centre)
+    new_top, new_factor, decay = found
+    p, parts = _weights(s, constant, new_top, new_factor, HAS_CONSTANT, IS_HALF, WEIGHTS)
     return p, parts, new_top, new_factor, decay
+
+
+@gluon.jit
+def _is_high(grown, parts, IS_HALF: gl.constexpr, SIDE: gl.constexpr):
+    """Tell a warpgroup whether a tile's exponentials grew too large, be it together."""
+    if IS_HALF:  # P itself must fit; the sums have room
+        return is_any_above(parts, HALF_LIMIT, SIDE)
+    return is_any_above(grown, LIMIT, SIDE)
 
 
 @gluon.jit
 def _attend_chunk(
     SIDE: gl.constexpr, acc, sums, top, factor, turn, left, groups, offsets, narrow, is_last_chunk,
     q_tile, k_tiles, v_tiles, k_rows, v_rows, q_empty, k_full, k_empty, v_full, v_empty,
-    log2_scale, k_wide_bias, v_wide_bias,
+    scale, full_factor, k_wide_bias, v_wide_bias,
     IS_MASKED: gl.constexpr, FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr,
     BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -109,17 +151,18 @@ def _attend_chunk(
     QUERIES: gl.constexpr = operand(BLOCK_N)
     WEIGHTS: gl.constexpr = operand(BLOCK_DV)
     HAS_CONSTANT: gl.constexpr = FORM == STRASSEN or HAS_WIDE_BIAS
+    IS_HALF: gl.constexpr = q_tile.dtype == gl.float16
     blank = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     nothing = gl.zeros([ROWS, BLOCK_DV], gl.float32, T)
     vq, constant = _virtual_queries(
-        q_tile, k_rows, narrow, k_wide_bias, FORM, HAS_WIDE_BIAS, QUERIES, rows_of(S)
+        q_tile, k_rows, narrow, scale, k_wide_bias, FORM, HAS_WIDE_BIAS, QUERIES, rows_of(S)
     )
     passes = groups * offsets
     if is_last_chunk & (passes == 1):
         arrive(q_empty, 0)
     wait_full(k_full, 0, turn)
     p, parts, top, factor, decay = _weights_raised(
-        vq, k_tiles.index(0).permute((1, 0)), left, constant, top, factor, log2_scale,
+        vq, k_tiles.index(0).permute((1, 0)), left, constant, top, factor, full_factor,
         IS_MASKED, HAS_CONSTANT, S, WEIGHTS,
     )  # fmt: skip
     if offsets == 1:
@@ -147,18 +190,18 @@ def _attend_chunk(
                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                 t = warpgroup_mma(p, v_tiles.index(z + n), t, use_acc=n > 0, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                s = _hidden(s, left - (n + 1) * BLOCK_N, log2_scale, IS_MASKED, S)
-                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
+                s = _hidden(s, left - (n + 1) * BLOCK_N, full_factor, IS_MASKED, S)
+                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, IS_HALF, WEIGHTS)
                 # Before the wait for t: ptxas else sinks the exponentials behind it.
                 grown = sums + parts
-                is_high = is_any_above(grown, LIMIT, SIDE)
+                is_high = _is_high(grown, parts, IS_HALF, SIDE)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if is_last:
                     arrive(v_empty, z + n)
                 if is_high != 0:
                     k_tile = k_tiles.index(z + n + 1).permute((1, 0))
                     p, parts, top, factor, decay = _weights_raised(
-                        vq, k_tile, left - (n + 1) * BLOCK_N, constant, top, factor, log2_scale,
+                        vq, k_tile, left - (n + 1) * BLOCK_N, constant, top, factor, full_factor,
                         IS_MASKED, HAS_CONSTANT, S, WEIGHTS,
                     )  # fmt: skip
                     decay_t = gl.convert_layout(decay, rows_of(T))[:, None]
@@ -175,7 +218,7 @@ def _attend_chunk(
                     mass += parts
             else:
                 vq, constant = _virtual_queries(
-                    q_tile, k_rows, narrow + 2 * next_offset, k_wide_bias,
+                    q_tile, k_rows, narrow + 2 * next_offset, scale, k_wide_bias,
                     FORM, HAS_WIDE_BIAS, QUERIES, rows_of(S),
                 )  # fmt: skip
                 if is_last_chunk & (more == 1):
@@ -188,12 +231,12 @@ def _attend_chunk(
                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                 t = warpgroup_mma(p, v_tiles.index(z + n), t, use_acc=n > 0, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                s = _hidden(s, next_left, log2_scale, IS_MASKED, S)
-                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
+                s = _hidden(s, next_left, full_factor, IS_MASKED, S)
+                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, IS_HALF, WEIGHTS)
                 # After the last pass s is of no key.
                 parts = gl.where(more > 0, parts, 0.0)
                 grown = sums + parts
-                is_high = is_any_above(grown, LIMIT, SIDE)
+                is_high = _is_high(grown, parts, IS_HALF, SIDE)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if is_last:
                     arrive(v_empty, z + n)
@@ -205,7 +248,7 @@ def _attend_chunk(
                 if is_high != 0:
                     k_tile = k_tiles.index(z).permute((1, 0))
                     p, parts, top, factor, decay = _weights_raised(
-                        vq, k_tile, next_left, constant, top, factor, log2_scale,
+                        vq, k_tile, next_left, constant, top, factor, full_factor,
                         IS_MASKED, HAS_CONSTANT, S, WEIGHTS,
                     )  # fmt: skip
                     acc *= gl.convert_layout(decay, rows_of(T))[:, None]
@@ -249,10 +292,15 @@ def attend(
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, T)
         sums = parts_of_rows(blank)
         top = gl.full([ROWS], UNSET, gl.float32, rows_of(S))
-        factor = gl.full([ROWS], 0.0, gl.float32, rows_of(S)) + log2_scale
+        full_factor = gl.full([ROWS], 0.0, gl.float32, rows_of(S)) + log2_scale
+        scale = 1.0
         if first < end:
             wait_full(q_full, 0, worked)
             worked += 1
+        if q_tile.dtype == gl.float16:
+            scale = _scale_of(q_tile, FORM, operand(BLOCK_N))
+            full_factor /= gl.convert_layout(gl.max(scale, 1), rows_of(S))
+        factor = full_factor
         for chunk in range(first, end, CHUNK):
             slot = chunk_turn & 1
             is_last_chunk = chunk + CHUNK >= end
@@ -266,7 +314,7 @@ def attend(
                         SIDE, acc, sums, top, factor, turn, left, groups, offsets, narrow,
                         is_last_chunk, q_tile, k_tiles, v_tiles, k_rows, v_rows,
                         q_empty, k_full, k_empty, v_full, v_empty,
-                        log2_scale, k_wide_bias, v_wide_bias,
+                        scale, full_factor, k_wide_bias, v_wide_bias,
                         False, FORM, HAS_WIDE_BIAS, BLOCK_DV, BLOCK_N, TILES,
                     )  # fmt: skip
                 else:
@@ -274,7 +322,7 @@ def attend(
                         SIDE, acc, sums, top, factor, turn, left, groups, offsets, narrow,
                         is_last_chunk, q_tile, k_tiles, v_tiles, k_rows, v_rows,
                         q_empty, k_full, k_empty, v_full, v_empty,
-                        log2_scale, k_wide_bias, v_wide_bias,
+                        scale, full_factor, k_wide_bias, v_wide_bias,
                         True, FORM, HAS_WIDE_BIAS, BLOCK_DV, BLOCK_N, TILES,
                     )  # fmt: skip
             else:
@@ -306,7 +354,13 @@ def attend(
             other_factor = hand_sums.index(1).load(rows_of(T))
             other_sums = hand_sums.index(2).load(rows_of(T))
             weight, other_weight, logarithm = total_of_both(
-                top_o, factor_o, sums_o, other_top, other_factor, other_sums, log2_scale
+                top_o,
+                factor_o,
+                sums_o,
+                other_top,
+                other_factor,
+                other_sums,
+                gl.convert_layout(full_factor, rows_of(T)),
             )
             acc = acc * weight[:, None] + hand_out.load(T) * other_weight[:, None]
             arrive(hand_empty, 0)

@@ -73,7 +73,7 @@ def test_serves(hopper, given, arguments):
 @pytest.mark.parametrize(
     ("given", "arguments", "reason"),
     [
-        ({"dtype": torch.float32}, {}, "they take bfloat16, and q is float32"),
+        ({"dtype": torch.float32}, {}, "they take bfloat16 and float16, and q is float32"),
         ({}, {"form": "determinant"}, "this is determinant"),
         ({"dim": 32}, {}, "they take D from 33 to 128, got 32"),
         ({"dim": 136}, {}, "they take D from 33 to 128, got 136"),
@@ -201,4 +201,4 @@ def test_the_bench_names_who_serves(hopper):
         for name in ("llama-mqa", "fp32")
     }
     assert said["llama-mqa"] == "hopper"
-    assert said["fp32"] == "portable: they take bfloat16, and q is float32"
+    assert said["fp32"] == "portable: they take bfloat16 and float16, and q is float32"

@@ -78,6 +78,9 @@ def _assert_served_and_right(case: Case) -> None:
         {"head_dim": 80, "value_dim": 96},
         {"scale": -0.3},
         {"amplitude": 0.0},
+        {"dtype": torch.float16, "bounds": "ranges"},
+        {"dtype": torch.float16, "form": "strassen", "k2_bias": 1.0},
+        {"dtype": torch.float16, "w1": 3, "w2": 33, "k2_bias": -0.5, "v2_bias": 1.0},
     ],
     ids=str,
 )
@@ -130,10 +133,8 @@ def _both(inputs, w1, w2, **options):
     return ours, theirs
 
 
-def _inputs(seq, batch=1, seed=0):
-    return Case(
-        batch, 1, 64, seq, head_dim=128, dtype=torch.bfloat16, layout="transposed", seed=seed
-    ).inputs("cuda")  # fmt: skip
+def _inputs(seq, batch=1, dtype=torch.bfloat16):
+    return Case(batch, 1, 64, seq, head_dim=128, dtype=dtype, layout="transposed").inputs("cuda")
 
 
 def _exact(inputs, i, w1, w2):
@@ -197,9 +198,12 @@ def _relative(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SAFE)
-def test_scores_of_any_size_err_as_the_portable_kernel_does(name):
-    inputs = _inputs(700)
+def test_scores_of_any_size_err_as_the_portable_kernel_does(name, dtype):
+    if dtype == torch.float16 and name == "values of 1e30":
+        pytest.skip("float16 has no such value")
+    inputs = _inputs(700, dtype=dtype)
     SAFE[name](*inputs)
     (out, lse), (their_out, their_lse) = _both(inputs, W1, W2)
     assert out.isfinite().all()
@@ -212,6 +216,22 @@ def test_scores_of_any_size_err_as_the_portable_kernel_does(name):
         error = (lse[0, :, i].double() - exact_lse).abs().max()
         theirs = (their_lse[0, :, i].double() - exact_lse).abs().max()
         assert error <= 2 * theirs + 1e-5 * exact_lse.abs().max(), i
+
+
+def test_products_beyond_the_range_of_float16():
+    """Of q with k2: each row's virtual queries are scaled by a power of two."""
+    inputs = _inputs(300, dtype=torch.float16)
+    q, k1, k2, _, _ = inputs
+    q *= 2000.0
+    k1 *= 1e-4
+    k2 *= 1000.0
+    assert (q.float().abs().max() * k2.float().abs().max()) > 20 * 65504
+    (out, lse), (their_out, _) = _both(inputs, W1, W2)
+    for i in (0, 40, 130, 299):
+        exact_out, exact_lse = _exact(inputs, i, W1, W2)
+        error = _relative(out[0, :, i], exact_out)
+        assert error <= max(SLACK * _relative(their_out[0, :, i], exact_out), 1e-3), i
+        assert _relative(lse[0, :, i], exact_lse) < 1e-3
 
 
 @pytest.mark.parametrize("size", [1e8, 1e20, 1e30])
