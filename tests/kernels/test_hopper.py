@@ -170,13 +170,21 @@ def test_what_the_device_says_is_not_hidden(hopper, monkeypatch, error):
     [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 4), (300, 3), (512, 4), (1024, 4)],
 )
 def test_as_many_tiles_stay_as_waste_the_least(width, tiles):
-    assert choose(width, has_bias=False).tiles == tiles
+    assert choose(width, 128, 128, has_bias=False).tiles == tiles
+    assert choose(width, 64, 128, has_bias=False).tiles == tiles
+
+
+@pytest.mark.parametrize(("width", "tiles"), [(64, (1, 64)), (128, (1, 128)), (512, (2, 128))])
+def test_tiles_of_64_columns_have_more_keys(width, tiles):
+    config = choose(width, 64, 64, has_bias=False)
+    assert (config.tiles, config.block_n) == tiles
 
 
 @pytest.mark.parametrize(
     ("given", "arguments", "spills"),
     [
         ({}, {"w1": 512, "w2": 32}, 64),
+        ({"dim": 64}, {"w1": 128}, 64),
         ({"dim": 64}, {"w1": 64, "k2_bias": 1.0}, 200),  # in the warp that brings rows
     ],
 )
@@ -187,8 +195,9 @@ def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spil
     assert usage.registers == 168
     assert usage.spills <= spills
     traits = problem.problem_of(*inputs, **_arguments()).traits()
-    width = arguments["w1"]
-    config = choose(width, has_bias="k2_bias" in arguments)
+    config = choose(
+        arguments["w1"], traits.block_d, traits.block_dv, has_bias="k2_bias" in arguments
+    )
     assert usage.shared <= config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
 
 
