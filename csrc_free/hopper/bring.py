@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from csrc_free.hopper.channels import arrive, wait_empty
-from csrc_free.hopper.layouts import columns_of, rows_of
+from csrc_free.hopper.layouts import columns_of, loaded_rows, rows_of
 from csrc_free.hopper.reach import query_reach
 
 ROWS = gl.constexpr(64)
@@ -74,7 +74,7 @@ def _bring_rows(
     HAS_BIAS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Write rows [first, end) of a matrix, CHUNK at most, to shared memory; 0 beyond."""
-    layout: gl.constexpr = gl.BlockedLayout([ROWS_AT_ONCE, BLOCK // 32], [1, 32], [1, 1], [1, 0])
+    layout: gl.constexpr = loaded_rows(ROWS_AT_ONCE, BLOCK)
     rows = gl.arange(0, ROWS_AT_ONCE, layout=rows_of(layout))
     columns = gl.arange(0, BLOCK, layout=columns_of(layout))
     for n in range(CHUNK // ROWS_AT_ONCE):

@@ -28,7 +28,7 @@ from csrc_free.hopper.attend import attend
 from csrc_free.hopper.bring import ROWS, ROWS_AT_ONCE, bring, bring_narrow
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe, matrix
-from csrc_free.hopper.layouts import permuted_rows, plain
+from csrc_free.hopper.layouts import bytes_of, kept_dtype, permuted_rows, plain
 from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
@@ -59,7 +59,7 @@ def hopper_forward_kernel(
     """
     declare_flags()
     dtype: gl.constexpr = k_wide.dtype
-    narrow_dtype: gl.constexpr = gl.float32 if HAS_NARROW_BIAS else dtype
+    narrow_dtype: gl.constexpr = kept_dtype(dtype, HAS_NARROW_BIAS)
     q_tile = gl.allocate_shared_memory(dtype, [1, ROWS, 1, BLOCK_D], q.layout)
     k_tiles = gl.allocate_shared_memory(dtype, [TILES, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [TILES, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout)
@@ -68,7 +68,7 @@ def hopper_forward_kernel(
     v_matrices = v_tiles._reinterpret(dtype, [TILES, BLOCK_N, BLOCK_DV], V_LAYOUT)
     k_space = gl.allocate_shared_memory(narrow_dtype, [2 * CHUNK, BLOCK_D], plain(2))
     v_space = gl.allocate_shared_memory(gl.float32, [2 * CHUNK, BLOCK_DV], plain(2))
-    k_bytes: gl.constexpr = narrow_dtype.primitive_bitwidth // 8
+    k_bytes: gl.constexpr = bytes_of(narrow_dtype)
     few: gl.constexpr = 2 * CHUNK // ROWS_AT_ONCE
     k_rows = k_space._reinterpret(
         narrow_dtype, [2 * CHUNK, 1, BLOCK_D], permuted_rows(1, BLOCK_D, k_bytes)
