@@ -58,9 +58,9 @@ _TAIL = 16  # keys beyond the last group of tiles
 HEADROOM = gl.constexpr(28.0)
 # The maximum of a row that has seen nothing: whatever comes is above it.
 NOTHING = gl.constexpr(-3.4028234663852886e38)
-# Beyond 2 to this power a maximum's own rounding uses up the headroom. Such logits are rounded
-# before the maximum is subtracted, so that none is above it, in the path that else is rare.
-HUGE = gl.constexpr(24)
+# Beyond 2 to this power a maximum's steps are of the size of the headroom. Rows that high are
+# always done again, with exponents cut off at 0: float32 logits of that size differ by 32 at least.
+HUGE = gl.constexpr(28)
 
 # Pairs of barriers, full and empty.
 Q = gl.constexpr(0)
@@ -394,24 +394,14 @@ def _weights(s, top, log2_scale, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _rounded_product(x, y):
-    """Return x · y, rounded: no fused multiply-add takes it in."""
-    return gl.inline_asm_elementwise(
-        "mul.rn.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _weights_anew(s, top, log2_scale, LAYOUT: gl.constexpr):
     """Return P and its parts under a maximum raised to these logits, that maximum, and its decay.
 
     The logits of a row of no visible key are all -inf; its maximum stays.
     """
-    rounded = _rounded_product(s, gl.full(s.shape, 0.0, gl.float32, s.type.layout) + log2_scale)
-    new_top = gl.maximum(top, gl.max(rounded, 1) + HEADROOM)
-    is_huge = (gl.abs(new_top) > 2.0**HUGE)[:, None]
-    shifted = gl.where(is_huge, rounded - new_top[:, None], s * log2_scale - new_top[:, None])
-    p = gl.exp2(shifted)
+    new_top = gl.maximum(top, gl.max(s, 1) * log2_scale + HEADROOM)
+    # A huge maximum may be rounded to below its logit.
+    p = gl.exp2(gl.minimum(s * log2_scale - new_top[:, None], 0.0))
     decay = gl.exp2(top - new_top)
     return gl.convert_layout(pack_bfloat16(p), LAYOUT), parts_of_rows(p), new_top, decay
 
@@ -421,6 +411,57 @@ def _is_any_huge(top, SIDE: gl.constexpr):
     """Tell whether some row's maximum is beyond HUGE."""
     size = gl.where(top == NOTHING, 0.0, gl.abs(top))
     return is_any_above(size, HUGE, SIDE)
+
+
+@gluon.jit
+def _attend_anew(
+    vq, k_tile, top, log2_scale, hidden, spans, span, offset, row,
+    SIDE: gl.constexpr, KEYS: gl.constexpr, WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Return P of one tile, its parts, the maximum raised to it, its decay, whether it is huge."""
+    S: gl.constexpr = accumulator(KEYS)
+    s = warpgroup_mma(
+        vq, k_tile.permute((1, 0)), gl.zeros([64, KEYS], gl.float32, S),
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+    s = warpgroup_mma_wait(0, deps=(s,))
+    s = _hide(s, hidden, spans, span, offset, row, KEYS, S)
+    p, parts, top, decay = _weights_anew(s, top, log2_scale, WEIGHTS)
+    return p, parts, top, decay, _is_any_huge(top, SIDE)
+
+
+@gluon.jit
+def _attend_tail(
+    vq, k_tail, v_tail, t, acc, total, p, top, is_huge, log2_scale, hidden, spans, span, offset,
+    row,
+    SIDE: gl.constexpr, KEYS: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+    WEIGHTS: gl.constexpr,
+):  # fmt: skip
+    """Attend to the keys beyond the last group of tiles, while P of its last tile waits."""
+    ENDS: gl.constexpr = accumulator(KEYS)
+    PARTS: gl.constexpr = total.type.layout
+    s = warpgroup_mma(
+        vq, k_tail.permute((1, 0)), gl.zeros([64, KEYS], gl.float32, ENDS),
+        use_acc=False, is_async=True,
+    )  # fmt: skip
+    s = warpgroup_mma_wait(0, deps=(s,))
+    s = _hide(s, hidden, spans, span, offset, row, KEYS, ENDS)
+    own_top = gl.convert_layout(top, rows_of(ENDS))
+    p_end, parts = _weights(s, own_top, log2_scale, WEIGHTS)
+    is_bad = _is_any_high(p_end, SIDE) | is_huge
+    if is_bad != 0:
+        p_end, parts, own_top, decay = _weights_anew(s, own_top, log2_scale, WEIGHTS)
+        top = gl.convert_layout(own_top, rows_of(S))
+        t_decay = gl.convert_layout(decay, rows_of(T))[:, None]
+        t = t * t_decay
+        acc = acc * t_decay
+        total = total * gl.convert_layout(decay, rows_of(PARTS))[:, None]
+        p_decay = gl.convert_layout(decay, rows_of(WEIGHTS))[:, None]
+        p = pack_bfloat16(p.to(gl.float32) * p_decay)
+        is_huge = _is_any_huge(top, SIDE)
+    total = total + gl.convert_layout(parts, PARTS)
+    t = warpgroup_mma(p_end, v_tail, t, use_acc=True, is_async=True)
+    return warpgroup_mma_wait(0, deps=(t,)), acc, total, p, top, is_huge
 
 
 @gluon.jit
@@ -515,187 +556,143 @@ def _attend(
             word = _planned(plans, 6 * side + BYTES)
             left = _planned(plans, 6 * side + STEPS)
             row = _planned(plans, 6 * side + HIGH)
+            partial = _partial_tiles(plans, 6 * side, row, TILES, KEYS)
             vq = _virtual_queries(
                 q_tile, units, K_START, k_bias,
                 HAS_BIAS, P, HEADS, BLOCK_D, PITCH, VQ, K_BY_HEADS, K_ROW,
             )  # fmt: skip
-            wait_full(k_full, 0, flips >> GROUP_OF_TILES)
-            s = warpgroup_mma(
-                vq, k_tiles.index(0).permute((1, 0)), no_logits, use_acc=False, is_async=True
-            )
-            s = warpgroup_mma_wait(0, deps=(s,))
-            s = _hide(s, hidden, spans, 4 * side, SIDE, row - KEYS, KEYS, S)
-            p, parts, top, decay = _weights_anew(s, top, log2_scale, WEIGHTS)
-            acc = acc * gl.convert_layout(decay, T_ROWS)[:, None]
-            total = total * gl.convert_layout(decay, PARTS)[:, None] + parts
-            is_huge = _is_any_huge(top, SIDE)
-            if _byte(word, PASSES) == 1:
-                arrive(k_empty, 0)
             if left == 1:
                 arrive(empty, K_ROWS)
                 if chunks == 1:
                     arrive(empty, Q)
-
+            wait_full(k_full, 0, flips >> GROUP_OF_TILES)
+            p, parts, top, decay, is_huge = _attend_anew(
+                vq, k_tiles.index(0), top, log2_scale, hidden, spans, 4 * side, SIDE, row - KEYS,
+                SIDE, KEYS, WEIGHTS,
+            )  # fmt: skip
+            acc = acc * gl.convert_layout(decay, T_ROWS)[:, None]
+            total = total * gl.convert_layout(decay, PARTS)[:, None] + parts
+            if _byte(word, PASSES) == 1:
+                arrive(k_empty, 0)
             this = 0  # of the warpgroup's offsets in this chunk
-            partial = _partial_tiles(plans, 6 * side, row, TILES, KEYS)
             while left > 0:
                 slot = opaque_zero()
                 t = no_sums
                 is_first = this == 0
                 is_last = this == _byte(word, PASSES) - 1
                 is_hidden = _is_partly_seen(SIDE + 2 * this, word)
-                for n in gl.static_range(TILES):
-                    if n < TILES - 1:
-                        if n == TILES - 2 and TAIL_KEYS > 0:
-                            if (left <= _byte(word, PASSES)) & (_byte(word, HAS_TAIL) != 0):
-                                if is_first:
-                                    wait_full(full, TAIL, flips >> END)
-                                ENDS: gl.constexpr = accumulator(TAIL_KEYS)
-                                end = warpgroup_mma(
-                                    vq, k_tail.permute((1, 0)),
-                                    gl.zeros([64, TAIL_KEYS], gl.float32, ENDS),
-                                    use_acc=False, is_async=True,
-                                )  # fmt: skip
-                                end = warpgroup_mma_wait(0, deps=(end,))
-                                end = _hide(
-                                    end, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * this,
-                                    row - TILES * KEYS - TAIL_KEYS, TAIL_KEYS, ENDS,
-                                )  # fmt: skip
-                                end_top = gl.convert_layout(top, rows_of(ENDS))
-                                p_end, end_parts = _weights(end, end_top, log2_scale, WEIGHTS)
-                                end_parts = gl.convert_layout(end_parts, total.type.layout)
-                                is_high = _is_any_high(p_end, SIDE)
-                                if (is_high | is_huge) != 0:
-                                    p_end, end_parts, end_top, end_decay = _weights_anew(
-                                        end, end_top, log2_scale, WEIGHTS
-                                    )
-                                    end_parts = gl.convert_layout(end_parts, total.type.layout)
-                                    top = gl.convert_layout(end_top, rows_of(S))
-                                    t_decay = gl.convert_layout(end_decay, T_ROWS)[:, None]
-                                    t = t * t_decay
-                                    acc = acc * t_decay
-                                    total = total * gl.convert_layout(end_decay, PARTS)[:, None]
-                                    p_decay = gl.convert_layout(end_decay, rows_of(WEIGHTS))
-                                    p = pack_bfloat16(p.to(gl.float32) * p_decay[:, None])
-                                    is_huge = _is_any_huge(top, SIDE)
-                                total = total + end_parts
-                                t = warpgroup_mma(p_end, v_tail, t, use_acc=n > 0, is_async=True)
-                                t = warpgroup_mma_wait(0, deps=(t,))
-                                if is_last:
-                                    arrive(empty, TAIL)
-                        if is_first:
-                            wait_full(k_full, slot + n + 1, flips >> GROUP_OF_TILES)
-                            wait_full(v_full, slot + n, flips >> GROUP_OF_TILES)
-                        s = warpgroup_mma(
-                            vq, k_tiles.index(slot + n + 1).permute((1, 0)), no_logits,
-                            use_acc=False, is_async=True,
-                        )  # fmt: skip
-                        t = warpgroup_mma(
-                            p, v_tiles.index(slot + n), t, use_acc=n > 0, is_async=True
-                        )
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        if is_hidden | ((partial & (2 << n)) != 0):
+                for n in gl.static_range(TILES - 1):
+                    if is_first:
+                        wait_full(k_full, slot + n + 1, flips >> GROUP_OF_TILES)
+                        wait_full(v_full, slot + n, flips >> GROUP_OF_TILES)
+                    s = warpgroup_mma(
+                        vq, k_tiles.index(slot + n + 1).permute((1, 0)), no_logits,
+                        use_acc=False, is_async=True,
+                    )  # fmt: skip
+                    t = warpgroup_mma(p, v_tiles.index(slot + n), t, use_acc=n > 0, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    is_partial = is_hidden | ((partial & (2 << n)) != 0)
+                    # Elsewhere than at a group's ends a partly seen tile is done again.
+                    if n == TILES - 2:
+                        if is_partial:
                             s = _hide(
                                 s, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * this,
-                                row - (n + 2) * KEYS, KEYS, S,
+                                row - TILES * KEYS, KEYS, S,
                             )  # fmt: skip
-                        p, parts = _weights(s, top, log2_scale, WEIGHTS)
-                        is_high = _is_any_high(p, SIDE)
-                        t = warpgroup_mma_wait(0, deps=(t,))
-                        if is_last:
-                            arrive(v_empty, slot + n)
-                        if (is_high | is_huge) != 0:
-                            s = warpgroup_mma(
-                                vq, k_tiles.index(slot + n + 1).permute((1, 0)), no_logits,
-                                use_acc=False, is_async=True,
-                            )  # fmt: skip
-                            s = warpgroup_mma_wait(0, deps=(s,))
-                            s = _hide(
-                                s, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * this,
-                                row - (n + 2) * KEYS, KEYS, S,
-                            )  # fmt: skip
-                            p, parts, top, decay = _weights_anew(s, top, log2_scale, WEIGHTS)
-                            t_decay = gl.convert_layout(decay, T_ROWS)[:, None]
-                            t = t * t_decay
-                            acc = acc * t_decay
-                            total = total * gl.convert_layout(decay, PARTS)[:, None]
-                            is_huge = _is_any_huge(top, SIDE)
-                        if is_last:
-                            arrive(k_empty, slot + n + 1)
-                        total = total + parts
-                    else:
-                        # The last step has no next: it computes of stale tiles, for nobody.
-                        is_more = left > 1
-                        next_offset = gl.where(is_last, 0, this + 1)
-                        vq = _virtual_queries(
-                            q_tile, units, K_START + slot - 2 * K_STEP * next_offset, k_bias,
-                            HAS_BIAS, P, HEADS, BLOCK_D, PITCH, VQ, K_BY_HEADS, K_ROW,
+                    p, parts = _weights(s, top, log2_scale, WEIGHTS)
+                    is_bad = _is_any_high(p, SIDE) | is_huge
+                    if n < TILES - 2:
+                        is_bad |= is_partial.to(gl.int32)
+                    t = warpgroup_mma_wait(0, deps=(t,))
+                    if is_last:
+                        arrive(v_empty, slot + n)
+                    if is_bad != 0:
+                        p, parts, top, decay, is_huge = _attend_anew(
+                            vq, k_tiles.index(slot + n + 1), top, log2_scale, hidden, spans,
+                            4 * ((flips >> CHUNK) & 1), SIDE + 2 * this, row - (n + 2) * KEYS,
+                            SIDE, KEYS, WEIGHTS,
                         )  # fmt: skip
-                        if left == 2:
-                            arrive(empty, K_ROWS)
-                            if chunks == 1:
-                                arrive(empty, Q)
-                        if is_last & is_more:
-                            wait_full(k_full, slot, (flips >> GROUP_OF_TILES) + 1)
+                        t_decay = gl.convert_layout(decay, T_ROWS)[:, None]
+                        t = t * t_decay
+                        acc = acc * t_decay
+                        total = total * gl.convert_layout(decay, PARTS)[:, None]
+                    if is_last:
+                        arrive(k_empty, slot + n + 1)
+                    total = total + parts
+                if TAIL_KEYS:
+                    if (left <= _byte(word, PASSES)) & (_byte(word, HAS_TAIL) != 0):
                         if is_first:
-                            wait_full(v_full, slot + n, flips >> GROUP_OF_TILES)
-                        s = warpgroup_mma(
-                            vq, k_tiles.index(slot).permute((1, 0)), no_logits,
-                            use_acc=False, is_async=True,
+                            wait_full(full, TAIL, flips >> END)
+                        t, acc, total, p, top, is_huge = _attend_tail(
+                            vq, k_tail, v_tail, t, acc, total, p, top, is_huge,
+                            log2_scale, hidden, spans, 4 * ((flips >> CHUNK) & 1),
+                            SIDE + 2 * this, row - TILES * KEYS - TAIL_KEYS,
+                            SIDE, TAIL_KEYS, S, T, WEIGHTS,
                         )  # fmt: skip
-                        t = warpgroup_mma(
-                            p, v_tiles.index(slot + n), t, use_acc=True, is_async=True
-                        )
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        next_row = row - gl.where(is_last, (TILES + 1) * KEYS, KEYS)
-                        is_edge = (partial & gl.where(is_last, 1 << TILES, 1)) != 0
-                        if _is_partly_seen(SIDE + 2 * next_offset, word) | is_edge:
-                            s = _hide(
-                                s, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * next_offset,
-                                next_row, KEYS, S,
-                            )  # fmt: skip
-                        p, parts = _weights(s, top, log2_scale, WEIGHTS)
-                        parts = gl.where(is_more, parts, 0.0)
-                        is_high = _is_any_high(p, SIDE)
-                        if is_first:
-                            wait_full(full, V_ROWS, flips >> CHUNK)
-                        t = warpgroup_mma_wait(0, deps=(t,))
                         if is_last:
-                            arrive(v_empty, slot + n)
-                        # Loaded before the wait, it would take the registers of p.
-                        v = _unpack(
-                            _spread_rows(
-                                units, V_START + slot - 2 * V_STEP * this,
-                                P, HEADS, BLOCK_DV, PITCH, T, V_BY_HEADS, V_ROW,
-                            )
-                        )  # fmt: skip
-                        if HAS_BIAS:
-                            v += v_bias
-                        acc = acc + t * v
-                        if is_more & ((is_high | is_huge) != 0):
-                            s = warpgroup_mma(
-                                vq, k_tiles.index(slot).permute((1, 0)), no_logits,
-                                use_acc=False, is_async=True,
-                            )  # fmt: skip
-                            s = warpgroup_mma_wait(0, deps=(s,))
-                            s = _hide(
-                                s, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * next_offset,
-                                next_row, KEYS, S,
-                            )  # fmt: skip
-                            p, parts, top, decay = _weights_anew(s, top, log2_scale, WEIGHTS)
-                            acc = acc * gl.convert_layout(decay, T_ROWS)[:, None]
-                            total = total * gl.convert_layout(decay, PARTS)[:, None]
-                            is_huge = _is_any_huge(top, SIDE)
-                        if (next_offset == _byte(word, PASSES) - 1) & is_more:
-                            arrive(k_empty, slot)
-                        total = total + parts
-                        if is_last:
-                            row -= TILES * KEYS
-                            flips ^= 1 << GROUP_OF_TILES
-                            partial = _partial_tiles(
-                                plans, 6 * ((flips >> CHUNK) & 1), row, TILES, KEYS
-                            )
-                        this = next_offset
+                            arrive(empty, TAIL)
+                # The last step has no next: it computes of stale tiles, for nobody.
+                is_more = left > 1
+                next_offset = gl.where(is_last, 0, this + 1)
+                vq = _virtual_queries(
+                    q_tile, units, K_START + slot - 2 * K_STEP * next_offset, k_bias,
+                    HAS_BIAS, P, HEADS, BLOCK_D, PITCH, VQ, K_BY_HEADS, K_ROW,
+                )  # fmt: skip
+                if left == 2:
+                    arrive(empty, K_ROWS)
+                    if chunks == 1:
+                        arrive(empty, Q)
+                if is_last & is_more:
+                    wait_full(k_full, slot, (flips >> GROUP_OF_TILES) + 1)
+                if is_first:
+                    wait_full(v_full, slot + TILES - 1, flips >> GROUP_OF_TILES)
+                s = warpgroup_mma(
+                    vq, k_tiles.index(slot).permute((1, 0)), no_logits,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                t = warpgroup_mma(
+                    p, v_tiles.index(slot + TILES - 1), t, use_acc=True, is_async=True
+                )
+                s = warpgroup_mma_wait(1, deps=(s,))
+                is_edge = (partial & gl.where(is_last, 1 << TILES, 1)) != 0
+                if _is_partly_seen(SIDE + 2 * next_offset, word) | is_edge:
+                    s = _hide(
+                        s, hidden, spans, 4 * ((flips >> CHUNK) & 1), SIDE + 2 * next_offset,
+                        row - gl.where(is_last, (TILES + 1) * KEYS, KEYS), KEYS, S,
+                    )  # fmt: skip
+                p, parts = _weights(s, top, log2_scale, WEIGHTS)
+                is_bad = _is_any_high(p, SIDE) | is_huge
+                if is_first:
+                    wait_full(full, V_ROWS, flips >> CHUNK)
+                t = warpgroup_mma_wait(0, deps=(t,))
+                if is_last:
+                    arrive(v_empty, slot + TILES - 1)
+                # Loaded before the wait, it would take the registers of p.
+                v = _unpack(
+                    _spread_rows(
+                        units, V_START + slot - 2 * V_STEP * this,
+                        P, HEADS, BLOCK_DV, PITCH, T, V_BY_HEADS, V_ROW,
+                    )
+                )  # fmt: skip
+                if HAS_BIAS:
+                    v += v_bias
+                acc = acc + t * v
+                if is_more & (is_bad != 0):
+                    p, parts, top, decay, is_huge = _attend_anew(
+                        vq, k_tiles.index(slot), top, log2_scale, hidden, spans,
+                        4 * ((flips >> CHUNK) & 1), SIDE + 2 * next_offset,
+                        row - gl.where(is_last, (TILES + 1) * KEYS, KEYS), SIDE, KEYS, WEIGHTS,
+                    )  # fmt: skip
+                    acc = acc * gl.convert_layout(decay, T_ROWS)[:, None]
+                    total = total * gl.convert_layout(decay, PARTS)[:, None]
+                if (next_offset == _byte(word, PASSES) - 1) & is_more:
+                    arrive(k_empty, slot)
+                total = total + gl.where(is_more, parts, 0.0)
+                if is_last:
+                    row -= TILES * KEYS
+                    flips ^= 1 << GROUP_OF_TILES
+                    partial = _partial_tiles(plans, 6 * ((flips >> CHUNK) & 1), row, TILES, KEYS)
+                this = next_offset
                 left -= 1
             arrive(empty, V_ROWS)
             flips ^= 1 << CHUNK
