@@ -220,7 +220,8 @@ def _probabilities(
             row = i + (gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT)) // HEADS)[None, :]
         offset = key - row
         visible = (offset >= lowest) & (offset <= highest) & (key <= last)
-        visible = visible & (row >= see_first) & (row <= see_last)
+        # Said of keys, not of rows: as scalars these cost uniform registers and spills.
+        visible = visible & (offset <= key - see_first) & (offset >= key - see_last)
         if HAS_BOUNDS:
             at = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
             lo = gl.maximum(gl.load(at), 0)
