@@ -1,0 +1,54 @@
+"""What one query sees, as scalars: every window is an interval of rows of its pair."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def narrowed(kv_bounds, batch, i, seq, low, high, HAS_BOUNDS: gl.constexpr):
+    """Return an interval of key positions within the bounds of query i."""
+    if HAS_BOUNDS:
+        pair = kv_bounds + (batch.to(gl.int64) * seq + i) * 2
+        low = gl.maximum(low, gl.load(pair))
+        high = gl.minimum(high, gl.load(pair + 1))
+    return low, high
+
+
+@gluon.jit
+def position_of(q_start, batch, i, default_start, HAS_Q_START: gl.constexpr):
+    """Return where query i of a batch row stands among the keys."""
+    start = default_start
+    if HAS_Q_START:
+        start = gl.load(q_start + batch)
+    return start + i
+
+
+@gluon.jit
+def query_reach(
+    kv_bounds, q_start, batch, i, seq, keys, wide_rows, narrow_rows,
+    wide_left, wide_right, narrow_left, narrow_right, default_start,
+    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+):  # fmt: skip
+    """Return [low, high) of the wide pair's rows and [first, end) of the narrow pair's.
+
+    All four are 0 where one of them would be empty.
+    """
+    position = position_of(q_start, batch, i, default_start, HAS_Q_START)
+    wide_first = keys - wide_rows
+    narrow_first = keys - narrow_rows
+    low = gl.maximum(position - wide_left, wide_first)
+    high = gl.minimum(position + wide_right + 1, keys)
+    first = gl.maximum(position - narrow_left, narrow_first)
+    end = gl.minimum(position + narrow_right + 1, keys)
+    low, high = narrowed(kv_bounds, batch, i, seq, low, high, HAS_BOUNDS)
+    first, end = narrowed(kv_bounds, batch, i, seq, first, end, HAS_BOUNDS)
+    low -= wide_first
+    high -= wide_first
+    first -= narrow_first
+    end -= narrow_first
+    if (low >= high) | (first >= end):
+        low = 0
+        high = 0
+        first = 0
+        end = 0
+    return low, high, first, end
