@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
 from csrc_free.hopper.spans import spans_of
@@ -25,6 +26,7 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str
+    query: query.Config | str
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -38,7 +40,11 @@ class Choice:
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
-    return Choice(keys=plan_of(problem, dout))
+    config = query.choose(problem.traits(dout), problem.device)
+    return Choice(
+        keys=plan_of(problem, dout),
+        query="its kernel serves bfloat16, trilinear, 3 to 64 heads" if config is None else config,
+    )
 
 
 def attn_backward(
@@ -60,11 +66,23 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    choice = choose(problem, statistics.dout)
+    run(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
+
+
+def run(
+    problem: Problem, statistics: Statistics, choice: Choice,
+    dq: Tensor | None, wide: Pair, narrow: Pair,
+) -> None:  # fmt: skip
+    """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: Pair = (None, None)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         _run_keys(problem, statistics, choice.keys, wide, narrow)
         wide, narrow = nothing, nothing
+    # A portable kernel that fills the narrow pair's gradients may write dq on its way.
+    is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
+    if isinstance(choice.query, query.Config) and dq is not None and is_beside:
+        query.backward_query(problem, statistics, dq, choice.query)
+        dq = None
     portable.run(problem, statistics, dq, wide, narrow)
 
 

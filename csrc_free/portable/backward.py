@@ -90,6 +90,11 @@ def run(
     _Backward(problem, choice, statistics).run(dq, wide, narrow)
 
 
+def pairs_serve(problem: Problem, statistics: Statistics) -> bool:
+    """Tell whether the narrow pair's gradients come from a kernel that leaves dq to another."""
+    return choose(problem.traits(statistics.dout), problem.device).pairs is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Backward:
     problem: Problem
