@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_free.hopper.assembly import pack_bfloat16
+from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import KEYS, MULTIPROCESSORS, ROWS, Plan
 from csrc_free.launch import OPTIONS
@@ -150,15 +151,15 @@ def _fetch(
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
             base, turns = _turns(narrow_first, narrow_end, positions)
-            mbarrier.wait(keys_empty, (tiles_done & 1) ^ 1)
-            mbarrier.expect(keys_full, k_wide.block_type.nbytes + v_wide.block_type.nbytes)
+            wait_empty(keys_empty, 0, tiles_done)
+            mbarrier.expect(keys_full.index(0), k_wide.block_type.nbytes + v_wide.block_type.nbytes)
             to = [batch, kv_head, tile * _KEYS, 0]
             tma.async_copy_global_to_shared(
-                k_wide, to, keys_full,
+                k_wide, to, keys_full.index(0),
                 k_tile._reinterpret(gl.bfloat16, [1, 1, _KEYS, BLOCK_D], k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                v_wide, to, keys_full,
+                v_wide, to, keys_full.index(0),
                 v_tile._reinterpret(gl.bfloat16, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
             for turn in range(turns * split // splits, turns * (split + 1) // splits):
@@ -169,7 +170,7 @@ def _fetch(
                 for _ in range(count):
                     s = step % STAGES
                     full = rows_full.index(s)
-                    mbarrier.wait(rows_empty.index(s), ((step // STAGES) & 1) ^ 1)
+                    wait_empty(rows_empty, s, step // STAGES)
                     mbarrier.expect(
                         full,
                         q.block_type.nbytes + dout.block_type.nbytes
@@ -259,10 +260,19 @@ def _pass_by(first, last, step, rows_full, rows_empty, STAGES: gl.constexpr):
     """Let go of the tiles of a turn that only the other warpgroup needs."""
     for _ in range(first, last):
         s = step % STAGES
-        mbarrier.wait(rows_full.index(s), (step // STAGES) & 1)
-        mbarrier.arrive(rows_empty.index(s), count=1)
+        wait_full(rows_full, s, step // STAGES)
+        arrive(rows_empty, s)
         step += 1
     return step
+
+
+@gluon.jit
+def _wait_for_turn(barrier, r: gl.constexpr, turn):
+    """Wait until the other warpgroup has added: 0 adds before 1, in every turn."""
+    if r == 0:
+        wait_empty(barrier, 1, turn)
+    else:
+        wait_full(barrier, 0, turn)
 
 
 @gluon.jit
@@ -289,7 +299,7 @@ def _sum_up(
     r: gl.constexpr,
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
     q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile, vk, vv, k_row, v_row,
-    dk_sums, dv_sums, rows_full, rows_empty, keys_full, keys_empty, first_done, second_done,
+    dk_sums, dv_sums, rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
     sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
     k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
@@ -355,22 +365,21 @@ def _sum_up(
             highest = start + wide_right - key_first
             reach = (key_first, lowest, highest, keys - 1 - key_first)
             is_whole = (key_first >= lo) & (key_first + _KEYS <= hi) & (is_huge == 0)
-            m, first, count = _turn(
-                turns * split // splits, turns, base, query_first, query_end, start, narrow_left, narrow_right, positions
-            )
-            row = gl.minimum(gl.maximum(m + positions * r - narrow_row_0, 0), narrow_rows - 1)
+            next_m, next_first, next_count = _turn(
+                turns * split // splits, turns, base, query_first, query_end, start,
+                narrow_left, narrow_right, positions,
+            )  # fmt: skip
+            row = gl.minimum(gl.maximum(next_m + positions * r - narrow_row_0, 0), narrow_rows - 1)
             k_next = gl.load(
                 k_of_head + row.to(gl.int64) * stride_kn_n + columns, mask=columns < HEAD_DIM, other=0.0
             )
             v_next = gl.load(
                 v_of_head + row.to(gl.int64) * stride_vn_n + value_columns, mask=value_columns < VALUE_DIM, other=0.0
             )
-            mbarrier.wait(keys_full, tiles_done & 1)
+            wait_full(keys_full, 0, tiles_done)
             for turn in range(turns * split // splits, turns * (split + 1) // splits):
-                m, first, count = _turn(
-                    turn, turns, base, query_first, query_end, start, narrow_left, narrow_right,
-                    positions,
-                )  # fmt: skip
+                first, count = next_first, next_count
+                m = next_m
                 m += positions * r
                 is_narrow = (m >= narrow_first) & (m < narrow_end)
                 see_first = m - narrow_right - start
@@ -390,7 +399,7 @@ def _sum_up(
 
                 k_row.store(k_next[None, :])
                 v_row.store(v_next[None, :])
-                next_m, _first, _count = _turn(
+                next_m, next_first, next_count = _turn(
                     turn + 1, turns, base, query_first, query_end, start,
                     narrow_left, narrow_right, positions,
                 )  # fmt: skip
@@ -427,7 +436,7 @@ def _sum_up(
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
                     now = step % STAGES
-                    mbarrier.wait(rows_full.index(now), (step // STAGES) & 1)
+                    wait_full(rows_full, now, step // STAGES)
                     s = warpgroup_mma(
                         vk, q_tiles.index(now).permute((1, 0)), no_logits,
                         use_acc=False, is_async=True,
@@ -447,7 +456,7 @@ def _sum_up(
                         )  # fmt: skip
                         step += 1
                         later = step % STAGES
-                        mbarrier.wait(rows_full.index(later), (step // STAGES) & 1)
+                        wait_full(rows_full, later, step // STAGES)
                         x = warpgroup_mma(
                             gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                         )
@@ -469,58 +478,59 @@ def _sum_up(
                     x = warpgroup_mma(
                         gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                     )
-                    # The sums of the wide pair: warpgroup 0 before 1, in every turn.
-                    if r == 0:
-                        mbarrier.wait(second_done, (turns_done & 1) ^ 1)
-                    else:
-                        mbarrier.wait(first_done, turns_done & 1)
-                    y = warpgroup_mma_wait(1, deps=(y,))
+                    x, y = warpgroup_mma_wait(0, deps=(x, y))
+                    arrive(rows_empty, now)
+                    step += 1
+                    step = _pass_by(tile_end, count, step, rows_full, rows_empty, STAGES)
                     dv_row = _sum_over_keys(
                         y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
                         dv_partials, by_columns,
                     )  # fmt: skip
-                    if DO_ACCUMULATE:
-                        dv_row += dv_before
-                    gl.store(to_dv, dv_row, mask=part_value_columns < VALUE_DIM)
-                    dv_sums.store(dv_sums.load(of_y) + y * _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS))
-                    x = warpgroup_mma_wait(0, deps=(x,))
-                    mbarrier.arrive(rows_empty.index(now), count=1)
-                    step += 1
                     dk_row = scale * _sum_over_keys(
                         x * _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS),
                         dk_partials, by_columns,
                     )  # fmt: skip
                     if DO_ACCUMULATE:
+                        dv_row += dv_before
                         dk_row += dk_before
+                    gl.store(to_dv, dv_row, mask=part_value_columns < VALUE_DIM)
                     gl.store(to_dk, dk_row, mask=part_columns < HEAD_DIM)
-                    dk_sums.store(dk_sums.load(of_x) + x * _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS))
+                    # The sums of the wide pair: warpgroup 0 before 1, in every turn.
+                    _wait_for_turn(dv_turn, r, turns_done)
+                    dv_sums.store(
+                        dv_sums.load(of_y)
+                        + y * _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
+                    )
+                    arrive(dv_turn, r)
+                    _wait_for_turn(dk_turn, r, turns_done)
+                    dk_sums.store(
+                        dk_sums.load(of_x)
+                        + x * _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                    )
+                    arrive(dk_turn, r)
                 else:
-                    if r == 0:
-                        mbarrier.wait(second_done, (turns_done & 1) ^ 1)
-                    else:
-                        mbarrier.wait(first_done, turns_done & 1)
-                if r == 0:
-                    mbarrier.arrive(first_done, count=1)
-                else:
-                    mbarrier.arrive(second_done, count=1)
+                    step = _pass_by(tile_end, count, step, rows_full, rows_empty, STAGES)
+                    _wait_for_turn(dv_turn, r, turns_done)
+                    arrive(dv_turn, r)
+                    _wait_for_turn(dk_turn, r, turns_done)
+                    arrive(dk_turn, r)
                 turns_done += 1
-                step = _pass_by(tile_end, count, step, rows_full, rows_empty, STAGES)
+            _wait_for_turn(dv_turn, r, turns_done)
             if r == 0:
-                mbarrier.wait(second_done, (turns_done & 1) ^ 1)
-                _hand_over(
-                    dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dk_b, stride_dk_h, stride_dk_n, scale, HEAD_DIM, BLOCK_D, by_rows,
-                )  # fmt: skip
-                mbarrier.arrive(first_done, count=1)
-            else:
-                mbarrier.wait(first_done, turns_done & 1)
                 _hand_over(
                     dv_sums, dv_wide + split_offset * VALUE_DIM, batch, kv_head, tile, wide_rows,
                     stride_dv_b, stride_dv_h, stride_dv_n, 1.0, VALUE_DIM, BLOCK_DV, by_rows,
                 )  # fmt: skip
-                mbarrier.arrive(second_done, count=1)
+            arrive(dv_turn, r)
+            _wait_for_turn(dk_turn, r, turns_done)
+            if r == 1:
+                _hand_over(
+                    dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
+                    stride_dk_b, stride_dk_h, stride_dk_n, scale, HEAD_DIM, BLOCK_D, by_rows,
+                )  # fmt: skip
+            arrive(dk_turn, r)
             turns_done += 1
-            mbarrier.arrive(keys_empty, count=1)
+            arrive(keys_empty, 0)
             tiles_done += 1
 
 
@@ -579,20 +589,12 @@ def backward_keys_kernel(
     dv_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_DV], float32_rows)
     k_rows = gl.allocate_shared_memory(gl.bfloat16, [2, 1, BLOCK_D], plain)
     v_rows = gl.allocate_shared_memory(gl.bfloat16, [2, 1, BLOCK_DV], plain)
-    rows_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    rows_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    others = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(rows_full.index(s), count=1)
-        mbarrier.init(rows_empty.index(s), count=2)
-    keys_full = others.index(0)
-    keys_empty = others.index(1)
-    first_done = others.index(2)
-    second_done = others.index(3)
-    mbarrier.init(keys_full, count=1)
-    mbarrier.init(keys_empty, count=2)
-    mbarrier.init(first_done, count=1)
-    mbarrier.init(second_done, count=1)
+    rows_full = barriers(STAGES, 1)
+    rows_empty = barriers(STAGES, 2)
+    keys_full = barriers(1, 1)
+    keys_empty = barriers(1, 2)
+    dk_turn = barriers(2, 1)
+    dv_turn = barriers(2, 1)
     fence_async_shared()
 
     sizes = (
@@ -609,7 +611,7 @@ def backward_keys_kernel(
             k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans,
             q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(0), vv.index(0), k_rows.index(0), v_rows.index(0), dk_sums, dv_sums,
-            rows_full, rows_empty, keys_full, keys_empty, first_done, second_done,
+            rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
@@ -620,7 +622,7 @@ def backward_keys_kernel(
             k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans,
             q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(1), vv.index(1), k_rows.index(1), v_rows.index(1), dk_sums, dv_sums,
-            rows_full, rows_empty, keys_full, keys_empty, first_done, second_done,
+            rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
