@@ -12,7 +12,9 @@ from torch import Tensor
 
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.backward_keys import backward_keys
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
+from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
+from csrc_free.hopper.backward_wide import backward_wide
+from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
 from csrc_free.hopper.spans import spans_of
 from csrc_free.portable import backward as portable
 from csrc_free.portable.backward import Pair, complete
@@ -25,7 +27,8 @@ from csrc_free.steps.parts import parts_of_wide_keys
 class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
-    keys: Plan | str
+    keys: Plan | str  # all four key-value gradients
+    wide: str | None  # the wide pair's alone, where those do not run: None
     query: query.Config | str
 
     @property
@@ -43,6 +46,7 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     config = query.choose(problem.traits(dout), problem.device)
     return Choice(
         keys=plan_of(problem, dout),
+        wide=why_not_wide(problem, dout),
         query="its kernel serves bfloat16, trilinear, 3 to 64 heads" if config is None else config,
     )
 
@@ -78,6 +82,10 @@ def run(
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         _run_keys(problem, statistics, choice.keys, wide, narrow)
         wide, narrow = nothing, nothing
+    elif choice.wide is None and any(grad is not None for grad in wide):
+        dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
+        backward_wide(problem, statistics, dk_wide, dv_wide, spans_of(problem, WIDE_KEYS))
+        wide = nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_free.hopper.assembly import pack_bfloat16
-from csrc_free.hopper.channels import barriers, wait_empty, wait_full
+from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import MULTIPROCESSORS, ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
@@ -90,7 +90,7 @@ def _item(
 @gluon.jit
 def _fetch(
     q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
-    q_tile, dout_tile, k_tiles, v_tiles, ring, k_full, k_empty, q_full, q_empty, full, empty,
+    q_tile, dout_tile, k_tiles, v_tiles, ring, k_full, k_empty, q_full, q_empty, slot_full, slot_empty,
     sizes, items, heads,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
@@ -101,6 +101,9 @@ def _fetch(
         start_default,
     ) = sizes  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
+    shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
+    rows: gl.constexpr = [1, 1, HEADS, positions, BLOCK_D]
+    slots: gl.constexpr = [HEADS, 1, 1, positions, BLOCK_D]
     narrow_first = gl.maximum(wide_rows, narrow_rows) - narrow_rows
     step = 0
     items_done = 0
@@ -114,7 +117,6 @@ def _fetch(
         mbarrier.expect(k_full.index(0), 4 * k_wide.block_type.nbytes)
         for half in gl.static_range(2):
             at = [batch, kv_head, tile * _KEYS + half * _HALF, 0]
-            shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
             tma.async_copy_global_to_shared(
                 k_wide, at, k_full.index(0),
                 k_tiles.index(half)._reinterpret(gl.bfloat16, shape, k_wide.layout),
@@ -127,7 +129,6 @@ def _fetch(
             i = query_first + a * positions
             wait_empty(q_empty, 0, tiles_done)
             mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
-            rows: gl.constexpr = [1, 1, HEADS, positions, BLOCK_D]
             tma.async_copy_global_to_shared(
                 q, [batch, kv_head, 0, i, 0], q_full.index(0),
                 q_tile._reinterpret(gl.bfloat16, rows, q.layout),
@@ -139,91 +140,82 @@ def _fetch(
             tiles_done += 1
             for d in range(offsets):
                 s = step % STAGES
-                wait_empty(empty, s, step // STAGES)
-                mbarrier.expect(full.index(s), 2 * HEADS * k_narrow.block_type.nbytes)
+                wait_empty(slot_empty, s, step // STAGES)
+                mbarrier.expect(slot_full.index(s), 2 * HEADS * k_narrow.block_type.nbytes)
                 at = [batch, kv_head, start + i - first - d - narrow_first, 0]
-                slots: gl.constexpr = [HEADS, 1, 1, positions, BLOCK_D]
-                to_k = ring.index(2 * s)._reinterpret(gl.bfloat16, slots, _many(k_narrow.layout))
-                to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, slots, _many(v_narrow.layout))
+                to_k = ring.index(2 * s)._reinterpret(gl.bfloat16, slots, k_narrow.layout)
+                to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, slots, v_narrow.layout)
                 for head in gl.static_range(HEADS):
                     tma.async_copy_global_to_shared(
-                        k_narrow, at, full.index(s), to_k.index(head)
+                        k_narrow, at, slot_full.index(s), to_k.index(head)
                     )
                     tma.async_copy_global_to_shared(
-                        v_narrow, at, full.index(s), to_v.index(head)
+                        v_narrow, at, slot_full.index(s), to_v.index(head)
                     )
                 step += 1
         items_done += 1
 
 
-@gluon.constexpr_function
-def _many(layout):
-    """Return the layout of several tiles, one after the other."""
-    return gl.NVMMASharedLayout(
-        layout.swizzle_byte_width, layout.element_bitwidth, layout.rank + 1
-    )
+@gluon.jit
+def _build(
+    step, place, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full, built,
+    r: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Make this warpgroup's half of the virtual rows of a step, in the narrow rows' place.
+
+    `place` is the step's among the offsets of its tile of rows; returns the next step's, and the
+    tiles that are done.
+    """
+    s = step % STAGES
+    wait_full(slot_full, s, step // STAGES)
+    if place == 0:
+        wait_full(q_full, 0, tiles_done)
+    rows = ring.index(2 * s + r)
+    x = _biased(rows.load(LAYOUT), bias, HAS_BIAS)
+    rows.store((x * mine.load(LAYOUT)).to(gl.bfloat16))
+    fence_async_shared()
+    arrive(built, s)
+    place += 1
+    if place == offsets:
+        arrive(q_empty, 0)
+        place = 0
+        tiles_done += 1
+    return place, tiles_done
 
 
 @gluon.jit
-def _build(
-    step, is_first, is_last, tiles_done, mine, bias, ring, q_full, q_empty, full, built,
-    r: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Make this warpgroup's half of the virtual rows of a step, in the narrow rows' place."""
-    s = step % STAGES
-    wait_full(full, s, step // STAGES)
-    if is_first:
-        wait_full(q_full, 0, tiles_done)
-    rows = ring.index(2 * s + r)
-    x = rows.load(LAYOUT)
+def _biased(tile, bias, HAS_BIAS: gl.constexpr):
     if HAS_BIAS:
-        x = x.to(gl.float32) + bias
-    rows.store((x * mine.load(LAYOUT)).to(gl.bfloat16))
-    fence_async_shared()
-    mbarrier.arrive(built.index(s), count=1)
-    if is_last:
-        mbarrier.arrive(q_empty.index(0), count=1)
+        tile = tile.to(gl.float32) + bias
+    return tile
 
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, i, offset, window, bounds_of_all, is_huge, batch, kv_bounds, seq, log2_scale,
+    s, lse2_tile, i, offset, full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
     HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i, each at its narrow key of an offset.
 
     Rows past the last query have an infinite lse.
     """
-    positions: gl.constexpr = _ROWS // HEADS
-    key_first, start, wide_left, wide_right, narrow_first, keys = window
-    lo, hi, query_end = bounds_of_all
+    full_first, full_last, full_narrow_first, full_narrow_last = full
     p = gl.exp2(s * log2_scale - lse2_tile.load(LAYOUT))
-    at = start + i  # the position of the first row
-    is_whole = (
-        (key_first + _HALF - 1 <= at + wide_right) & (key_first >= at + positions - 1 - wide_left)
-        & (key_first + _HALF <= hi) & (at - offset >= narrow_first)
-        & (at + positions - 1 - offset < hi) & (is_huge == 0)
-    )  # fmt: skip
-    if HAS_BOUNDS:
-        is_whole = (
-            is_whole & (key_first >= lo) & (at - offset >= lo) & (i + positions <= query_end)
-        )
+    is_whole = (i >= full_first) & (i <= full_last)
+    is_whole = is_whole & (i - offset >= full_narrow_first) & (i - offset <= full_narrow_last)
     if is_whole == 0:
-        key = (key_first + gl.arange(0, _HALF, layout=rows_of(LAYOUT)))[:, None]
-        row = i + gl.arange(0, _ROWS, layout=columns_of(LAYOUT)) % positions
-        m = start + row - offset
-        first = start + row - wide_left
-        last = gl.minimum(start + row + wide_right, keys - 1)
-        sees = (m >= narrow_first) & (m < keys)
+        lowest, highest, last, narrow_first, narrow_last = reach
+        key = gl.arange(0, _HALF, layout=rows_of(LAYOUT))[:, None]
+        row = i + (gl.arange(0, _ROWS, layout=columns_of(LAYOUT)) % (_ROWS // HEADS))[None, :]
+        visible = (key - row >= lowest) & (key - row <= highest) & (key <= last)
+        visible = visible & (row - offset >= narrow_first) & (row - offset <= narrow_last)
         if HAS_BOUNDS:
             of_row = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
-            bound_lo = gl.load(of_row)
-            bound_hi = gl.load(of_row + 1)
-            first = gl.maximum(first, bound_lo)
-            last = gl.where(last >= bound_hi, bound_hi - 1, last)
-            sees = sees & (m >= bound_lo) & (m < bound_hi)
-        first = gl.where(sees, first, keys)
-        visible = (key >= first[None, :]) & (key <= last[None, :])
+            lo = gl.maximum(gl.load(of_row), 0)
+            hi = gl.maximum(gl.load(of_row + 1), 0)
+            m = start + row - offset
+            visible = visible & (key >= lo - key_first) & (key < hi - key_first)
+            visible = visible & (m >= lo) & (m < hi)
         p = gl.where(visible, gl.minimum(p, 1.0), 0.0)
     return p
 
@@ -233,7 +225,7 @@ def _sum_up(
     r: gl.constexpr,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     mine, statistic, k_tile, v_tile, ring,
-    k_full, k_empty, q_full, q_empty, full, empty, built,
+    k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
     sizes, group, items, heads, strides, scale, log2_scale, bias,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
@@ -252,7 +244,7 @@ def _sum_up(
     positions: gl.constexpr = _ROWS // HEADS
     no_logits = gl.zeros([_HALF, _ROWS], gl.float32, of_logits)
     both = gl.arange(0, 2 * _ROWS, layout=of_row)
-    statistics = statistic._reinterpret(gl.float32, [2, 1, _ROWS], plain(3))
+    statistics = statistic._reinterpret(gl.float32, [2, 1, _ROWS], plain(2))
     both_statistics = statistic._reinterpret(gl.float32, [1, 2 * _ROWS], plain(2))
     keys = gl.maximum(wide_rows, narrow_rows)
     step = 0
@@ -264,8 +256,21 @@ def _sum_up(
         )  # fmt: skip
         is_huge = gl.load(has_huge + bh) != 0
         key_first += r * _HALF
-        window = key_first, start, wide_left, wide_right, keys - narrow_rows, keys
-        bounds_of_all = lo, hi, query_end
+        # Offsets of a key in this half from a query, and of a query from its narrow key.
+        lowest = start - wide_left - key_first
+        highest = start + wide_right - key_first
+        narrow_first = keys - narrow_rows - start
+        reach = lowest, highest, keys - 1 - key_first, narrow_first, keys - 1 - start
+        # What a tile of rows must be like to be seen whole: no mask.
+        full_first = _HALF - 1 - highest
+        full_last = 0 - lowest - positions + 1
+        full_narrow_first = narrow_first
+        if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
+            full_last = gl.minimum(full_last, query_end - positions)
+            full_narrow_first = gl.maximum(narrow_first, lo - start)
+        is_whole = (key_first >= lo) & (key_first + _HALF <= hi) & (is_huge == 0)
+        full_last = gl.where(is_whole, full_last, full_first - 1)
+        full = full_first, full_last, full_narrow_first, hi - start - positions
         # The tiles of rows that see this half.
         own_first = gl.maximum(key_first - wide_right - start, query_first)
         own_end = gl.minimum(
@@ -276,39 +281,30 @@ def _sum_up(
             (gl.maximum(own_end - query_first, 0) + positions - 1) // positions, tiles
         )
         tile_end = gl.maximum(tile_end, tile_first)
-        steps = tiles * offsets
-        step_first = tile_first * offsets
-        step_end = tile_end * offsets
+        step_end = step + tiles * offsets
+        own_step = step + tile_first * offsets
+        own_step_end = step + tile_end * offsets
         x = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         y = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         wait_full(k_full, 0, items_done)
-        # Virtual rows are made two steps ahead: `to_build` is the next step's place in its tile.
+        # Virtual rows are made two steps ahead: `to_build` is that step's place in its tile.
         to_build = 0
-        for ahead in range(gl.minimum(2, steps)):
-            _build(
-                step + ahead, to_build == 0, to_build == offsets - 1, tiles_done, mine, bias, ring,
-                q_full, q_empty, full, built, r, STAGES, HAS_BIAS, by_rows,
+        for ahead in range(step, gl.minimum(step + 2, step_end)):
+            to_build, tiles_done = _build(
+                ahead, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
+                built, r, STAGES, HAS_BIAS, by_rows,
             )  # fmt: skip
-            to_build += 1
-            if to_build == offsets:
-                to_build = 0
-                tiles_done += 1
-        for t in range(step_first):
-            if t + 2 < steps:
-                _build(
-                    step + 2, to_build == 0, to_build == offsets - 1, tiles_done, mine, bias, ring,
-                    q_full, q_empty, full, built, r, STAGES, HAS_BIAS, by_rows,
+        for step in range(step, own_step):
+            if step + 2 < step_end:
+                to_build, tiles_done = _build(
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
+                    built, r, STAGES, HAS_BIAS, by_rows,
                 )  # fmt: skip
-                to_build += 1
-                if to_build == offsets:
-                    to_build = 0
-                    tiles_done += 1
             wait_full(built, step % STAGES, step // STAGES)
-            mbarrier.arrive(empty.index(step % STAGES), count=1)
-            step += 1
-        if step_end > step_first:
-            now = step % STAGES
-            wait_full(built, now, step // STAGES)
+            arrive(slot_empty, step % STAGES)
+        if own_step_end > own_step:
+            now = own_step % STAGES
+            wait_full(built, now, own_step // STAGES)
             s = warpgroup_mma(
                 k_tile, ring.index(2 * now).permute((1, 0)), no_logits,
                 use_acc=False, is_async=True,
@@ -316,7 +312,7 @@ def _sum_up(
             s = warpgroup_mma_wait(0, deps=(s,))
             i = query_first + tile_first * positions
             d = 0
-            for t in range(step_first, step_end):
+            for step in range(own_step, own_step_end):
                 if d == 0:
                     row = i + both % positions
                     head = both % _ROWS // positions
@@ -330,8 +326,8 @@ def _sum_up(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 p = _probabilities(
-                    s, statistics.index(0), i, first + d, window, bounds_of_all, is_huge, batch,
-                    kv_bounds, seq, log2_scale, HEADS, HAS_BOUNDS, of_logits,
+                    s, statistics.index(0), i, first + d, full, reach, batch, start, key_first,
+                    seq, kv_bounds, log2_scale, HEADS, HAS_BOUNDS, of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
                     gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
@@ -342,24 +338,19 @@ def _sum_up(
                 x = warpgroup_mma(
                     gl.convert_layout(ds, operand(BLOCK_D)), ring.index(2 * now), x, is_async=True
                 )
-                if t + 2 < steps:
-                    _build(
-                        step + 2, to_build == 0, to_build == offsets - 1, tiles_done, mine, bias,
-                        ring, q_full, q_empty, full, built, r, STAGES, HAS_BIAS, by_rows,
+                if step + 2 < step_end:
+                    to_build, tiles_done = _build(
+                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
+                        built, r, STAGES, HAS_BIAS, by_rows,
                     )  # fmt: skip
-                    to_build += 1
-                    if to_build == offsets:
-                        to_build = 0
-                        tiles_done += 1
                 d += 1
                 if d == offsets:
                     d = 0
                     i += positions
-                step += 1
-                has_more = t + 1 < step_end
-                later = gl.where(has_more, step % STAGES, now)
+                has_more = step + 1 < own_step_end
+                later = gl.where(has_more, (step + 1) % STAGES, now)
                 if has_more:
-                    wait_full(built, later, step // STAGES)
+                    wait_full(built, later, (step + 1) // STAGES)
                 # After the last step a product that nobody reads: nothing else may end the loop.
                 s = warpgroup_mma(
                     k_tile, ring.index(2 * later).permute((1, 0)), no_logits,
@@ -367,25 +358,21 @@ def _sum_up(
                 )  # fmt: skip
                 x, y = warpgroup_mma_wait(1, deps=(x, y))
                 if has_more:
-                    mbarrier.arrive(empty.index(now), count=1)
+                    arrive(slot_empty, now)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 if has_more == 0:
-                    mbarrier.arrive(empty.index(now), count=1)
+                    arrive(slot_empty, now)
                 now = later
-        for t in range(step_end, steps):
-            if t + 2 < steps:
-                _build(
-                    step + 2, to_build == 0, to_build == offsets - 1, tiles_done, mine, bias, ring,
-                    q_full, q_empty, full, built, r, STAGES, HAS_BIAS, by_rows,
+        for step in range(own_step_end, step_end):
+            if step + 2 < step_end:
+                to_build, tiles_done = _build(
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
+                    built, r, STAGES, HAS_BIAS, by_rows,
                 )  # fmt: skip
-                to_build += 1
-                if to_build == offsets:
-                    to_build = 0
-                    tiles_done += 1
             wait_full(built, step % STAGES, step // STAGES)
-            mbarrier.arrive(empty.index(step % STAGES), count=1)
-            step += 1
-        mbarrier.arrive(k_empty.index(0), count=1)
+            arrive(slot_empty, step % STAGES)
+        step = step_end
+        arrive(k_empty, 0)
         items_done += 1
 
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
@@ -427,7 +414,7 @@ def backward_wide_kernel(
     are [B, Hkv, N, G].
     """
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    mine = gl.allocate_shared_memory(gl.bfloat16, [2, _ROWS, BLOCK_D], gl.NVMMASharedLayout(128, 16, 3))
+    mine = gl.allocate_shared_memory(gl.bfloat16, [2, _ROWS, BLOCK_D], matrix)
     k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
     v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
     ring = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, _ROWS, BLOCK_D], matrix)
@@ -436,8 +423,8 @@ def backward_wide_kernel(
     k_empty = barriers(1, 2)
     q_full = barriers(1, 1)
     q_empty = barriers(1, 2)
-    full = barriers(STAGES, 1)
-    empty = barriers(STAGES, 2)
+    slot_full = barriers(STAGES, 1)
+    slot_empty = barriers(STAGES, 2)
     built = barriers(STAGES, 2)
     fence_async_shared()
     sizes = (
@@ -449,21 +436,21 @@ def backward_wide_kernel(
         (_sum_up, (
             0, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
             mine.index(0), statistic.index(0), k_tiles.index(0), v_tiles.index(0), ring,
-            k_full, k_empty, q_full, q_empty, full, empty, built,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, strides, scale, log2_scale, k_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_sum_up, (
             1, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
             mine.index(1), statistic.index(1), k_tiles.index(1), v_tiles.index(1), ring,
-            k_full, k_empty, q_full, q_empty, full, empty, built,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, strides, scale, log2_scale, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
             mine.index(0), mine.index(1), k_tiles, v_tiles, ring,
-            k_full, k_empty, q_full, q_empty, full, empty, sizes, items, heads,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, items, heads,
             HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

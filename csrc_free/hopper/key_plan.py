@@ -7,7 +7,7 @@ import torch
 import triton
 
 from csrc_free.device.descriptors import can_describe
-from csrc_free.problem import Problem
+from csrc_free.problem import Problem, block
 
 # A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
@@ -19,6 +19,9 @@ LIMIT_BYTES = 2**30
 FLOOR_BYTES = 2**27
 _TILES = (1, 2, 3, 4, 6, 8)
 _SPLITS = (1, 2, 3, 4, 6, 8)
+# What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
+# 2026-11-25).
+_SHARED_PART = 1.12
 _MOST_ITEMS = 4096  # beyond, programs are even without help
 
 
@@ -33,7 +36,49 @@ class Plan:
 
 
 def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
-    """Return how the work is divided, or why the kernel does not serve."""
+    """Return how the work is divided, or why the kernel of all four gradients does not serve."""
+    reason = _why_not(problem, dout)
+    if reason is None and not 3 <= problem.group <= ROWS:
+        reason = f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
+    if reason is not None:
+        return reason
+    batch, kv_heads, rows, _ = problem.k_wide.shape
+    plan = _division(
+        batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
+        problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
+        problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
+        2 * sum(t.numel() for t in problem.tensors),
+    )  # fmt: skip
+    if plan is None:
+        return "the parts of the narrow pair's gradients would take more memory than they may"
+    return plan
+
+
+def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
+    """Return why the kernel of the wide pair's gradients does not serve, or None."""
+    reason = _why_not(problem, dout)
+    if reason is not None:
+        return reason
+    if problem.group > 2:
+        return f"for 1 or 2 query heads of a key-value head, got {problem.group}"
+    if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
+        return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
+    if any(problem.biases()[:2]):
+        return "a bias of the wide pair"
+    for name, tensor in (
+        ("the narrow keys", problem.k_narrow), ("the narrow values", problem.v_narrow)
+    ):  # fmt: skip
+        if not can_describe(tensor):
+            return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
+    batch, kv_heads, rows, _ = problem.k_wide.shape
+    items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
+    if 2 * items < MULTIPROCESSORS:
+        return f"{items} tiles of {2 * KEYS} keys leave most of the device idle"
+    return None
+
+
+def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
+    """Return why no kernel of the key side here serves, or None."""
     device, head_dim, value_dim = problem.device, problem.q.shape[3], problem.v_wide.shape[3]
     if (device.backend, device.arch) != ("cuda", 90):
         return f"compiled for sm_90 alone, and the device is {device.name}"
@@ -41,24 +86,13 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         return f"for bfloat16 alone, got {problem.q.dtype}"
     if problem.form != "trilinear":
         return f"for the trilinear form alone, got {problem.form}"
-    if not 3 <= problem.group <= ROWS:
-        return f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
-    if max(head_dim, value_dim) > 128:
-        return f"for head_dim up to 128, got {max(head_dim, value_dim)}"
-    for name, tensor in (("q", problem.q), ("keys", problem.k_wide), ("values", problem.v_wide),
-                         ("dout", dout)):  # fmt: skip
+    if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
+        return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
+    for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),
+                         ("the wide values", problem.v_wide), ("dout", dout)):  # fmt: skip
         if not can_describe(tensor):
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
-    batch, kv_heads, rows, _ = problem.k_wide.shape
-    plan = _division(
-        batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
-        problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
-        problem.wide_first, head_dim + value_dim,
-        2 * sum(t.numel() for t in problem.tensors),
-    )  # fmt: skip
-    if plan is None:
-        return "the parts of the narrow pair's gradients would take more memory than they may"
-    return plan
+    return None
 
 
 @functools.cache
@@ -89,7 +123,8 @@ def _division(
                 if taken > limit:
                     continue
                 time = launches * _time(weights, heads, tiles, splits)
-                time *= 1 + 0.01 * (splits - 1 + tiles - 1 + launches - 1)
+                time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
+                time *= 1 + 0.01 * (launches - 1)
                 if best is None or time < best[0]:
                     best = time, Plan(tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
