@@ -28,7 +28,7 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str  # all four key-value gradients
-    wide: str | None  # the wide pair's alone, where those do not run: None
+    wide: str | None  # the wide pair's alone, where `keys` does not run: None
     query: query.Config | str
 
     @property
@@ -44,9 +44,10 @@ class Choice:
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
     config = query.choose(problem.traits(dout), problem.device)
+    keys = plan_of(problem, dout)
     return Choice(
-        keys=plan_of(problem, dout),
-        wide=why_not_wide(problem, dout),
+        keys=keys,
+        wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
         query="its kernel serves bfloat16, trilinear, 3 to 64 heads" if config is None else config,
     )
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free.hopper.assembly import pack_bfloat16
+from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import KEYS, MULTIPROCESSORS, ROWS, Plan
@@ -34,6 +34,7 @@ from csrc_free.steps.parts import Parts
 
 _KEYS = gl.constexpr(KEYS)
 _ROWS = gl.constexpr(ROWS)
+_NONE = gl.constexpr(-(2**30))  # before every query
 
 # Sizes that change from call to call: one compiled kernel serves them all.
 NOT_SPECIALIZED = (
@@ -41,6 +42,35 @@ NOT_SPECIALIZED = (
     "wide_left", "wide_right", "narrow_left", "narrow_right", "q_start_default",
     "items", "heads", "splits", "tiles", "tiles_of_a_part", "slots", "part_rows", "part_shift",
 )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _log2(power):
+    return power.bit_length() - 1
+
+
+@gluon.jit
+def _known(sizes, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr):
+    """Return the sizes, with what the usual problem knows of them: numbers cost no registers.
+
+    A causal window reaches no key after the query; in a square problem there are as many rows in
+    each pair as queries, and the first query stands at the first key.
+    """
+    (
+        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+        start,
+    ) = sizes  # fmt: skip
+    if IS_CAUSAL:
+        wide_right = 0
+        narrow_right = 0
+    if IS_SQUARE:
+        wide_rows = seq
+        narrow_rows = seq
+        start = 0
+    return (
+        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+        start,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -96,31 +126,41 @@ def _span(
 
 @gluon.jit
 def _turns(narrow_first, narrow_end, POSITIONS: gl.constexpr):
-    """Return the first narrow key of the first turn, and the number of turns.
+    """Return the first of the narrow keys' pairs, and their number.
 
     A turn is of two narrow keys, POSITIONS apart, so that they share all but two tiles of rows.
     """
-    pair: gl.constexpr = 2 * POSITIONS
-    base = narrow_first // pair * pair
-    return base, (narrow_end - base + pair - 1) // pair * POSITIONS
+    log: gl.constexpr = _log2(2 * POSITIONS)
+    base = (narrow_first >> log) << log
+    return base, ((narrow_end - base + 2 * POSITIONS - 1) >> log) * POSITIONS
 
 
 @gluon.jit
-def _turn(
-    turn, turns, base, query_first, query_end, start, narrow_left, narrow_right,
-    POSITIONS: gl.constexpr,
-):  # fmt: skip
-    """Return a turn's first narrow key, the first query that sees either key, and row tiles.
+def _places(base, turns, split, splits):
+    """Return the pair that a split begins with, and how many it has.
 
-    At turn t a program is at the pair of narrow keys congruent to t: programs whose tiles overlap
-    then read the same queries, from the cache.
+    At turn t a program is at the pair congruent to t: programs whose tiles overlap then read the
+    same queries, from the cache.
     """
+    first = turns * split // splits
     around = gl.maximum(turns, 1)
-    place = (turn + around - (base // 2) % around) % around
-    m = base + place // POSITIONS * (2 * POSITIONS) + place % POSITIONS
+    place = (first + around - (base // 2) % around) % around
+    return place, turns * (split + 1) // splits - first
+
+
+@gluon.jit
+def _narrow_key(place, base, POSITIONS: gl.constexpr):
+    """Return the first narrow key of a pair."""
+    log: gl.constexpr = _log2(POSITIONS)
+    return base + ((place >> log) << (log + 1)) + (place & (POSITIONS - 1))
+
+
+@gluon.jit
+def _rows_of(m, query_first, query_end, start, narrow_left, narrow_right, POSITIONS: gl.constexpr):
+    """Return the first query that sees m or m + POSITIONS, and how many tiles of rows do."""
     first = gl.maximum(m - narrow_right - start, query_first)
     end = gl.minimum(m + POSITIONS + narrow_left + 1 - start, query_end)
-    return m, first, gl.maximum(end - first + POSITIONS - 1, 0) // POSITIONS
+    return first, gl.maximum(end - first + POSITIONS - 1, 0) >> _log2(POSITIONS)
 
 
 @gluon.jit
@@ -130,12 +170,13 @@ def _fetch(
     rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles, tiles_of_a_part,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings tiles: the wide keys of each item, and for each turn the rows."""
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
         q_start_default,
-    ) = sizes  # fmt: skip
+    ) = _known(sizes, IS_CAUSAL, IS_SQUARE)  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
     step = 0
     tiles_done = 0
@@ -151,6 +192,7 @@ def _fetch(
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
             base, turns = _turns(narrow_first, narrow_end, positions)
+            place, own_turns = _places(base, turns, split, splits)
             wait_empty(keys_empty, 0, tiles_done)
             mbarrier.expect(keys_full.index(0), k_wide.block_type.nbytes + v_wide.block_type.nbytes)
             to = [batch, kv_head, tile * _KEYS, 0]
@@ -162,11 +204,13 @@ def _fetch(
                 v_wide, to, keys_full.index(0),
                 v_tile._reinterpret(gl.bfloat16, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
-            for turn in range(turns * split // splits, turns * (split + 1) // splits):
-                m, i, count = _turn(
-                    turn, turns, base, query_first, query_end, start, narrow_left, narrow_right,
-                    positions,
+            for _turn in range(own_turns):
+                i, count = _rows_of(
+                    _narrow_key(place, base, positions), query_first, query_end, start,
+                    narrow_left, narrow_right, positions,
                 )  # fmt: skip
+                place += 1
+                place = gl.where(place == turns, 0, place)
                 for _ in range(count):
                     s = step % STAGES
                     full = rows_full.index(s)
@@ -202,17 +246,22 @@ def _fetch(
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, i, full_first, full_last, see_first, see_last, m, reach, batch, seq, kv_bounds,
-    log2_scale, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    s, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i.
 
-    From full_first to full_last all see all keys; those from see_first to see_last see m. Rows past
-    the last query are zero in q and dout, and add nothing, whatever their P is.
+    Tiles from `first` to `last` need no mask. Rows past the last query are zero in q and dout, and
+    add nothing, whatever their P is.
     """
+    first, last = seen
     p = gl.exp2(s * log2_scale - lse2_tile.load(LAYOUT))
-    if (i < full_first) | (i > full_last):
-        key_first, lowest, highest, last = reach
+    if (i < first) | (i > last):
+        key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right = window
+        lowest = start - wide_left - key_first
+        highest = start + wide_right - key_first
+        see_first = m - narrow_right - start
+        see_last = m + narrow_left - start
         key = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
         if HEADS == _ROWS:
             row = i
@@ -220,7 +269,7 @@ def _probabilities(
             key = key[:, None]
             row = i + (gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT)) // HEADS)[None, :]
         offset = key - row
-        visible = (offset >= lowest) & (offset <= highest) & (key <= last)
+        visible = (offset >= lowest) & (offset <= highest) & (key < keys - key_first)
         # Said of keys, not of rows: as scalars these cost uniform registers and spills.
         visible = visible & (offset <= key - see_first) & (offset >= key - see_last)
         if HAS_BOUNDS:
@@ -237,8 +286,8 @@ def _probabilities(
 
 @gluon.jit
 def _weigh(
-    s, y, vv, dout_tile, delta_tile, lse2_tile, i, full_first, full_last, see_first, see_last, m,
-    reach, batch, seq, kv_bounds, log2_scale,
+    s, y, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq, kv_bounds,
+    log2_scale,
     HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
 ):  # fmt: skip
     """Return dS of a tile [keys, rows] in bfloat16, and y with its product under way."""
@@ -247,8 +296,8 @@ def _weigh(
         use_acc=False, is_async=True,
     )  # fmt: skip
     p = _probabilities(
-        s, lse2_tile, i, full_first, full_last, see_first, see_last, m, reach, batch, seq, kv_bounds,
-        log2_scale, HEADS, HAS_BOUNDS, LAYOUT,
+        s, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+        HEADS, HAS_BOUNDS, LAYOUT,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_bfloat16(p), A_OF_Y), dout_tile, y, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -264,6 +313,21 @@ def _pass_by(first, last, step, rows_full, rows_empty, STAGES: gl.constexpr):
         arrive(rows_empty, s)
         step += 1
     return step
+
+
+@gluon.jit
+def _load_rows(
+    k, v, k_head, v_head, row, rows, stride_k, stride_v, columns, value_columns,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, INDEX: gl.constexpr,
+):  # fmt: skip
+    """Load a row of a head's narrow keys and values; one that is not there is never used."""
+    row = gl.minimum(gl.maximum(row, 0), rows - 1).to(INDEX)
+    return (
+        gl.load(k + (k_head + row * stride_k) + columns, mask=columns < HEAD_DIM, other=0.0),
+        gl.load(
+            v + (v_head + row * stride_v) + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+        ),
+    )
 
 
 @gluon.jit
@@ -305,13 +369,14 @@ def _sum_up(
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
-    DO_ACCUMULATE: gl.constexpr,
+    DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
+    INDEX: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: of every turn's narrow keys it takes number r."""
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
         q_start_default,
-    ) = sizes  # fmt: skip
+    ) = _known(sizes, IS_CAUSAL, IS_SQUARE)  # fmt: skip
     (
         stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
         stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
@@ -326,6 +391,7 @@ def _sum_up(
     by_columns: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
     in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     positions: gl.constexpr = _ROWS // HEADS
+    log: gl.constexpr = _log2(positions)
 
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
     value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, one_row))
@@ -349,8 +415,8 @@ def _sum_up(
             item, heads, splits, kv_heads, q_start, q_start_default, HAS_Q_START
         )
         is_huge = gl.load(has_huge + bh) != 0
-        k_of_head = k_narrow + batch.to(gl.int64) * stride_kn_b + kv_head.to(gl.int64) * stride_kn_h
-        v_of_head = v_narrow + batch.to(gl.int64) * stride_vn_b + kv_head.to(gl.int64) * stride_vn_h
+        k_head = batch.to(INDEX) * stride_kn_b + kv_head.to(INDEX) * stride_kn_h
+        v_head = batch.to(INDEX) * stride_vn_b + kv_head.to(INDEX) * stride_vn_h
         split_offset = split.to(gl.int64) * heads * wide_rows
         slot = (part * heads + bh) * slots - narrow_row_0 - (part * part_rows + part_shift)
         for tile in range(
@@ -361,62 +427,56 @@ def _sum_up(
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
             base, turns = _turns(narrow_first, narrow_end, positions)
-            lowest = start - wide_left - key_first
-            highest = start + wide_right - key_first
-            reach = (key_first, lowest, highest, keys - 1 - key_first)
-            is_whole = (key_first >= lo) & (key_first + _KEYS <= hi) & (is_huge == 0)
-            next_m, next_first, next_count = _turn(
-                turns * split // splits, turns, base, query_first, query_end, start,
-                narrow_left, narrow_right, positions,
+            place, own_turns = _places(base, turns, split, splits)
+            m = _narrow_key(place, base, positions) + positions * r
+            k_next, v_next = _load_rows(
+                k_narrow, v_narrow, k_head, v_head, m - narrow_row_0, narrow_rows,
+                stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
             )  # fmt: skip
-            row = gl.minimum(gl.maximum(next_m + positions * r - narrow_row_0, 0), narrow_rows - 1)
-            k_next = gl.load(
-                k_of_head + row.to(gl.int64) * stride_kn_n + columns, mask=columns < HEAD_DIM, other=0.0
-            )
-            v_next = gl.load(
-                v_of_head + row.to(gl.int64) * stride_vn_n + value_columns, mask=value_columns < VALUE_DIM, other=0.0
-            )
             wait_full(keys_full, 0, tiles_done)
-            for turn in range(turns * split // splits, turns * (split + 1) // splits):
-                first, count = next_first, next_count
-                m = next_m
+            for _turn in range(own_turns):
+                if not HAS_BOUNDS:
+                    # Made anew from the tile: kept, these numbers are spilled, and come back from
+                    # the L2 cache, since next to no L1 is left beside the shared memory.
+                    key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = _span(
+                        tile + opaque_zero(), batch, tiles, start, spans, seq, wide_rows,
+                        narrow_rows, wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+                    )  # fmt: skip
+                    base, turns = _turns(narrow_first, narrow_end, positions)
+                m = _narrow_key(place, base, positions)
+                first, count = _rows_of(
+                    m, query_first, query_end, start, narrow_left, narrow_right, positions
+                )
                 m += positions * r
-                is_narrow = (m >= narrow_first) & (m < narrow_end)
                 see_first = m - narrow_right - start
                 see_last = m + narrow_left - start
-                own_first = gl.maximum(see_first, query_first)
-                own_end = gl.minimum(see_last + 1, query_end)
-                tile_first = gl.minimum(gl.maximum(own_first - first, 0) // positions, count)
-                tile_end = gl.minimum(
-                    (gl.maximum(own_end - first, 0) + positions - 1) // positions, count
-                )
-                tile_end = gl.where(is_narrow, gl.maximum(tile_end, tile_first), tile_first)
-                full_first = gl.maximum(_KEYS - 1 - highest, see_first)
-                full_last = gl.minimum(0 - lowest, see_last) - positions + 1
-                if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
-                    full_last = gl.minimum(full_last, query_end - positions)
-                full_last = gl.where(is_whole & (m >= lo) & (m < hi), full_last, full_first - 1)
+                if r == 0:
+                    tile_first = 0
+                    own_end = gl.minimum(see_last + 1, query_end)
+                    tile_end = (gl.maximum(own_end - first, 0) + positions - 1) >> log
+                else:
+                    tile_first = gl.minimum(
+                        (gl.maximum(see_first, query_first) - first) >> log, count
+                    )
+                    tile_end = count
+                is_narrow = (m >= narrow_first) & (m < narrow_end)
+                tile_end = gl.where(is_narrow, tile_end, tile_first)
 
+                place += 1
+                place = gl.where(place == turns, 0, place)
                 k_row.store(k_next[None, :])
                 v_row.store(v_next[None, :])
-                next_m, next_first, next_count = _turn(
-                    turn + 1, turns, base, query_first, query_end, start,
-                    narrow_left, narrow_right, positions,
+                k_next, v_next = _load_rows(
+                    k_narrow, v_narrow, k_head, v_head,
+                    _narrow_key(place, base, positions) + positions * r - narrow_row_0, narrow_rows,
+                    stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
                 )  # fmt: skip
-                row = gl.minimum(
-                    gl.maximum(next_m + positions * r - narrow_row_0, 0), narrow_rows - 1
-                )
-                k_next = gl.load(
-                k_of_head + row.to(gl.int64) * stride_kn_n + columns, mask=columns < HEAD_DIM, other=0.0
-            )
-                v_next = gl.load(
-                v_of_head + row.to(gl.int64) * stride_vn_n + value_columns, mask=value_columns < VALUE_DIM, other=0.0
-            )
-
                 to_dk = dk_parts + (slot + m) * HEAD_DIM + part_columns
                 to_dv = dv_parts + (slot + m) * VALUE_DIM + part_value_columns
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
-                    dk_before = gl.load(to_dk, mask=is_narrow & (part_columns < HEAD_DIM), other=0.0)
+                    dk_before = gl.load(
+                        to_dk, mask=is_narrow & (part_columns < HEAD_DIM), other=0.0
+                    )
                     dv_before = gl.load(
                         to_dv, mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0
                     )
@@ -433,6 +493,17 @@ def _sum_up(
                         .to(gl.bfloat16)
                     )
                     fence_async_shared()
+                    # Tiles of rows from `begin` to `last` see all of these keys, and m.
+                    begin = gl.maximum(key_first + _KEYS - 1 - wide_right - start, see_first)
+                    last = gl.minimum(key_first + wide_left - start, see_last) - positions + 1
+                    is_whole = (key_first + _KEYS <= hi) & (is_huge == 0)
+                    if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
+                        last = gl.minimum(last, query_end - positions)
+                        is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m < hi)
+                    seen = begin, gl.where(is_whole, last, _NONE)
+                    window = (
+                        key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right
+                    )
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
                     now = step % STAGES
@@ -450,8 +521,7 @@ def _sum_up(
                     ):  # fmt: skip
                         ds, y = _weigh(
                             s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
-                            lse2_tiles.index(now), i, full_first, full_last, see_first, see_last,
-                            m, reach, batch, seq, kv_bounds, log2_scale,
+                            lse2_tiles.index(now), i, seen, m, window, batch, seq, kv_bounds, log2_scale,
                             HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
                         step += 1
@@ -471,8 +541,7 @@ def _sum_up(
                     ds, y = _weigh(
                         s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
                         lse2_tiles.index(now), first + (tile_end - 1) * positions,
-                        full_first, full_last, see_first, see_last,
-                        m, reach, batch, seq, kv_bounds, log2_scale,
+                        seen, m, window, batch, seq, kv_bounds, log2_scale,
                         HEADS, HAS_BOUNDS, of_logits, a_of_y,
                     )  # fmt: skip
                     x = warpgroup_mma(
@@ -563,7 +632,8 @@ def backward_keys_kernel(
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
-    DO_ACCUMULATE: gl.constexpr,
+    DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
+    INDEX: gl.constexpr,
 ):  # fmt: skip
     """A persistent program takes items: some tiles of 64 wide keys, or one and some of its turns.
 
@@ -615,7 +685,7 @@ def backward_keys_kernel(
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
-            HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE,
+            HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
         )),
         (_sum_up, (
             1,
@@ -626,13 +696,13 @@ def backward_keys_kernel(
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
-            HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE,
+            HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
         )),
         (_fetch, (
             q, dout, delta, lse2, k_wide, v_wide, spans, q_start,
             q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles, tiles_of_a_part,
-            HEADS, BLOCK_D, BLOCK_DV, STAGES, HAS_BOUNDS, HAS_Q_START,
+            HEADS, BLOCK_D, BLOCK_DV, STAGES, HAS_BOUNDS, HAS_Q_START, IS_CAUSAL, IS_SQUARE,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -666,6 +736,10 @@ def backward_keys(
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), STAGES=2,
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()),
+        IS_CAUSAL=problem.wide_reach[1] == problem.narrow_reach[1] == 0,
+        IS_SQUARE=problem.q_start is None and problem.q.shape[2] == wide_rows
+        and wide_rows == problem.k_narrow.shape[2],
+        INDEX=problem.constants()["INDEX"],
         num_warps=4, maxnreg=168, **OPTIONS,
     )  # fmt: skip
     if plan.splits > 1:

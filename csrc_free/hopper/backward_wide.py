@@ -37,6 +37,8 @@ _KEYS = gl.constexpr(KEYS)
 _HALF = gl.constexpr(KEYS // 2)
 _ROWS = gl.constexpr(ROWS)
 _FIELDS = gl.constexpr(FIELDS)
+PANEL = 64
+_PANEL = gl.constexpr(PANEL)
 
 NOT_SPECIALIZED = (
     "kv_heads", "group", "seq", "wide_rows", "narrow_rows",
@@ -103,7 +105,8 @@ def _fetch(
     positions: gl.constexpr = _ROWS // HEADS
     shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
     rows: gl.constexpr = [1, 1, HEADS, positions, BLOCK_D]
-    slots: gl.constexpr = [HEADS, 1, 1, positions, BLOCK_D]
+    # A matrix in shared memory is panels of 64 columns, one after the other; each head has all.
+    panels: gl.constexpr = [BLOCK_D // _PANEL * HEADS, 1, 1, positions, _PANEL]
     narrow_first = gl.maximum(wide_rows, narrow_rows) - narrow_rows
     step = 0
     items_done = 0
@@ -141,17 +144,19 @@ def _fetch(
             for d in range(offsets):
                 s = step % STAGES
                 wait_empty(slot_empty, s, step // STAGES)
-                mbarrier.expect(slot_full.index(s), 2 * HEADS * k_narrow.block_type.nbytes)
-                at = [batch, kv_head, start + i - first - d - narrow_first, 0]
-                to_k = ring.index(2 * s)._reinterpret(gl.bfloat16, slots, k_narrow.layout)
-                to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, slots, v_narrow.layout)
-                for head in gl.static_range(HEADS):
-                    tma.async_copy_global_to_shared(
-                        k_narrow, at, slot_full.index(s), to_k.index(head)
-                    )
-                    tma.async_copy_global_to_shared(
-                        v_narrow, at, slot_full.index(s), to_v.index(head)
-                    )
+                mbarrier.expect(slot_full.index(s), 4 * _ROWS * BLOCK_D)  # bytes
+                to_k = ring.index(2 * s)._reinterpret(gl.bfloat16, panels, k_narrow.layout)
+                to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
+                for panel in gl.static_range(BLOCK_D // _PANEL):
+                    at = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
+                    for head in gl.static_range(HEADS):
+                        to = panel * HEADS + head
+                        tma.async_copy_global_to_shared(
+                            k_narrow, at, slot_full.index(s), to_k.index(to)
+                        )
+                        tma.async_copy_global_to_shared(
+                            v_narrow, at, slot_full.index(s), to_v.index(to)
+                        )
                 step += 1
         items_done += 1
 
@@ -466,7 +471,7 @@ def backward_wide(
     columns = block(head_dim)
     heads = triton.next_power_of_2(problem.group)
     items = batch * kv_heads * triton.cdiv(wide_rows, KEYS)
-    narrow = [1, 1, ROWS // heads, columns]
+    narrow = [1, 1, ROWS // heads, PANEL]
     backward_wide_kernel[(min(MULTIPROCESSORS, items),)](
         *(_rows(t, problem.group, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),

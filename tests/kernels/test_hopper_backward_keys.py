@@ -66,7 +66,7 @@ def test_an_expanded_dout_is_not_served():
 
 def test_both_halves_say_why_they_do_not_run():
     choice = backward.choose(*_problem(dataclasses.replace(GROUP8, form="determinant")))
-    assert set(choice.reasons) == {"keys", "query"}
+    assert set(choice.reasons) == {"keys", "wide", "query"}
     assert backward.choose(*_problem(GROUP8)).reasons == {}
 
 
