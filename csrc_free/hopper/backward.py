@@ -7,7 +7,6 @@ other runs on the portable kernels.
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from csrc_free.hopper import backward_query as query
@@ -129,17 +128,20 @@ def _some_heads(
             def cut_rows(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
                 return None if tensor is None else tensor[rows]
 
-            yield (
-                dataclasses.replace(
-                    problem,
-                    q=problem.q[rows, q_heads],
-                    k_wide=cut(problem.k_wide), v_wide=cut(problem.v_wide),
-                    k_narrow=cut(problem.k_narrow), v_narrow=cut(problem.v_narrow),
-                    kv_bounds=cut_rows(problem.kv_bounds), q_start=cut_rows(problem.q_start),
-                ),  # fmt: skip
-                Statistics(
-                    statistics.dout[rows, q_heads], cut(statistics.delta), cut(statistics.lse2),
-                    cut(statistics.has_huge).contiguous(),
-                ),
-                tuple(map(cut, grads)),
-            )  # fmt: skip
+            some = dataclasses.replace(
+                problem,
+                q=problem.q[rows, q_heads],
+                k_wide=cut(problem.k_wide),
+                v_wide=cut(problem.v_wide),
+                k_narrow=cut(problem.k_narrow),
+                v_narrow=cut(problem.v_narrow),
+                kv_bounds=cut_rows(problem.kv_bounds),
+                q_start=cut_rows(problem.q_start),
+            )
+            given = Statistics(
+                statistics.dout[rows, q_heads],
+                cut(statistics.delta),
+                cut(statistics.lse2),
+                cut(statistics.has_huge).contiguous(),
+            )
+            yield some, given, tuple(map(cut, grads))

@@ -167,7 +167,8 @@ def _rows_of(m, query_first, query_end, start, narrow_left, narrow_right, POSITI
 def _fetch(
     q, dout, delta, lse2, k_wide, v_wide, spans, q_start,
     q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
-    rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles, tiles_of_a_part,
+    rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles,
+    tiles_of_a_part,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
@@ -187,7 +188,7 @@ def _fetch(
         for tile in range(
             part * tiles_of_a_part, gl.minimum((part + 1) * tiles_of_a_part, tiles)
         ):  # fmt: skip
-            key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = _span(
+            _key_first, query_first, query_end, narrow_first, narrow_end, _lo, _hi = _span(
                 tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
@@ -364,7 +365,8 @@ def _sum_up(
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
     q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile, vk, vv, k_row, v_row,
     dk_sums, dv_sums, rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
-    sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
+    sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides,
+    scale, log2_scale,
     k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
@@ -483,14 +485,16 @@ def _sum_up(
                 step = _pass_by(0, tile_first, step, rows_full, rows_empty, STAGES)
                 if tile_end > tile_first:
                     vk.store(
-                        (_biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
-                         * _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS))
-                        .to(gl.bfloat16)
+                        (
+                            _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
+                            * _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
+                        ).to(gl.bfloat16)
                     )
                     vv.store(
-                        (_biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
-                         * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS))
-                        .to(gl.bfloat16)
+                        (
+                            _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
+                            * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS)
+                        ).to(gl.bfloat16)
                     )
                     fence_async_shared()
                     # Tiles of rows from `begin` to `last` see all of these keys, and m.
@@ -502,7 +506,13 @@ def _sum_up(
                         is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m < hi)
                     seen = begin, gl.where(is_whole, last, _NONE)
                     window = (
-                        key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right
+                        key_first,
+                        keys,
+                        start,
+                        wide_left,
+                        wide_right,
+                        narrow_left,
+                        narrow_right,
                     )
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
@@ -521,7 +531,8 @@ def _sum_up(
                     ):  # fmt: skip
                         ds, y = _weigh(
                             s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
-                            lse2_tiles.index(now), i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+                            lse2_tiles.index(now), i, seen, m, window, batch, seq, kv_bounds,
+                            log2_scale,
                             HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
                         step += 1
@@ -682,7 +693,9 @@ def backward_keys_kernel(
             q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(0), vv.index(0), k_rows.index(0), v_rows.index(0), dk_sums, dv_sums,
             rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
-            sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
+            sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift,
+            strides,
+    scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
@@ -693,7 +706,9 @@ def backward_keys_kernel(
             q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(1), vv.index(1), k_rows.index(1), v_rows.index(1), dk_sums, dv_sums,
             rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
-            sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides, scale, log2_scale,
+            sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift,
+            strides,
+    scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
@@ -701,7 +716,8 @@ def backward_keys_kernel(
         (_fetch, (
             q, dout, delta, lse2, k_wide, v_wide, spans, q_start,
             q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
-            rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles, tiles_of_a_part,
+            rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles,
+    tiles_of_a_part,
             HEADS, BLOCK_D, BLOCK_DV, STAGES, HAS_BOUNDS, HAS_Q_START, IS_CAUSAL, IS_SQUARE,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
@@ -728,7 +744,8 @@ def backward_keys(
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start,
-        *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, KEYS), plan.tiles, *parts.numbers,
+        *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, KEYS), plan.tiles,
+        *parts.numbers,
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases(),

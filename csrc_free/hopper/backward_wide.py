@@ -92,16 +92,14 @@ def _item(
 @gluon.jit
 def _fetch(
     q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
-    q_tile, dout_tile, k_tiles, v_tiles, ring, k_full, k_empty, q_full, q_empty, slot_full, slot_empty,
+    q_tile, dout_tile, k_tiles, v_tiles, ring,
+    k_full, k_empty, q_full, q_empty, slot_full, slot_empty,
     sizes, items, heads,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings tiles: wide keys, rows, and for each offset the rows' narrow keys."""
-    (
-        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-        start_default,
-    ) = sizes  # fmt: skip
+    kv_heads, _, wide_rows, narrow_rows, _, _, _, _, _ = sizes
     positions: gl.constexpr = _ROWS // HEADS
     shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
     rows: gl.constexpr = [1, 1, HEADS, positions, BLOCK_D]
@@ -112,7 +110,7 @@ def _fetch(
     items_done = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets, lo, hi = (
+        batch, bh, tile, start, _, query_first, _, tiles, first, offsets, _, _ = (
             _item(item, heads, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
         )  # fmt: skip
         kv_head = bh % kv_heads
@@ -158,7 +156,7 @@ def _fetch(
                             v_narrow, at, slot_full.index(s), to_v.index(to)
                         )
                 step += 1
-        items_done += 1
+        items_done += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -237,10 +235,7 @@ def _sum_up(
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: half the keys of an item, and half of every step's virtual rows."""
-    (
-        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-        start_default,
-    ) = sizes  # fmt: skip
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, _, _, _ = sizes
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n = strides
     of_logits: gl.constexpr = accumulator(_ROWS)
     of_sums: gl.constexpr = accumulator(BLOCK_D)
@@ -278,9 +273,7 @@ def _sum_up(
         full = full_first, full_last, full_narrow_first, hi - start - positions
         # The tiles of rows that see this half.
         own_first = gl.maximum(key_first - wide_right - start, query_first)
-        own_end = gl.minimum(
-            gl.minimum(key_first + _HALF, keys) + wide_left - start, query_end
-        )
+        own_end = gl.minimum(gl.minimum(key_first + _HALF, keys) + wide_left - start, query_end)
         tile_first = gl.minimum(gl.maximum(own_first - query_first, 0) // positions, tiles)
         tile_end = gl.minimum(
             (gl.maximum(own_end - query_first, 0) + positions - 1) // positions, tiles
@@ -296,14 +289,14 @@ def _sum_up(
         to_build = 0
         for ahead in range(step, gl.minimum(step + 2, step_end)):
             to_build, tiles_done = _build(
-                ahead, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
-                built, r, STAGES, HAS_BIAS, by_rows,
+                ahead, to_build, offsets, tiles_done, mine, bias, ring,
+                q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
             )  # fmt: skip
-        for step in range(step, own_step):
+        for step in range(own_step - tile_first * offsets, own_step):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
-                    built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
+                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -345,8 +338,8 @@ def _sum_up(
                 )
                 if step + 2 < step_end:
                     to_build, tiles_done = _build(
-                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
-                        built, r, STAGES, HAS_BIAS, by_rows,
+                        step + 2, to_build, offsets, tiles_done, mine, bias, ring,
+                        q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
                     )  # fmt: skip
                 d += 1
                 if d == offsets:
@@ -371,14 +364,14 @@ def _sum_up(
         for step in range(own_step_end, step_end):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full,
-                    built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
+                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
         step = step_end
         arrive(k_empty, 0)
-        items_done += 1
+        items_done += 1  # noqa: SIM113
 
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))

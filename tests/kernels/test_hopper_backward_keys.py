@@ -94,14 +94,10 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
     plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, 8))
     assert isinstance(plan, Plan)
     tiles = -(-seq // KEYS)
-    weights = [
-        min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)
-    ]
+    weights = [min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)]
     launches = -(-batch // plan.batch) * -(-kv_heads // plan.kv_heads)
     one_each = key_plan._time(weights, batch * kv_heads, 1, 1)
-    chosen = launches * key_plan._time(
-        weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits
-    )
+    chosen = launches * key_plan._time(weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits)
     slots = KEYS + w1 + 7
     if 4 * 256 * batch * kv_heads * tiles * slots <= key_plan.FLOOR_BYTES:
         assert chosen <= one_each * 1.001
@@ -231,7 +227,7 @@ def test_extreme_scores_agree_with_the_portable_kernels(size, used, monkeypatch)
         .requires_grad_()
         for heads in (8, 1, 1, 1, 1)
     ]
-    out, lse = attn(*inputs, 100, 20)
+    out, _lse = attn(*inputs, 100, 20)
     dout = torch.randn_like(out)
     got = torch.autograd.grad(out, inputs, dout, retain_graph=True)
     assert used

@@ -56,4 +56,5 @@ def test_spans_hold_what_is_seen_and_no_tile_more(case, device):
             of_those = narrow[batch, sees].any(0).nonzero()[:, 0]
             assert (narrow_begin, narrow_end) == (of_those[0], of_those[-1] + 1)
             met = bounds[batch, begin:end]
-            assert lo == max(0, met[:, 0].max()) and hi == min(keys, met[:, 1].min())
+            assert lo == max(0, met[:, 0].max())
+            assert hi == min(keys, met[:, 1].min())
