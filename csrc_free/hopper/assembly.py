@@ -81,9 +81,7 @@ def is_any_above(parts, EXPONENT: gl.constexpr, SIDE: gl.constexpr):
     gl.inline_asm_elementwise(
         _test(EXPONENT, SIDE), "=r,=r,r,r", [parts], dtype=gl.int32, is_pure=False, pack=2
     )
-    return gl.inline_asm_elementwise(
-        _agree(SIDE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return gl.inline_asm_elementwise(_agree(SIDE), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -2,8 +2,9 @@
 
 A tile of 64 rows is P positions x HEADS heads of one key-value head, P = 64 / HEADS. Two consumer
 warpgroups share a ring of wide tiles and divide the narrow offsets by parity; one warp fills the
-ring, another brings the narrow rows. Wide tiles are outside, in groups that the ring holds, and offsets inside: a tile
-stays for all offsets, and dq̃ is summed over a group before it is multiplied by the narrow keys.
+ring, another brings the narrow rows. Wide tiles are outside, in groups that the ring holds, and
+offsets inside: a tile stays for all offsets, and dq̃ is summed over a group before it is multiplied
+by the narrow keys.
 """
 
 from collections.abc import Iterator
@@ -23,21 +24,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_free.device.descriptors import are_rows_aligned, can_describe
+from csrc_free.device.descriptors import are_rows_aligned
+from csrc_free.device.forms import STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
+from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import OPTIONS
-from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
-ROWS = gl.constexpr(64)
+ROWS = 64
 INFINITY = gl.constexpr(float("inf"))
 FAR = gl.constexpr(2**31 - 1)
 _RESERVE = 1024  # bytes: barriers
-MULTIPROCESSORS = 132
+_UNIT = 8  # bfloat16 numbers in 16 bytes
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "tiles", "kv_heads",
@@ -79,7 +82,7 @@ def _serves(traits: Traits, device: Device) -> bool:
         device.backend == "cuda"
         and device.arch == 90
         and traits.dtype == torch.bfloat16
-        and traits.form == "trilinear"
+        and traits.form in ("trilinear", "strassen")
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
@@ -311,23 +314,55 @@ def _spread(rows, like, P: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _times(x, rows, bias, HAS_BIAS: gl.constexpr, P: gl.constexpr, COLUMNS: gl.constexpr):
-    """Return x [64, COLUMNS] in bfloat16 times the narrow row of each position."""
+def _virtual(
+    x, rows, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr, P: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Return virtual rows [64, COLUMNS] in bfloat16, made of x and the position's narrow row."""
     y = _spread(rows, x, P, COLUMNS)
     if HAS_BIAS:
-        return pack_bfloat16(_to_float32(x) * (_to_float32(y) + bias))
-    return x * y
+        y = _to_float32(y) + bias
+        x = _to_float32(x)
+    made = x + y if FORM == STRASSEN else x * y
+    if HAS_BIAS:
+        made = pack_bfloat16(made)
+    return made
+
+
+@gluon.jit
+def _row_sum(x, LAYOUT: gl.constexpr):
+    return gl.convert_layout(gl.sum(x, 1), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
 def _make_virtual(
-    vq, vdo, q_buffer, do_buffer, k, v, k_bias, v_bias,
-    HAS_BIAS: gl.constexpr, P: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    vq, vdo, q_buffer, do_buffer, k, v, log2_scale, biases,
+    FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    P: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, OF_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Write the virtual rows q̃ and dÕ as operands of the products to come."""
-    vq.store(_times(q_buffer.load(accumulator(BLOCK_D)), k, k_bias, HAS_BIAS, P, BLOCK_D))
-    vdo.store(_times(do_buffer.load(accumulator(BLOCK_DV)), v, v_bias, HAS_BIAS, P, BLOCK_DV))
+    """Write the virtual rows q̃ and dÕ as operands of the products to come.
+
+    Returns what else stands in their logits, in log2 units, and in their dP: a number for each row.
+    """
+    k_wide_bias, v_wide_bias, k_bias, v_bias = biases
+    query = q_buffer.load(accumulator(BLOCK_D))
+    virtual_query = _virtual(query, k, k_bias, FORM, HAS_BIAS, P, BLOCK_D)
+    vq.store(virtual_query)
+    do = do_buffer.load(accumulator(BLOCK_DV))
+    virtual_do = _virtual(do, v, v_bias, TRILINEAR, HAS_BIAS, P, BLOCK_DV)
+    vdo.store(virtual_do)
     fence_async_shared()
+    logit = gl.zeros([64], gl.float32, OF_ROWS)
+    dp = gl.zeros([64], gl.float32, OF_ROWS)
+    if FORM == STRASSEN:
+        key = _to_float32(_spread(k, query, P, BLOCK_D))
+        if HAS_BIAS:
+            key += k_bias
+        logit += _row_sum(_to_float32(query) * key, OF_ROWS) * log2_scale
+    if HAS_WIDE_BIAS:
+        logit += _row_sum(_to_float32(virtual_query), OF_ROWS) * (k_wide_bias * log2_scale)
+        dp += _row_sum(_to_float32(virtual_do), OF_ROWS) * v_wide_bias
+    return logit, dp
 
 
 @gluon.jit
@@ -354,15 +389,15 @@ def _seen_only(
 @gluon.jit
 def _attend(
     s, shift, row_delta, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
-    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Return dS [64, BLOCK_N] in bfloat16, of a tile of wide keys and its logits s."""
+    """Return dS [64, BLOCK_N] of a tile of wide keys and its logits s."""
     dp = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
     dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = _seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    return gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
+    return p * (dp - row_delta[:, None])
 
 
 @gluon.jit
@@ -370,7 +405,7 @@ def _attend_tail(
     dvq, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
     TAIL: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """Return the sum of dS · k over the few wide keys of a tail; dvq is only overwritten."""
+    """Return the sums of dS · k and of dS over the few keys of a tail; dvq is only overwritten."""
     layout: gl.constexpr = accumulator(TAIL)
     rows: gl.constexpr = rows_of(layout)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
@@ -383,9 +418,10 @@ def _attend_tail(
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = _seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
-    dvq = warpgroup_mma(ds, k, dvq, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(dvq,))
+    ds = p * (dp - row_delta[:, None])
+    packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
+    dvq = warpgroup_mma(packed, k, dvq, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=(dvq,)), ds
 
 
 @gluon.jit
@@ -399,18 +435,19 @@ def _consume(
     r: gl.constexpr, q_buffer, do_buffer, q_full, q_empty, k_ring, v_ring, full, empty,
     k_rows, v_rows, rows_full, rows_empty, vq_tiles, vdo_tiles, handed, taken,
     delta, lse2, has_huge, dq, kv_bounds, q_start,
-    sizes, dq_strides, items, tiles, scale, log2_scale, k_bias, v_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    sizes, dq_strides, items, tiles, scale, log2_scale, biases,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    HAS_WIDE_BIAS: gl.constexpr, HAS_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Sum dq over every second offset of each item; warpgroup 0 adds both sums, and stores."""
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-        q_start_default,
+        _,
     ) = sizes  # fmt: skip
     HEADS: gl.constexpr = 64 // P
+    NEEDS_SUMS: gl.constexpr = HAS_WIDE_BIAS or FORM == STRASSEN
     of_logits: gl.constexpr = accumulator(BLOCK_N)
     of_sums: gl.constexpr = accumulator(BLOCK_D)
     of_operand: gl.constexpr = operand(BLOCK_D)
@@ -469,10 +506,10 @@ def _consume(
                 narrow_hi = gl.minimum(narrow_hi, high)
             wait_full(q_full, 0, n)
             wait_full(rows_full, 2 * r + (turns & 1), turns >> 1)
-            _make_virtual(
+            logit, dp = _make_virtual(
                 vq, vdo, q_buffer, do_buffer,
                 k_rows.index(2 * r + (turns & 1)), v_rows.index(2 * r + (turns & 1)),
-                k_bias, v_bias, HAS_BIAS, P, BLOCK_D, BLOCK_DV,
+                log2_scale, biases, FORM, HAS_WIDE_BIAS, HAS_BIAS, P, BLOCK_D, BLOCK_DV, of_rows,
             )  # fmt: skip
             unused = gl.maximum(SLOTS - count, 0)
             wait_full(full, unused + tails, group)
@@ -494,19 +531,26 @@ def _consume(
                 if P > 1:
                     key = p0 - offset_first - r - 2 * it + x // HEADS
                     shift = gl.where((key >= narrow_lo) & (key < narrow_hi), row_lse2, INFINITY)
+                row_dp = row_delta
+                if NEEDS_SUMS:
+                    shift -= logit
+                    row_dp -= dp
+                    sigma = gl.zeros([64], gl.float32, of_rows)
                 unused = gl.maximum(SLOTS - (count - before), 0)
                 skip = unused
-                if TAIL > 0:
+                if TAIL > 0:  # noqa: SIM102, the first is known at compile time
                     if (before == 0) & (tails > 0):
                         if it == 0:
                             wait_full(full, unused, group)
-                        dvq = _attend_tail(
-                            dvq, shift, row_delta, vq, vdo,
+                        dvq, ds = _attend_tail(
+                            dvq, shift, row_dp, vq, vdo,
                             k_ring.index(unused).slice(0, TAIL),
                             v_ring.index(unused).slice(0, TAIL),
                             log2_scale, top - (count - 1) * BLOCK_N - TAIL,
                             lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
                         )  # fmt: skip
+                        if NEEDS_SUMS:
+                            sigma += _row_sum(ds, of_rows)
                         if is_last:
                             arrive(empty, unused)
                         skip += 1
@@ -519,15 +563,19 @@ def _consume(
                 for slot in gl.static_range(SLOTS - 1):
                     if slot >= skip:
                         ds = _attend(
-                            s, shift, row_delta, vdo, v_ring.index(zero + slot), log2_scale,
+                            s, shift, row_dp, vdo, v_ring.index(zero + slot), log2_scale,
                             tile_key - slot * BLOCK_N, lo, hi, full_lo, full_hi, is_huge,
-                            BLOCK_N, of_logits, of_operand,
+                            BLOCK_N, of_logits,
                         )  # fmt: skip
+                        if NEEDS_SUMS:
+                            sigma += _row_sum(ds, of_rows)
+                        packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                         if it == 0:
                             wait_full(full, zero + slot + 1, group)
                         dvq = warpgroup_mma(
-                            ds, k_ring.index(zero + slot), dvq, use_acc=slot > unused, is_async=True
-                        )
+                            packed, k_ring.index(zero + slot), dvq,
+                            use_acc=slot > unused, is_async=True,
+                        )  # fmt: skip
                         s = warpgroup_mma(
                             vq, k_ring.index(zero + slot + 1).permute((1, 0)), no_logits,
                             use_acc=False, is_async=True,
@@ -538,12 +586,15 @@ def _consume(
                         s = warpgroup_mma_wait(0, deps=(s,))
                 END: gl.constexpr = SLOTS - 1
                 ds = _attend(
-                    s, shift, row_delta, vdo, v_ring.index(zero + END), log2_scale,
+                    s, shift, row_dp, vdo, v_ring.index(zero + END), log2_scale,
                     tile_key - END * BLOCK_N, lo, hi, full_lo, full_hi, is_huge,
-                    BLOCK_N, of_logits, of_operand,
+                    BLOCK_N, of_logits,
                 )  # fmt: skip
+                if NEEDS_SUMS:
+                    sigma += _row_sum(ds, of_rows)
+                packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                 dvq = warpgroup_mma(
-                    ds, k_ring.index(zero + END), dvq, use_acc=END > unused, is_async=True
+                    packed, k_ring.index(zero + END), dvq, use_acc=unused < END, is_async=True
                 )
                 # The next virtual rows, while the product runs. Those of the last turn are made of
                 # whatever is there, and never used.
@@ -551,9 +602,10 @@ def _consume(
                 there = 2 * r + ((turns + 1) & 1)
                 if g < last:
                     wait_full(rows_full, there, (turns + 1) >> 1)
-                _make_virtual(
+                logit, dp = _make_virtual(
                     vq, vdo, q_buffer, do_buffer, k_rows.index(there), v_rows.index(there),
-                    k_bias, v_bias, HAS_BIAS, P, BLOCK_D, BLOCK_DV,
+                    log2_scale, biases, FORM, HAS_WIDE_BIAS, HAS_BIAS,
+                    P, BLOCK_D, BLOCK_DV, of_rows,
                 )  # fmt: skip
                 if g == gl.maximum(last - 1, 0):
                     arrive(q_empty, 0)
@@ -570,8 +622,15 @@ def _consume(
                     arrive(empty, zero + END)
                 k = _to_float32(_spread(k_rows.index(here), acc.to(gl.bfloat16), P, BLOCK_D))
                 if HAS_BIAS:
-                    k += k_bias
-                acc += dvq * k
+                    k += biases[2]
+                if NEEDS_SUMS:
+                    total = gl.convert_layout(sigma, rows_of(of_sums), assert_trivial=True)
+                    if FORM == STRASSEN:
+                        acc += dvq + total[:, None] * (k + biases[0])
+                    else:
+                        acc += (dvq + (biases[0] * total)[:, None]) * k
+                else:
+                    acc += dvq * k
                 arrive(rows_empty, here)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 group += is_last.to(gl.int32)
@@ -629,9 +688,11 @@ def backward_query_kernel(
     items, tiles, kv_heads, seq, wide_rows, narrow_rows,
     wide_left, wide_right, narrow_left, narrow_right, q_start_default,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
-    stride_dq_b, stride_dq_h, stride_dq_n, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_NARROW_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    stride_dq_b, stride_dq_h, stride_dq_n,
+    scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    HAS_WIDE_BIAS: gl.constexpr, HAS_NARROW_BIAS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     HEADS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -676,6 +737,7 @@ def backward_query_kernel(
     narrow_strides = (
         stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     )  # fmt: skip
+    biases = (k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias)
     dq_strides = (stride_dq_b, stride_dq_h, stride_dq_n)
     gl.warp_specialize(
         [
@@ -683,17 +745,17 @@ def backward_query_kernel(
                 0, q_buffer, do_buffer, q_full, q_empty, k_ring, v_ring, full, empty,
                 k_rows, v_rows, rows_full, rows_empty, vq, vdo, handed, taken,
                 delta, lse2, has_huge, dq, kv_bounds, q_start,
-                sizes, dq_strides, items, tiles, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, BLOCK_DV,
-                P, BLOCK_N, SLOTS, TAIL,
+                sizes, dq_strides, items, tiles, scale, log2_scale, biases,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM,
+                BLOCK_D, BLOCK_DV, P, BLOCK_N, SLOTS, TAIL,
             )),
             (_consume, (
                 1, q_buffer, do_buffer, q_full, q_empty, k_ring, v_ring, full, empty,
                 k_rows, v_rows, rows_full, rows_empty, vq, vdo, handed, taken,
                 delta, lse2, has_huge, dq, kv_bounds, q_start,
-                sizes, dq_strides, items, tiles, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, BLOCK_DV,
-                P, BLOCK_N, SLOTS, TAIL,
+                sizes, dq_strides, items, tiles, scale, log2_scale, biases,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM,
+                BLOCK_D, BLOCK_DV, P, BLOCK_N, SLOTS, TAIL,
             )),
             (_fetch_tiles, (
                 q, dout, k_wide, v_wide, q_tile, do_tile, q_full, q_empty,
@@ -711,37 +773,41 @@ def backward_query_kernel(
     )  # fmt: skip
 
 
-def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config: Config | None = None) -> None:
-    """Write dq [B, H, N, D]; `choose` must have found a config for the problem."""
+def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config: Config) -> None:
+    """Write dq [B, H, N, D] with what `choose` found for the problem."""
     dout, delta, lse2, has_huge = statistics
-    if not can_describe(dout):
-        dout = dout.contiguous()
-    if config is None:
-        config = choose(problem.traits(dout), problem.device)
-    assert config is not None
     batch, _, seq, _ = problem.q.shape
     constants = problem.constants(dout, dq)
-    block_d, block_dv = constants["BLOCK_D"], constants["BLOCK_DV"]
-    positions = 64 // config.heads
+    block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
+    positions = ROWS // config.heads
     tiles = triton.cdiv(seq, positions)
     kv_heads, *sizes = problem.sizes()
     items = tiles * batch * kv_heads
+    narrow = [_aligned(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
-        "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
-        "BLOCK_D", "BLOCK_DV",
+        "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_WIDE_BIAS", "HAS_NARROW_BIAS",
+        "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
-    kn, vn = problem.k_narrow.stride(), problem.v_narrow.stride()
-    backward_query_kernel[(min(items, MULTIPROCESSORS),)](
+    backward_query_kernel[(min(items, processors_of(problem.q.device)),)](
         describe(problem.q.transpose(1, 2), [1, positions, config.heads, block_d]),
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
-        problem.k_narrow, problem.v_narrow,
+        *narrow,
         describe(dout.transpose(1, 2), [1, positions, config.heads, block_dv]),
         delta, lse2, has_huge, dq, problem.kv_bounds, problem.q_start,
         items, tiles, kv_heads, *sizes,
-        *(s // 8 for s in (*kn[:3], *vn[:3])), *dq.stride()[:3],
-        problem.scale, problem.log2_scale, *problem.biases()[2:],
+        *(stride // _UNIT for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
+        problem.scale, problem.log2_scale, *problem.biases(),
         **{name: constants[name] for name in names},
         HEADS=config.heads, BLOCK_N=config.block_n, SLOTS=config.slots, TAIL=config.tail,
         num_warps=config.num_warps, maxnreg=config.maxnreg, **OPTIONS,
     )  # fmt: skip
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor whose rows begin at multiples of 16 bytes: itself, or a copy."""
+    if are_rows_aligned(tensor):
+        return tensor
+    *rows, columns = tensor.shape
+    space = tensor.new_empty(*rows, triton.cdiv(columns, _UNIT) * _UNIT)
+    return space[..., :columns].copy_(tensor)

@@ -13,5 +13,10 @@ def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
     Where its last dimension is shorter than the block's, the columns beyond are 0 too.
     """
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
+    layout = matrix(tensor.dtype, block)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+
+
+def matrix(dtype: torch.dtype, block: list[int]) -> gl.NVMMASharedLayout:
+    """Return the layout of a block in shared memory that matrix products read."""
+    return gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
