@@ -24,12 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_free.device.descriptors import are_rows_aligned
 from csrc_free.device.forms import STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
+from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
 from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import OPTIONS
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
@@ -38,9 +38,7 @@ from csrc_free.traits import Device, Traits
 
 ROWS = 64
 INFINITY = gl.constexpr(float("inf"))
-FAR = gl.constexpr(2**31 - 1)
 _RESERVE = 1024  # bytes: barriers
-_UNIT = 8  # bfloat16 numbers in 16 bytes
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "tiles", "kv_heads",
@@ -95,75 +93,8 @@ def _configs(traits: Traits) -> Iterator[Config]:
     block_n = 64 if traits.block_d == 128 else 128
     # With several positions to a tile, their windows end in a few keys more than whole tiles.
     tail = 16 if heads < 64 else 0
-    for slots in (4, 3, 2):
+    for slots in (4, 3):
         yield Config(heads, block_n, slots, tail)
-
-
-@gluon.jit
-def _place(
-    w, tiles, sizes, q_start, kv_bounds,
-    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, P: gl.constexpr, BLOCK_N: gl.constexpr,
-    TAIL: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Return where item w stands, and the scalar ranges of what its rows see.
-
-    (batch, kv_head, first query, its position, end of the wide keys, wide tiles, tails, first
-    offset, offsets, first wide key that all rows see, end of those). Tiles count down from the end,
-    but a tail, the last TAIL keys or less, comes before them as tile 0. All partitions of the
-    program compute the same.
-    """
-    (
-        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-        q_start_default,
-    ) = sizes  # fmt: skip
-    bh = w // tiles
-    batch = bh // kv_heads
-    kv_head = bh % kv_heads
-    # Under a causal window the first queries see little: they come last, and fill the gaps.
-    i0 = (tiles - 1 - w % tiles) * P
-    start = q_start_default
-    if HAS_Q_START:
-        start = gl.load(q_start + batch)
-    p0 = start + i0
-    p1 = start + gl.minimum(i0 + P, seq) - 1
-    keys = gl.maximum(wide_rows, narrow_rows)
-    wide_first = keys - wide_rows
-    narrow_first = keys - narrow_rows
-    if HAS_BOUNDS:
-        layout: gl.constexpr = gl.SliceLayout(
-            1, gl.BlockedLayout([(P + 31) // 32, 1], [32, 1], [1, WARPS], [1, 0])
-        )
-        i = i0 + gl.arange(0, P, layout=layout)
-        real = i < seq
-        p = start + i
-        at = kv_bounds + (batch.to(gl.int64) * seq + i) * 2
-        low = gl.load(at, mask=real, other=0)
-        high = gl.load(at + 1, mask=real, other=0)
-        lo = gl.maximum(gl.maximum(p - wide_left, wide_first), low)
-        hi = gl.minimum(gl.minimum(p + wide_right + 1, keys), high)
-        narrow_lo = gl.maximum(gl.maximum(p - narrow_left, narrow_first), low)
-        narrow_hi = gl.minimum(gl.minimum(p + narrow_right + 1, keys), high)
-        sees = real & (lo < hi) & (narrow_lo < narrow_hi)
-        bottom = gl.min(gl.where(sees, lo, FAR), 0)
-        top = gl.max(gl.where(sees, hi, -FAR), 0)
-        full_lo = gl.max(gl.where(sees, lo, -FAR), 0)
-        # Where a row sees nothing, every tile is masked.
-        full_hi = gl.min(gl.where(real, gl.where(sees, hi, -FAR), FAR), 0)
-        offset_first = gl.min(gl.where(sees, p - narrow_hi + 1, FAR), 0)
-        offset_last = gl.max(gl.where(sees, p - narrow_lo, -FAR), 0)
-    else:
-        bottom = gl.maximum(p0 - wide_left, wide_first)
-        top = gl.minimum(p1 + wide_right + 1, keys)
-        full_lo = gl.maximum(p1 - wide_left, wide_first)
-        full_hi = gl.minimum(p0 + wide_right + 1, keys)
-        offset_first = gl.maximum(-narrow_right, p0 - keys + 1)
-        offset_last = gl.minimum(narrow_left, p1 - narrow_first)
-    offsets = gl.where(bottom < top, gl.maximum(offset_last - offset_first + 1, 0), 0)
-    count = gl.where(offsets > 0, (top - bottom + BLOCK_N - 1) // BLOCK_N, 0)
-    tails = 0
-    if TAIL > 0:
-        tails = ((count > 1) & (top - bottom - (count - 1) * BLOCK_N <= TAIL)).to(gl.int32)
-    return batch, kv_head, i0, p0, top, count, tails, offset_first, offsets, full_lo, full_hi
 
 
 @gluon.jit
@@ -175,13 +106,14 @@ def _fetch_tiles(
 ):  # fmt: skip
     """Bring each item's rows of q and dout, and its wide tiles, the newest first.
 
-    The tiles of a group end in the last slot. Slots before them take their turn with no bytes.
+    Groups are as even as they can be, and their tiles end in the last slot. Slots before them take
+    their turn with no bytes.
     """
     n = 0
     turn = 0
     wide_first = gl.maximum(sizes[2], sizes[3]) - sizes[2]
     for w in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, i0, _, top, count, tails, _, _, _, _ = _place(
+        batch, kv_head, i0, _, top, count, tails, _, _, _, _ = place(
             w, tiles, sizes, q_start, kv_bounds,
             HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
         )  # fmt: skip
@@ -192,8 +124,10 @@ def _fetch_tiles(
             tma.async_copy_global_to_shared(q, at, q_full.index(0), q_tile)
             tma.async_copy_global_to_shared(dout, at, q_full.index(0), do_tile)
             n += 1
-        for before in range(0, count, SLOTS):
-            unused = gl.maximum(SLOTS - (count - before), 0)
+        before = 0
+        for left in range((count + SLOTS - 1) // SLOTS, 0, -1):
+            size = (count - before + left - 1) // left
+            unused = SLOTS - size
             for slot in range(SLOTS):
                 t = before + slot - unused
                 row = top - wide_first - (t + 1 - tails) * BLOCK_N
@@ -213,6 +147,7 @@ def _fetch_tiles(
                     tma.async_copy_global_to_shared(
                         v_wide, at, full.index(slot), v_ring.index(slot)
                     )
+            before += size
             turn += 1
 
 
@@ -262,7 +197,7 @@ def _fetch_rows(
     turns_0 = 0
     turns_1 = 0
     for w in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, i0, p0, _, count, _, offset_first, offsets, _, _ = _place(
+        batch, kv_head, i0, p0, _, count, _, offset_first, offsets, _, _ = place(
             w, tiles, sizes, q_start, kv_bounds,
             HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
         )  # fmt: skip
@@ -295,34 +230,15 @@ def _fetch_rows(
 
 
 @gluon.jit
-def _to_float32(x):
-    return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=gl.float32,
-        is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _spread(rows, like, P: gl.constexpr, COLUMNS: gl.constexpr):
-    """Load the narrow row of each position and repeat it for its heads, in the layout of `like`."""
-    x = gl.reshape(like, [P, 64 // P, COLUMNS])
-    found = gl.expand_dims(rows.load(gl.SliceLayout(1, x.type.layout)), 1)
-    found, _ = gl.broadcast(found, x)
-    return gl.convert_layout(
-        gl.reshape(found, [64, COLUMNS]), like.type.layout, assert_trivial=True
-    )
-
-
-@gluon.jit
 def _virtual(
     x, rows, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr, P: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Return virtual rows [64, COLUMNS] in bfloat16, made of x and the position's narrow row."""
-    y = _spread(rows, x, P, COLUMNS)
+    y = spread(rows, x, P, COLUMNS)
     if HAS_BIAS:
-        y = _to_float32(y) + bias
-        x = _to_float32(x)
+        y = to_float32(y) + bias
+        x = to_float32(x)
     made = x + y if FORM == STRASSEN else x * y
     if HAS_BIAS:
         made = pack_bfloat16(made)
@@ -355,35 +271,14 @@ def _make_virtual(
     logit = gl.zeros([64], gl.float32, OF_ROWS)
     dp = gl.zeros([64], gl.float32, OF_ROWS)
     if FORM == STRASSEN:
-        key = _to_float32(_spread(k, query, P, BLOCK_D))
+        key = to_float32(spread(k, query, P, BLOCK_D))
         if HAS_BIAS:
             key += k_bias
-        logit += _row_sum(_to_float32(query) * key, OF_ROWS) * log2_scale
+        logit += _row_sum(to_float32(query) * key, OF_ROWS) * log2_scale
     if HAS_WIDE_BIAS:
-        logit += _row_sum(_to_float32(virtual_query), OF_ROWS) * (k_wide_bias * log2_scale)
-        dp += _row_sum(_to_float32(virtual_do), OF_ROWS) * v_wide_bias
+        logit += _row_sum(to_float32(virtual_query), OF_ROWS) * (k_wide_bias * log2_scale)
+        dp += _row_sum(to_float32(virtual_do), OF_ROWS) * v_wide_bias
     return logit, dp
-
-
-@gluon.jit
-def _seen_only(
-    p, key, lo, hi, full_lo, full_hi, is_huge, N: gl.constexpr, LAYOUT: gl.constexpr
-):  # fmt: skip
-    """Return P of the N keys from `key` on: 0 beyond each row's [lo, hi), and at most 1 if huge.
-
-    Each of the three is rare. What is opaque keeps it behind its branch: LLVM would select, for
-    every tile, between P and what the branch makes of it.
-    """
-    column = gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
-    if key < full_lo:
-        from_column = lo - key + opaque_zero()
-        p = gl.where(column[None, :] >= from_column[:, None], p, 0.0)
-    if key + N > full_hi:
-        to_column = hi - key + opaque_zero()
-        p = gl.where(column[None, :] < to_column[:, None], p, 0.0)
-    if is_huge:
-        p = gl.minimum(p, 1.0 + opaque_zero().to(gl.float32))
-    return p
 
 
 @gluon.jit
@@ -395,7 +290,7 @@ def _attend(
     dp = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
     dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = _seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     return p * (dp - row_delta[:, None])
 
@@ -417,7 +312,7 @@ def _attend_tail(
     dp = warpgroup_mma(vdo, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = _seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
     ds = p * (dp - row_delta[:, None])
     packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
     dvq = warpgroup_mma(packed, k, dvq, use_acc=False, is_async=True)
@@ -469,7 +364,7 @@ def _consume(
     for w in range(gl.program_id(0), items, gl.num_programs(0)):
         (
             batch, kv_head, i0, p0, top, count, tails, offset_first, offsets, full_lo, full_hi,
-        ) = _place(
+        ) = place(
             w, tiles, sizes, q_start, kv_bounds,
             HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 4,
         )  # fmt: skip
@@ -511,7 +406,10 @@ def _consume(
                 k_rows.index(2 * r + (turns & 1)), v_rows.index(2 * r + (turns & 1)),
                 log2_scale, biases, FORM, HAS_WIDE_BIAS, HAS_BIAS, P, BLOCK_D, BLOCK_DV, of_rows,
             )  # fmt: skip
-            unused = gl.maximum(SLOTS - count, 0)
+            # A group of one tile after another group would wait for a slot that it still holds.
+            groups_left = groups
+            size = (count + groups_left - 1) // groups_left
+            unused = SLOTS - size
             wait_full(full, unused + tails, group)
             s = warpgroup_mma(
                 vq, k_ring.index(unused + tails).permute((1, 0)), no_logits,
@@ -526,7 +424,12 @@ def _consume(
                 zero = opaque_zero()
                 is_last = it == mine - 1
                 it2 = gl.where(is_last, 0, it + 1)
-                before2 = gl.where(is_last, before + SLOTS, before)
+                before2 = before
+                size2 = size
+                if is_last:
+                    before2 += size
+                    groups_left -= 1
+                    size2 = (count - before2 + groups_left - 1) // gl.maximum(groups_left, 1)
                 shift = row_lse2
                 if P > 1:
                     key = p0 - offset_first - r - 2 * it + x // HEADS
@@ -536,7 +439,7 @@ def _consume(
                     shift -= logit
                     row_dp -= dp
                     sigma = gl.zeros([64], gl.float32, of_rows)
-                unused = gl.maximum(SLOTS - (count - before), 0)
+                unused = SLOTS - size
                 skip = unused
                 if TAIL > 0:  # noqa: SIM102, the first is known at compile time
                     if (before == 0) & (tails > 0):
@@ -609,8 +512,7 @@ def _consume(
                 )  # fmt: skip
                 if g == gl.maximum(last - 1, 0):
                     arrive(q_empty, 0)
-                ahead = gl.maximum(SLOTS - (count - before2), 0)
-                ahead = gl.where(before2 == 0, ahead + tails, gl.minimum(ahead, END))
+                ahead = gl.minimum(SLOTS - size2 + gl.where(before2 == 0, tails, 0), END)
                 if is_last & (g < last):
                     wait_full(full, ahead, group + 1)
                 s = warpgroup_mma(
@@ -620,7 +522,7 @@ def _consume(
                 dvq = warpgroup_mma_wait(1, deps=(dvq,))
                 if is_last:
                     arrive(empty, zero + END)
-                k = _to_float32(_spread(k_rows.index(here), acc.to(gl.bfloat16), P, BLOCK_D))
+                k = to_float32(spread(k_rows.index(here), acc.to(gl.bfloat16), P, BLOCK_D))
                 if HAS_BIAS:
                     k += biases[2]
                 if NEEDS_SUMS:
@@ -636,6 +538,7 @@ def _consume(
                 group += is_last.to(gl.int32)
                 it = it2
                 before = before2
+                size = size2
                 turns += 1
         if (count > 0) & (mine == 0):
             group += groups
@@ -783,7 +686,7 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
     tiles = triton.cdiv(seq, positions)
     kv_heads, *sizes = problem.sizes()
     items = tiles * batch * kv_heads
-    narrow = [_aligned(t) for t in (problem.k_narrow, problem.v_narrow)]
+    narrow = [aligned(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
         "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_WIDE_BIAS", "HAS_NARROW_BIAS",
         "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV",
@@ -796,18 +699,9 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
         describe(dout.transpose(1, 2), [1, positions, config.heads, block_dv]),
         delta, lse2, has_huge, dq, problem.kv_bounds, problem.q_start,
         items, tiles, kv_heads, *sizes,
-        *(stride // _UNIT for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
+        *(stride // UNIT for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
         problem.scale, problem.log2_scale, *problem.biases(),
         **{name: constants[name] for name in names},
         HEADS=config.heads, BLOCK_N=config.block_n, SLOTS=config.slots, TAIL=config.tail,
         num_warps=config.num_warps, maxnreg=config.maxnreg, **OPTIONS,
     )  # fmt: skip
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor whose rows begin at multiples of 16 bytes: itself, or a copy."""
-    if are_rows_aligned(tensor):
-        return tensor
-    *rows, columns = tensor.shape
-    space = tensor.new_empty(*rows, triton.cdiv(columns, _UNIT) * _UNIT)
-    return space[..., :columns].copy_(tensor)
