@@ -13,7 +13,7 @@ from csrc_free.traits import Config
 
 # The kernels reason about fused multiply-adds: a settled maximum is subtracted inside one.
 OPTIONS = {"enable_fp_fusion": True}
-_FOR_TRITON = ("num_warps", "num_stages")
+_FOR_TRITON = ("num_warps", "num_stages", "maxnreg")
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
