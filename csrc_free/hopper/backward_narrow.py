@@ -76,8 +76,10 @@ def choose(traits: Traits, device: Device, narrow_width: int) -> Config | None:
     for keys in (16, 32, 64):
         # The entries of both warpgroups are whole positions.
         if narrow_width <= keys and 2 * (ROWS // keys) % traits.group == 0:
-            config = Config(keys, 64 if traits.block_d == 128 else 128, 3, 16)
-            return config if config.shared_bytes(traits, device) <= device.shared_limit else None
+            block_n = 64 if traits.block_d == 128 else 128
+            found = (Config(keys, block_n, slots, 16) for slots in (3, 2))
+            fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
+            return next(fits, None)
     return None
 
 
@@ -197,10 +199,7 @@ def _virtual(raw, rows, seen, bias, HAS_BIAS: gl.constexpr, ENTRIES: gl.constexp
     COLUMNS: gl.constexpr = raw.shape[1]
     x = raw.load(accumulator(COLUMNS))
     y = spread(rows, x, ENTRIES, COLUMNS)
-    if HAS_BIAS:
-        made = pack_bfloat16((to_float32(x) + bias) * to_float32(y))
-    else:
-        made = x * y
+    made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
     seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
     return gl.where(seen[:, None], made, gl.zeros_like(made))
 
