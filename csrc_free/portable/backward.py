@@ -79,8 +79,20 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
+    run(problem, statistics, dq, wide_grads, narrow_grads)
+
+
+def run(
+    problem: Problem, statistics: Statistics, dq: Tensor | None, wide: Pair, narrow: Pair
+) -> None:
+    """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     choice = choose(problem.traits(statistics.dout), problem.device)
-    _Backward(problem, choice, statistics).run(dq, wide_grads, narrow_grads)
+    _Backward(problem, choice, statistics).run(dq, wide, narrow)
+
+
+def pairs_serve(problem: Problem, statistics: Statistics) -> bool:
+    """Tell whether the narrow pair's gradients come from a kernel that leaves dq to another."""
+    return choose(problem.traits(statistics.dout), problem.device).pairs is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +137,7 @@ class _Backward:
 
     def _run_wide(self, wide: Pair) -> None:
         config, problem = self.choice.wide, self.problem
-        dk, dv = _complete(wide, problem.k_wide, problem.v_wide)
+        dk, dv = complete(wide, problem.k_wide, problem.v_wide)
         self._launch(
             backward_wide_kernel, config, self._wide_tiles(config), self._inputs(), [dk, dv],
             strides=(*dk.stride()[:3], *dv.stride()[:3]),
@@ -175,7 +187,7 @@ class _Backward:
 
     def _sum(self, parts: Parts, narrow: Pair) -> None:
         problem = self.problem
-        parts.sum_into(*_complete(narrow, problem.k_narrow, problem.v_narrow), problem)
+        parts.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
 
     def _wide_tiles(self, config: wide.Config | pairs.Config) -> int:
         return triton.cdiv(self.problem.k_wide.shape[2], config.block_n)
@@ -223,7 +235,7 @@ class _Backward:
         )  # fmt: skip
 
 
-def _complete(pair: Pair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def complete(pair: Pair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Give a kernel that writes both gradients of a pair a place for each."""
     dk, dv = pair
     return torch.empty_like(k) if dk is None else dk, torch.empty_like(v) if dv is None else dv
