@@ -371,10 +371,14 @@ def _sum_up(
             )  # fmt: skip
             row = gl.minimum(gl.maximum(next_m + positions * r - narrow_row_0, 0), narrow_rows - 1)
             k_next = gl.load(
-                k_of_head + row.to(gl.int64) * stride_kn_n + columns, mask=columns < HEAD_DIM, other=0.0
+                k_of_head + row.to(gl.int64) * stride_kn_n + columns,
+                mask=columns < HEAD_DIM,
+                other=0.0,
             )
             v_next = gl.load(
-                v_of_head + row.to(gl.int64) * stride_vn_n + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+                v_of_head + row.to(gl.int64) * stride_vn_n + value_columns,
+                mask=value_columns < VALUE_DIM,
+                other=0.0,
             )
             wait_full(keys_full, 0, tiles_done)
             for turn in range(turns * split // splits, turns * (split + 1) // splits):
@@ -407,30 +411,38 @@ def _sum_up(
                     gl.maximum(next_m + positions * r - narrow_row_0, 0), narrow_rows - 1
                 )
                 k_next = gl.load(
-                k_of_head + row.to(gl.int64) * stride_kn_n + columns, mask=columns < HEAD_DIM, other=0.0
-            )
+                    k_of_head + row.to(gl.int64) * stride_kn_n + columns,
+                    mask=columns < HEAD_DIM,
+                    other=0.0,
+                )
                 v_next = gl.load(
-                v_of_head + row.to(gl.int64) * stride_vn_n + value_columns, mask=value_columns < VALUE_DIM, other=0.0
-            )
+                    v_of_head + row.to(gl.int64) * stride_vn_n + value_columns,
+                    mask=value_columns < VALUE_DIM,
+                    other=0.0,
+                )
 
                 to_dk = dk_parts + (slot + m) * HEAD_DIM + part_columns
                 to_dv = dv_parts + (slot + m) * VALUE_DIM + part_value_columns
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
-                    dk_before = gl.load(to_dk, mask=is_narrow & (part_columns < HEAD_DIM), other=0.0)
+                    dk_before = gl.load(
+                        to_dk, mask=is_narrow & (part_columns < HEAD_DIM), other=0.0
+                    )
                     dv_before = gl.load(
                         to_dv, mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0
                     )
                 step = _pass_by(0, tile_first, step, rows_full, rows_empty, STAGES)
                 if tile_end > tile_first:
                     vk.store(
-                        (_biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
-                         * _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS))
-                        .to(gl.bfloat16)
+                        (
+                            _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
+                            * _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
+                        ).to(gl.bfloat16)
                     )
                     vv.store(
-                        (_biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
-                         * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS))
-                        .to(gl.bfloat16)
+                        (
+                            _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
+                            * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS)
+                        ).to(gl.bfloat16)
                     )
                     fence_async_shared()
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)

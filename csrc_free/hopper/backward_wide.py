@@ -273,9 +273,7 @@ def _sum_up(
         full = full_first, full_last, full_narrow_first, hi - start - positions
         # The tiles of rows that see this half.
         own_first = gl.maximum(key_first - wide_right - start, query_first)
-        own_end = gl.minimum(
-            gl.minimum(key_first + _HALF, keys) + wide_left - start, query_end
-        )
+        own_end = gl.minimum(gl.minimum(key_first + _HALF, keys) + wide_left - start, query_end)
         tile_first = gl.minimum(gl.maximum(own_first - query_first, 0) // positions, tiles)
         tile_end = gl.minimum(
             (gl.maximum(own_end - query_first, 0) + positions - 1) // positions, tiles
