@@ -86,6 +86,6 @@ def is_any_above(parts, EXPONENT: gl.constexpr, SIDE: gl.constexpr):
 
 @gluon.jit
 def parts_of_rows(p):
-    """Return the row sums of p [64, N] in four parts [64, 4], none of which needs another thread."""
+    """Return the row sums of p [64, N] in parts [64, 4]: none needs another thread."""
     N: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], N // 8, 4, 2]), 3), 1)

@@ -7,8 +7,10 @@ other runs on the portable kernels.
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
+from csrc_free.hopper import backward_narrow as narrow_side
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
@@ -28,7 +30,7 @@ class Choice:
 
     keys: Plan | str  # all four key-value gradients
     wide: str | None  # the wide pair's alone, where `keys` does not run: None
-    query: query.Config | str
+    query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -42,12 +44,16 @@ class Choice:
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
-    config = query.choose(problem.traits(dout), problem.device)
+    traits = problem.traits(dout)
+    config = query.choose(traits, problem.device)
+    if config is None:
+        width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
+        config = narrow_side.choose(traits, problem.device, width)
     keys = plan_of(problem, dout)
     return Choice(
         keys=keys,
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query="its kernel serves bfloat16, trilinear, 3 to 64 heads" if config is None else config,
+        query="for bfloat16, no determinants, and up to 64 heads" if config is None else config,
     )
 
 
@@ -86,6 +92,13 @@ def run(
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
         backward_wide(problem, statistics, dk_wide, dv_wide, spans_of(problem, WIDE_KEYS))
         wide = nothing
+    is_small = isinstance(choice.query, narrow_side.Config)
+    if is_small and any(grad is not None for grad in (dq, *narrow)):
+        to = torch.empty_like(problem.q) if dq is None else dq
+        found = narrow_side.backward_narrow(problem, statistics, to, choice.query)
+        if found is not None:
+            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
+            dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:

@@ -16,6 +16,7 @@ that grew too large was multiplied.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from csrc_free.device.forms import CODES, STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import (
     declare_flags,
     is_any_above,
@@ -59,8 +61,9 @@ ROWS_AT_ONCE = gl.constexpr(4)
 
 
 @gluon.jit
-def _place(item, seq, per_query, kv_heads, head_tiles):
+def _place(item, grid):
     """Return (batch, kv_head, head_tile, i) of an item: the last queries come first."""
+    _items, seq, per_query, kv_heads, head_tiles = grid
     i = seq - 1 - item // per_query
     rest = item % per_query
     batch = rest // (kv_heads * head_tiles)
@@ -71,26 +74,22 @@ def _place(item, seq, per_query, kv_heads, head_tiles):
 @gluon.jit
 def _bring(
     q, k_wide, v_wide, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    kv_bounds, q_start, items, seq, per_query, kv_heads, head_tiles, sizes,
-    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    grid, view,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Bring the queries of every item, and its wide tiles for each chunk, the newest first."""
-    keys, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right, start = sizes
+    items, seq, _per_query, _kv_heads, head_tiles = grid
     turn = 0
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, head_tile, i = _place(item, seq, per_query, kv_heads, head_tiles)
-        low, high, first, end = query_reach(
-            kv_bounds, q_start, batch, i, seq, keys, wide_rows, narrow_rows,
-            wide_left, wide_right, narrow_left, narrow_right, start, HAS_BOUNDS, HAS_Q_START,
-        )  # fmt: skip
+        batch, kv_head, head_tile, i = _place(item, grid)
+        low, high, first, end = query_reach(view, batch, i, seq)
         groups = gl.cdiv(high - low, TILES * BLOCK_N)
         turns = groups * gl.cdiv(end - first, CHUNK)
         for n in range(turns):
             newest = high - (n % groups) * (TILES * BLOCK_N)
             for t in gl.static_range(TILES):
-                if t == TILES - 1:
+                if t == TILES - 1:  # noqa: SIM102 (one is of compile time, one of run time)
                     if n == 0:
                         wait_empty(q_empty, 0, count)
                         mbarrier.expect(q_full.index(0), q.block_type.nbytes)
@@ -100,7 +99,7 @@ def _bring(
                         )
                 row = newest - (t + 1) * BLOCK_N
                 # Nothing to see: past the last row, where the engine writes zeros unread.
-                row = gl.where(row + BLOCK_N > low, row, wide_rows)
+                row = gl.where(row + BLOCK_N > low, row, 1 << 30)
                 wait_empty(k_empty, t, turn)
                 mbarrier.expect(k_full.index(t), k_wide.block_type.nbytes)
                 tma.async_copy_global_to_shared(
@@ -139,22 +138,18 @@ def _bring_rows(
 @gluon.jit
 def _bring_narrow(
     k_narrow, v_narrow, k_rows, v_rows, full, empty,
-    kv_bounds, q_start, items, seq, per_query, kv_heads, head_tiles, sizes, strides,
+    grid, view, strides,
     k_bias, v_bias, HAS_BIAS: gl.constexpr,
-    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Bring the narrow rows of every item, a chunk at a time, with their biases."""
-    keys, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right, start = sizes
+    items, seq, _per_query, _kv_heads, _head_tiles = grid
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n = strides
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, _head_tile, i = _place(item, seq, per_query, kv_heads, head_tiles)
-        _low, _high, first, end = query_reach(
-            kv_bounds, q_start, batch, i, seq, keys, wide_rows, narrow_rows,
-            wide_left, wide_right, narrow_left, narrow_right, start, HAS_BOUNDS, HAS_Q_START,
-        )  # fmt: skip
+        batch, kv_head, _head_tile, i = _place(item, grid)
+        _low, _high, first, end = query_reach(view, batch, i, seq)
         k_head = k_narrow + batch.to(gl.int64) * k_stride_b + kv_head.to(gl.int64) * k_stride_h
         v_head = v_narrow + batch.to(gl.int64) * v_stride_b + kv_head.to(gl.int64) * v_stride_h
         for row in range(first, end, CHUNK):
@@ -174,13 +169,32 @@ def _bring_narrow(
 
 
 @gluon.jit
-def _virtual_queries(q_tile, k_rows, row, LAYOUT: gl.constexpr):
-    """Return q ∘ k [64, BLOCK_D], one narrow key for all rows, as a left operand."""
+def _virtual_queries(
+    q_tile, k_rows, row, k_wide_bias,
+    FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr,
+    LAYOUT: gl.constexpr, ROWS_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Return the virtual queries [64, BLOCK_D] of one narrow key, and what they add to a row.
+
+    That is 0 where nothing is added, else one number a row, in the logits' own unit.
+    """
     q = q_tile.load(LAYOUT)
     k = k_rows.index(row).load(LAYOUT)
-    if k.dtype == gl.float32:
-        return (q.to(gl.float32) * k).to(q.dtype)
-    return q * k
+    constant = 0.0
+    if FORM == TRILINEAR and k.dtype == q.dtype and not HAS_WIDE_BIAS:
+        vq = q * k
+    else:
+        wide_q = q.to(gl.float32)
+        wide_k = k.to(gl.float32)
+        if FORM == STRASSEN:
+            vq = wide_q + wide_k
+            constant = gl.convert_layout(gl.sum(wide_q * wide_k, 1), ROWS_LAYOUT)
+        else:
+            vq = wide_q * wide_k
+        if HAS_WIDE_BIAS:
+            constant += gl.convert_layout(gl.sum(vq, 1), ROWS_LAYOUT) * k_wide_bias
+        vq = vq.to(q.dtype)
+    return vq, constant
 
 
 @gluon.jit
@@ -194,10 +208,20 @@ def _hidden(s, left, log2_scale, N: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _weights(s, top, factor, LAYOUT: gl.constexpr):
-    """Return P = exp2(factor · s - top) as a left operand, and its row sums in parts."""
-    p = gl.exp2(s * factor[:, None] - top[:, None])
+def _weights(s, constant, top, factor, HAS_CONSTANT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return P = exp2(factor · (s + constant) - top) as an operand, and its row sums in parts."""
+    shift = top
+    if HAS_CONSTANT:
+        shift -= constant * factor
+    p = gl.exp2(s * factor[:, None] - shift[:, None])
     return gl.convert_layout(pack_bfloat16(p), LAYOUT), parts_of_rows(p)
+
+
+@gluon.jit
+def _raised(s, constant, top, factor, log2_scale, HAS_CONSTANT: gl.constexpr):
+    if HAS_CONSTANT:
+        s += constant[:, None]
+    return raised(s, top, factor, log2_scale)
 
 
 @gluon.jit
@@ -205,27 +229,25 @@ def _attend(
     SIDE: gl.constexpr, q_tile, k_tiles, v_tiles, k_rows, v_rows,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, narrow_full, narrow_empty,
     hand_full, hand_empty, hand_out, hand_sums, out, lse,
-    kv_bounds, q_start, items, seq, per_query, kv_heads, head_tiles, sizes, strides, log2_scale,
-    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    grid, view, strides, log2_scale, k_wide_bias, v_wide_bias,
+    FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr,
     VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Take the narrow keys SIDE, SIDE + 2, ... of every chunk of every item."""
-    keys, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right, start = sizes
+    items, seq, _per_query, kv_heads, head_tiles = grid
     S: gl.constexpr = accumulator(BLOCK_N)
     T: gl.constexpr = accumulator(BLOCK_DV)
     QUERIES: gl.constexpr = operand(BLOCK_N)
     WEIGHTS: gl.constexpr = operand(BLOCK_DV)
+    HAS_CONSTANT: gl.constexpr = FORM == STRASSEN or HAS_WIDE_BIAS
     turn = 0
     chunk_turn = 0
     worked = 0
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, kv_head, head_tile, i = _place(item, seq, per_query, kv_heads, head_tiles)
-        low, high, first, end = query_reach(
-            kv_bounds, q_start, batch, i, seq, keys, wide_rows, narrow_rows,
-            wide_left, wide_right, narrow_left, narrow_right, start, HAS_BOUNDS, HAS_Q_START,
-        )  # fmt: skip
+        batch, kv_head, head_tile, i = _place(item, grid)
+        low, high, first, end = query_reach(view, batch, i, seq)
         groups = gl.cdiv(high - low, TILES * BLOCK_N)
         blank = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
         nothing = gl.zeros([ROWS, BLOCK_DV], gl.float32, T)
@@ -243,7 +265,9 @@ def _attend(
             narrow = slot * CHUNK + SIDE
             wait_full(narrow_full, slot, chunk_turn >> 1)
             if offsets > 0:
-                vq = _virtual_queries(q_tile, k_rows, narrow, QUERIES)
+                vq, constant = _virtual_queries(
+                    q_tile, k_rows, narrow, k_wide_bias, FORM, HAS_WIDE_BIAS, QUERIES, rows_of(S)
+                )
                 passes = groups * offsets
                 if is_last_chunk & (passes == 1):
                     arrive(q_empty, 0)
@@ -256,11 +280,12 @@ def _attend(
                     arrive(k_empty, 0)
                 left = high - low
                 s = _hidden(s, left, log2_scale, BLOCK_N, S)
-                top, factor, decay = raised(s, top, factor, log2_scale)
-                p, parts = _weights(s, top, factor, WEIGHTS)
+                top, factor, decay = _raised(s, constant, top, factor, log2_scale, HAS_CONSTANT)
+                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
                 acc *= gl.convert_layout(decay, rows_of(T))[:, None]
                 sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
                 sums += parts
+                mass = parts  # of the narrow key at hand, which v_wide_bias multiplies
                 offset = 0
                 for more in range(passes - 1, -1, -1):
                     is_first = offset == 0
@@ -283,7 +308,7 @@ def _attend(
                             )
                             s = warpgroup_mma_wait(1, deps=(s,))
                             s = _hidden(s, left - (n + 1) * BLOCK_N, log2_scale, BLOCK_N, S)
-                            p, parts = _weights(s, top, factor, WEIGHTS)
+                            p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
                             # Before the wait for t: ptxas else sinks the exponentials behind it.
                             is_high = is_any_above(parts, LIMIT, SIDE)
                             t = warpgroup_mma_wait(0, deps=(t,))
@@ -294,17 +319,29 @@ def _attend(
                                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                                 s = warpgroup_mma_wait(0, deps=(s,))
                                 s = _hidden(s, left - (n + 1) * BLOCK_N, log2_scale, BLOCK_N, S)
-                                top, factor, decay = raised(s, top, factor, log2_scale)
-                                p, parts = _weights(s, top, factor, WEIGHTS)
+                                top, factor, decay = _raised(
+                                    s, constant, top, factor, log2_scale, HAS_CONSTANT
+                                )
+                                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
                                 decay_t = gl.convert_layout(decay, rows_of(T))[:, None]
                                 t *= decay_t
                                 acc *= decay_t
-                                sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
+                                decay_s = gl.convert_layout(decay, rows_of(sums.type.layout))[
+                                    :, None
+                                ]
+                                sums *= decay_s
+                                if HAS_WIDE_BIAS:
+                                    mass *= decay_s
                             if is_last:
                                 arrive(k_empty, z + n + 1)
                             sums += parts
+                            if HAS_WIDE_BIAS:
+                                mass += parts
                         else:
-                            vq = _virtual_queries(q_tile, k_rows, narrow + 2 * next_offset, QUERIES)
+                            vq, constant = _virtual_queries(
+                                q_tile, k_rows, narrow + 2 * next_offset, k_wide_bias,
+                                FORM, HAS_WIDE_BIAS, QUERIES, rows_of(S),
+                            )  # fmt: skip
                             if is_last_chunk & (more == 1):
                                 arrive(q_empty, 0)
                             if is_new_group:
@@ -318,7 +355,7 @@ def _attend(
                             )
                             s = warpgroup_mma_wait(1, deps=(s,))
                             s = _hidden(s, next_left, log2_scale, BLOCK_N, S)
-                            p, parts = _weights(s, top, factor, WEIGHTS)
+                            p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
                             # After the last pass s is of no key.
                             parts = gl.where(more > 0, parts, 0.0)
                             is_high = is_any_above(parts, LIMIT, SIDE)
@@ -326,19 +363,26 @@ def _attend(
                             if is_last:
                                 arrive(v_empty, z + n)
                             v = v_rows.index(narrow + 2 * offset).load(T)
+                            if HAS_WIDE_BIAS:
+                                total = gl.convert_layout(gl.sum(mass, 1), rows_of(T))
+                                t += (v_wide_bias * total)[:, None]
                             acc += t * v
                             if is_high != 0:
                                 k_tile = k_tiles.index(z).permute((1, 0))
                                 s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
                                 s = warpgroup_mma_wait(0, deps=(s,))
                                 s = _hidden(s, next_left, log2_scale, BLOCK_N, S)
-                                top, factor, decay = raised(s, top, factor, log2_scale)
-                                p, parts = _weights(s, top, factor, WEIGHTS)
+                                top, factor, decay = _raised(
+                                    s, constant, top, factor, log2_scale, HAS_CONSTANT
+                                )
+                                p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, WEIGHTS)
                                 acc *= gl.convert_layout(decay, rows_of(T))[:, None]
                                 sums *= gl.convert_layout(decay, rows_of(sums.type.layout))[:, None]
                             if (more > 0) & (next_offset == offsets - 1):
                                 arrive(k_empty, z)
                             sums += parts
+                            if HAS_WIDE_BIAS:
+                                mass = parts
                     left = next_left
                     turn = next_turn
                     offset = next_offset
@@ -393,17 +437,18 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=(
-    "items", "seq", "per_query", "kv_heads", "head_tiles", "keys", "wide_rows", "narrow_rows",
+    "has_bounds", "has_q_start", "items", "seq", "per_query", "kv_heads", "head_tiles",
+    "keys", "wide_rows", "narrow_rows",
     "wide_left", "wide_right", "narrow_left", "narrow_right", "start",
 ))  # fmt: skip
 def forward_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, out, lse, kv_bounds, q_start,
+    q, k_wide, v_wide, k_narrow, v_narrow, out, lse, kv_bounds, has_bounds, q_start, has_q_start,
     items, seq, per_query, kv_heads, head_tiles, keys, wide_rows, narrow_rows,
     wide_left, wide_right, narrow_left, narrow_right, start,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_o_b, stride_o_h, stride_o_n,
-    log2_scale, k_narrow_bias, v_narrow_bias,
-    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_NARROW_BIAS: gl.constexpr,
+    log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: gl.constexpr, HAS_WIDE_BIAS: gl.constexpr, HAS_NARROW_BIAS: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, TILES: gl.constexpr, CHUNK: gl.constexpr,
@@ -453,8 +498,10 @@ def forward_kernel(
     hand_full = barriers(1, 1)
     hand_empty = barriers(1, 1)
     fence_async_shared()
-    sizes = (
-        keys, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right, start
+    grid = (items, seq, per_query, kv_heads, head_tiles)
+    view = (
+        kv_bounds, q_start, has_bounds, has_q_start, keys, wide_rows, narrow_rows,
+        wide_left, wide_right, narrow_left, narrow_right, start,
     )  # fmt: skip
     narrow_strides = (stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n)
     out_strides = (stride_o_b, stride_o_h, stride_o_n)
@@ -462,28 +509,27 @@ def forward_kernel(
         (_attend, (
             0, q_matrix, k_matrices, v_matrices, k_rows, v_rows,
             q_full, q_empty, k_full, k_empty, v_full, v_empty, narrow_full, narrow_empty,
-            hand_full, hand_empty, hand_out, hand_sums, out, lse, kv_bounds, q_start,
-            items, seq, per_query, kv_heads, head_tiles, sizes, out_strides, log2_scale,
-            HAS_BOUNDS, HAS_Q_START, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, TILES, CHUNK,
+            hand_full, hand_empty, hand_out, hand_sums, out, lse,
+            grid, view, out_strides, log2_scale, k_wide_bias, v_wide_bias,
+            FORM, HAS_WIDE_BIAS, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, TILES, CHUNK,
         )),
         (_attend, (
             1, q_matrix, k_matrices, v_matrices, k_rows, v_rows,
             q_full, q_empty, k_full, k_empty, v_full, v_empty, narrow_full, narrow_empty,
-            hand_full, hand_empty, hand_out, hand_sums, out, lse, kv_bounds, q_start,
-            items, seq, per_query, kv_heads, head_tiles, sizes, out_strides, log2_scale,
-            HAS_BOUNDS, HAS_Q_START, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, TILES, CHUNK,
+            hand_full, hand_empty, hand_out, hand_sums, out, lse,
+            grid, view, out_strides, log2_scale, k_wide_bias, v_wide_bias,
+            FORM, HAS_WIDE_BIAS, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, TILES, CHUNK,
         )),
         (_bring, (
             q, k_wide, v_wide, q_tile, k_tiles, v_tiles,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, kv_bounds, q_start,
-            items, seq, per_query, kv_heads, head_tiles, sizes,
-            HAS_BOUNDS, HAS_Q_START, BLOCK_N, TILES, CHUNK,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, grid, view,
+            BLOCK_N, TILES, CHUNK,
         )),
         (_bring_narrow, (
             k_narrow, v_narrow, k_written, v_written, narrow_full, narrow_empty,
-            kv_bounds, q_start, items, seq, per_query, kv_heads, head_tiles, sizes,
+            grid, view,
             narrow_strides, k_narrow_bias, v_narrow_bias, HAS_NARROW_BIAS,
-            HAS_BOUNDS, HAS_Q_START, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CHUNK,
         )),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
@@ -502,9 +548,9 @@ class Config:
     def shared_bytes(self, traits: Traits, device: Device) -> int:
         """Return a bound on the shared memory that the kernel needs."""
         q, v = traits.block_d, traits.block_dv
-        rows = 2 * self.chunk * (4 * q + 4 * v)
+        rows = 2 * 64 * q + 2 * 4 * self.chunk * v  # narrow keys in float32 come in half as many
         tiles = 2 * self.tiles * self.block_n * (q + v)
-        return 2 * 64 * q + tiles + rows + 4 * 64 * v + 3 * 4 * 64 + 2048
+        return 2 * 64 * q + tiles + rows + 4 * 64 * v + 2048
 
 
 def choose(width: int, *, has_bias: bool) -> Config:
@@ -517,41 +563,40 @@ def choose(width: int, *, has_bias: bool) -> Config:
     return Config(kept, chunk=16 if has_bias else 32)
 
 
+def _given_or(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor of int32 and 1; or, where there is none, one that is not read, and 0."""
+    return (stand_in.view(torch.int32), 0) if tensor is None else (tensor, 1)
+
+
 def run(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
     batch, heads, seq, head_dim = problem.q.shape
     value_dim = out.shape[3]
     block_d, block_dv = (64 if dim <= 64 else 128 for dim in (head_dim, value_dim))
     wide_rows, narrow_rows = problem.k_wide.shape[2], problem.k_narrow.shape[2]
-    _, _, k_bias, v_bias = problem.biases()
-    has_bias = k_bias != 0.0 or v_bias != 0.0
+    biases = problem.biases()
+    has_narrow_bias = biases[2:] != (0.0, 0.0)
     width = min(sum(problem.wide_reach) + 1, wide_rows)
-    config = choose(width, has_bias=has_bias)
+    config = choose(width, has_bias=has_narrow_bias)
     kv_heads = problem.k_wide.shape[1]
     per_query = batch * heads // 64
     items = per_query * seq
     blocks = [1, 64, 1, block_d], [1, 1, config.block_n, block_d], [1, 1, config.block_n, block_dv]
     tiles = (problem.q, problem.k_wide, problem.v_wide)
     described = [describe(t, block) for t, block in zip(tiles, blocks, strict=True)]
-    matrices = [
-        matrix(t.dtype, b)
-        for t, b in zip(
-            tiles,
-            ([64, block_d], [config.block_n, block_d], [config.block_n, block_dv]),
-            strict=True,
-        )
-    ]
+    sides = (64, block_d), (config.block_n, block_d), (config.block_n, block_dv)
+    q_layout, k_layout, v_layout = (matrix(problem.q.dtype, [*side]) for side in sides)
     launch(
         forward_kernel, min(processors_of(problem.q.device), items),
         *described, problem.k_narrow, problem.v_narrow, out, lse,
-        problem.kv_bounds, problem.q_start,
+        *_given_or(problem.kv_bounds, lse), *_given_or(problem.q_start, lse),
         items, seq, per_query, kv_heads, problem.group // 64,
         problem.keys, wide_rows, narrow_rows,
         *problem.wide_reach, *problem.narrow_reach, problem.keys - seq,
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3], *out.stride()[:3],
-        problem.log2_scale, k_bias, v_bias,
-        HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
-        HAS_NARROW_BIAS=has_bias, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        problem.log2_scale, *biases,
+        FORM=CODES[problem.form], HAS_WIDE_BIAS=biases[:2] != (0.0, 0.0),
+        HAS_NARROW_BIAS=has_narrow_bias, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block_d, BLOCK_DV=block_dv,
-        Q_LAYOUT=matrices[0], K_LAYOUT=matrices[1], V_LAYOUT=matrices[2], config=config,
+        Q_LAYOUT=q_layout, K_LAYOUT=k_layout, V_LAYOUT=v_layout, config=config,
     )  # fmt: skip
