@@ -306,14 +306,11 @@ def _weigh(
 
 
 @gluon.jit
-def _pass_by(first, last, step, rows_full, rows_empty, STAGES: gl.constexpr):
+def _pass_by(step, end, rows_full, rows_empty, STAGES: gl.constexpr):
     """Let go of the tiles of a turn that only the other warpgroup needs."""
-    for _ in range(first, last):
-        s = step % STAGES
-        wait_full(rows_full, s, step // STAGES)
-        arrive(rows_empty, s)
-        step += 1
-    return step
+    for at in range(step, end):
+        wait_full(rows_full, at % STAGES, at // STAGES)
+        arrive(rows_empty, at % STAGES)
 
 
 @gluon.jit
@@ -452,17 +449,19 @@ def _sum_up(
                 m += positions * r
                 see_first = m - narrow_right - start
                 see_last = m + narrow_left - start
+                # The tiles of rows that see this warpgroup's key, among those of the turn.
+                next_step = step + count
                 if r == 0:
-                    tile_first = 0
+                    own_step = step
                     own_end = gl.minimum(see_last + 1, query_end)
-                    tile_end = (gl.maximum(own_end - first, 0) + positions - 1) >> log
+                    own_step_end = step + ((gl.maximum(own_end - first, 0) + positions - 1) >> log)
                 else:
-                    tile_first = gl.minimum(
-                        (gl.maximum(see_first, query_first) - first) >> log, count
-                    )
-                    tile_end = count
+                    own_first = gl.maximum(see_first, query_first)
+                    own_step = step + gl.minimum((own_first - first) >> log, count)
+                    own_step_end = next_step
                 is_narrow = (m >= narrow_first) & (m < narrow_end)
-                tile_end = gl.where(is_narrow, tile_end, tile_first)
+                own_step_end = gl.where(is_narrow, own_step_end, own_step)
+                shift = first - step * positions  # of a tile's first query from its step's
 
                 place += 1
                 place = gl.where(place == turns, 0, place)
@@ -473,17 +472,18 @@ def _sum_up(
                     _narrow_key(place, base, positions) + positions * r - narrow_row_0, narrow_rows,
                     stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
                 )  # fmt: skip
-                to_dk = dk_parts + (slot + m) * HEAD_DIM + part_columns
-                to_dv = dv_parts + (slot + m) * VALUE_DIM + part_value_columns
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
                     dk_before = gl.load(
-                        to_dk, mask=is_narrow & (part_columns < HEAD_DIM), other=0.0
-                    )
+                        dk_parts + (slot + m) * HEAD_DIM + part_columns,
+                        mask=is_narrow & (part_columns < HEAD_DIM), other=0.0,
+                    )  # fmt: skip
                     dv_before = gl.load(
-                        to_dv, mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0
-                    )
-                step = _pass_by(0, tile_first, step, rows_full, rows_empty, STAGES)
-                if tile_end > tile_first:
+                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns,
+                        mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0,
+                    )  # fmt: skip
+                if r == 1:
+                    _pass_by(step, own_step, rows_full, rows_empty, STAGES)
+                if own_step_end > own_step:
                     vk.store(
                         (
                             _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
@@ -516,8 +516,8 @@ def _sum_up(
                     )
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
-                    now = step % STAGES
-                    wait_full(rows_full, now, step // STAGES)
+                    now = own_step % STAGES
+                    wait_full(rows_full, now, own_step // STAGES)
                     s = warpgroup_mma(
                         vk, q_tiles.index(now).permute((1, 0)), no_logits,
                         use_acc=False, is_async=True,
@@ -525,19 +525,15 @@ def _sum_up(
                     s = warpgroup_mma_wait(0, deps=(s,))
                     # The last tile stands after the loop: nothing in flight may cross a loop's
                     # edge, or ptxas waits for every product.
-                    for i in range(
-                        first + tile_first * positions, first + (tile_end - 1) * positions,
-                        positions,
-                    ):  # fmt: skip
+                    for at in range(own_step + 1, own_step_end):
                         ds, y = _weigh(
                             s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
-                            lse2_tiles.index(now), i, seen, m, window, batch, seq, kv_bounds,
-                            log2_scale,
+                            lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
+                            batch, seq, kv_bounds, log2_scale,
                             HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
-                        step += 1
-                        later = step % STAGES
-                        wait_full(rows_full, later, step // STAGES)
+                        later = at % STAGES
+                        wait_full(rows_full, later, at // STAGES)
                         x = warpgroup_mma(
                             gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                         )
@@ -551,8 +547,8 @@ def _sum_up(
                         now = later
                     ds, y = _weigh(
                         s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
-                        lse2_tiles.index(now), first + (tile_end - 1) * positions,
-                        seen, m, window, batch, seq, kv_bounds, log2_scale,
+                        lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
+                        window, batch, seq, kv_bounds, log2_scale,
                         HEADS, HAS_BOUNDS, of_logits, a_of_y,
                     )  # fmt: skip
                     x = warpgroup_mma(
@@ -560,8 +556,7 @@ def _sum_up(
                     )
                     x, y = warpgroup_mma_wait(0, deps=(x, y))
                     arrive(rows_empty, now)
-                    step += 1
-                    step = _pass_by(tile_end, count, step, rows_full, rows_empty, STAGES)
+                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
                     dv_row = _sum_over_keys(
                         y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
                         dv_partials, by_columns,
@@ -573,8 +568,14 @@ def _sum_up(
                     if DO_ACCUMULATE:
                         dv_row += dv_before
                         dk_row += dk_before
-                    gl.store(to_dv, dv_row, mask=part_value_columns < VALUE_DIM)
-                    gl.store(to_dk, dk_row, mask=part_columns < HEAD_DIM)
+                    gl.store(
+                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns, dv_row,
+                        mask=part_value_columns < VALUE_DIM,
+                    )  # fmt: skip
+                    gl.store(
+                        dk_parts + (slot + m) * HEAD_DIM + part_columns, dk_row,
+                        mask=part_columns < HEAD_DIM,
+                    )  # fmt: skip
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
                     _wait_for_turn(dv_turn, r, turns_done)
                     dv_sums.store(
@@ -589,12 +590,13 @@ def _sum_up(
                     )
                     arrive(dk_turn, r)
                 else:
-                    step = _pass_by(tile_end, count, step, rows_full, rows_empty, STAGES)
+                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
                     _wait_for_turn(dv_turn, r, turns_done)
                     arrive(dv_turn, r)
                     _wait_for_turn(dk_turn, r, turns_done)
                     arrive(dk_turn, r)
                 turns_done += 1
+                step = next_step
             _wait_for_turn(dv_turn, r, turns_done)
             if r == 0:
                 _hand_over(
