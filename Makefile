@@ -27,7 +27,7 @@ suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL) $(or $(strip $(ARGS)),-m "not slow")
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py
 
 slow: $(VENV)/.test ## what test leaves out: kernels compiled against the table of registers, the demo
 	$(BIN)/python -m pytest $(PARALLEL) -m slow

@@ -4,6 +4,7 @@ A launch takes the current device and its current stream: each entry makes them 
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 
+from csrc_free import problem, tracing
 from csrc_free.hopper import serve
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
@@ -34,10 +36,18 @@ def attn_forward(
     """Write out and lse; see `portable.forward.attn_forward` for the arguments."""
     if out.numel() == 0:
         return
-    problem = problem_of(q, k1, k2, v1, v2, **arguments)
+    this = problem_of(q, k1, k2, v1, v2, **arguments)
+
+    def on_hopper() -> None:
+        from csrc_free.hopper import forward as hopper
+
+        hopper.compute(this, out, lse)
+
     with on_device_of(q):
-        if _why_not_forward(problem) is None and _runs_on_hopper(problem, out, lse):
-            return
+        if _why_not_forward(this) is None:
+            tracing.leave("the Hopper kernels are of Gluon")
+            if _ran(on_hopper):
+                return
         forward.attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **arguments)
 
 
@@ -45,8 +55,17 @@ def attn_backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, *inputs: Tensor, **arguments: Any
 ) -> None:
     """Write the wanted gradients; see `portable.backward.attn_backward`."""
+
+    def on_hopper() -> None:
+        from csrc_free.hopper import backward as hopper
+
+        hopper.attn_backward(dout, dlse, q, *inputs, **arguments)
+
+    device = problem.device_of(q.device)
     with on_device_of(q):
-        backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+        is_hopper = (device.backend, device.arch) == ("cuda", 90) and not _broken
+        if not (is_hopper and _ran(on_hopper)):
+            backward.attn_backward(dout, dlse, q, *inputs, **arguments)
 
 
 def forward_served_by(
@@ -61,12 +80,10 @@ def _why_not_forward(problem: Problem) -> str | None:
     return _broken[0] if _broken else serve.why_not_forward(problem)
 
 
-def _runs_on_hopper(problem: Problem, out: Tensor, lse: Tensor) -> bool:
-    """Run the Hopper forward; False, with one warning, where Gluon cannot compile it."""
+def _ran(kernels: Callable[[], None]) -> bool:
+    """Run Hopper kernels; False, with one warning, where Gluon cannot compile them."""
     try:
-        from csrc_free.hopper import forward as hopper
-
-        hopper.compute(problem, out, lse)
+        kernels()
     except (ImportError, AttributeError, TypeError, CompilationError, TritonError) as error:
         _give_up(error)
     except RuntimeError as error:
