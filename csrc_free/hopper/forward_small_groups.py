@@ -217,10 +217,14 @@ def _copy_rows(
     for step in range(ROWS // AT_ONCE):
         there = (row + within >= 0) & (row + within < rows)
         if PITCH:
-            target = units.index(START + step * STEP)._reinterpret(gl.bfloat16, [PITCH, BLOCK], LAYOUT)
+            target = units.index(START + step * STEP)._reinterpret(
+                gl.bfloat16, [PITCH, BLOCK], LAYOUT
+            )
             target = target.slice(0, AT_ONCE, 0)
         else:
-            target = units.index(START + step * STEP)._reinterpret(gl.bfloat16, [AT_ONCE, BLOCK], LAYOUT)
+            target = units.index(START + step * STEP)._reinterpret(
+                gl.bfloat16, [AT_ONCE, BLOCK], LAYOUT
+            )
         async_copy.async_copy_global_to_shared(
             target, source + row.to(gl.int64) * stride + offsets,
             mask=there[:, None] & (columns < COLUMNS)[None, :],
