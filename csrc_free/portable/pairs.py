@@ -73,6 +73,8 @@ def splits_of(programs: int, device: Device) -> int:
 
     A multiprocessor holds two programs; while some would hold none, each is split in two. Every
     split has sums of its own for the wide pair, which are then added up.
+    At G = 64 and N = 2048, on an H100 (2026-11-25), the backward took 9.5 ms for 31.6 with one
+    batch row in 8 splits, 18.8 for 40.6 with two in 4, 38.2 for 54.9 with four in 2.
     """
     splits = 1
     while splits < MOST_SPLITS and tracing.likely(splits * programs <= device.multiprocessors):
