@@ -3,8 +3,9 @@
 A launch takes the current device and its current stream: each entry makes them those of q.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
 
-__all__ = ["attn_backward", "attn_forward", "forward_served_by"]
+__all__ = ["attn_backward", "attn_forward", "forward_served_by", "portable_alone"]
 
 
 class PortableWarning(UserWarning):
@@ -66,6 +67,16 @@ def attn_backward(
         is_hopper = (device.backend, device.arch) == ("cuda", 90) and not _broken
         if not (is_hopper and _ran(on_hopper)):
             backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+
+
+@contextlib.contextmanager
+def portable_alone(reason: str = "they are out of use here") -> Iterator[None]:
+    """Run the portable kernels inside, in all threads, where others would be faster."""
+    _broken.append(reason)
+    try:
+        yield
+    finally:
+        _broken.remove(reason)
 
 
 def forward_served_by(
