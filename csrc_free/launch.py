@@ -14,7 +14,7 @@ from csrc_free.traits import Config
 
 # The kernels reason about fused multiply-adds: a settled maximum is subtracted inside one.
 OPTIONS = {"enable_fp_fusion": True}
-_FOR_TRITON = ("num_warps", "num_stages")
+_FOR_TRITON = ("num_warps", "num_stages", "maxnreg")
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -32,7 +32,8 @@ def launch(
     tracer = tracing.tracer()
     if tracer is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants | _said_of(config)
-        tracer.launch(kernel, programs, named, {name: named.pop(name) for name in _FOR_TRITON})
+        options = {name: named.pop(name) for name in _FOR_TRITON if name in named}
+        tracer.launch(kernel, programs, named, options)
         return
     kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
 

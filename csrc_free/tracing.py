@@ -1,14 +1,14 @@
 """Launchers on tensors without memory: what a tracer answers where a launch would look or act.
 
 A launcher is plain Python, so a tracer that runs it learns which kernels it launches on which
-buffers. Four things it cannot do there: launch, encode a descriptor, look at an address, and decide
+buffers. What it cannot do there: launch, encode a descriptor, look at an address, and decide
 by a size that is not known. Inside `traced_by` these are the tracer's.
 """
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -28,6 +28,10 @@ class Tracer(Protocol):
 
     def can_describe(self, row_bytes: int) -> bool:
         """Tell whether rows of so many bytes can be read by descriptor where the trace will run."""
+        ...
+
+    def leave(self, reason: str) -> NoReturn:
+        """End the trace: it meets what it cannot write out, and the call stays one."""
         ...
 
     def holds(self, claim: Any) -> bool:
@@ -58,6 +62,13 @@ def traced_by(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         _TRACER.reset(token)
+
+
+def leave(reason: str) -> None:
+    """Say that what follows cannot be traced; nothing happens where launches are real."""
+    tracer = _TRACER.get()
+    if tracer is not None:
+        tracer.leave(reason)
 
 
 def holds(claim: Any) -> bool:

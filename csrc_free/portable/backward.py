@@ -69,31 +69,36 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    choice = choose(problem.traits(statistics.dout), problem.device)
-    _run(problem, statistics, choice, dq, wide_grads, narrow_grads)
+    run(problem, statistics, dq, wide_grads, narrow_grads)
 
 
-def _run(
-    problem: Problem, statistics: Statistics, choice: Choice,
-    dq: Tensor | None, wide_grads: PairGradients, narrow_grads: PairGradients,
+def run(
+    problem: Problem, statistics: Statistics, dq: Tensor | None,
+    wide_pair: PairGradients, narrow_pair: PairGradients,
 ) -> None:  # fmt: skip
-    """Run the kernels that the wanted gradients need."""
+    """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
+    choice = choose(problem.traits(statistics.dout), problem.device)
     given = problem, statistics
-    needs_narrow = any(grad is not None for grad in narrow_grads)
-    needs_wide = any(grad is not None for grad in wide_grads)
+    needs_narrow = any(grad is not None for grad in narrow_pair)
+    needs_wide = any(grad is not None for grad in wide_pair)
     if (
         needs_narrow
         and choice.pairs is not None
-        and pairs.write_pairs(*given, choice.pairs, wide_grads, narrow_grads)
+        and pairs.write_pairs(*given, choice.pairs, wide_pair, narrow_pair)
     ):
         needs_narrow = needs_wide = False
     if needs_wide:
-        wide.write_wide(*given, choice.wide, wide_grads)
+        wide.write_wide(*given, choice.wide, wide_pair)
     if not needs_narrow:
         if dq is not None:
             query.write_query(*given, choice.query, dq)
         return
     dq = torch.empty_like(problem.q) if dq is None else dq
     config = choice.query_with_parts
-    if config is None or not query.write_query_and_narrow(*given, config, dq, narrow_grads):
-        keys.write_query_and_narrow(*given, choice.keys, choice.tiles_of_a_part, dq, narrow_grads)
+    if config is None or not query.write_query_and_narrow(*given, config, dq, narrow_pair):
+        keys.write_query_and_narrow(*given, choice.keys, choice.tiles_of_a_part, dq, narrow_pair)
+
+
+def pairs_serve(problem: Problem, statistics: Statistics) -> bool:
+    """Tell whether the narrow pair's gradients come from a kernel that leaves dq to another."""
+    return choose(problem.traits(statistics.dout), problem.device).pairs is not None

@@ -77,9 +77,7 @@ def splits_of(programs: int, device: Device) -> int:
     batch row in 8 splits, 18.8 for 40.6 with two in 4, 38.2 for 54.9 with four in 2.
     """
     splits = 1
-    while splits < MOST_SPLITS and tracing.likely(
-        2 * splits * programs <= 2 * device.multiprocessors
-    ):
+    while splits < MOST_SPLITS and tracing.likely(splits * programs <= device.multiprocessors):
         splits *= 2
     return splits
 

@@ -1,6 +1,6 @@
 """What stands in for a device while a launcher is traced into Inductor's graph."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class InductorTracer(Tracer):
     ) -> None:
         """Record a node that launches the kernel."""
         if not compat.is_rewritable(kernel):
-            raise NotTraceable(f"{kernel.__name__} is no plain Triton kernel")
+            self.leave(f"{kernel.__name__} is no plain Triton kernel")
         blocks = {
             name: value.block_shape
             for name, value in arguments.items()
@@ -47,6 +47,10 @@ class InductorTracer(Tracer):
     def can_describe(self, row_bytes: int) -> bool:
         """Tell whether the compiled code can make descriptors of such rows."""
         return compat.can_describe_in_graph(row_bytes)
+
+    def leave(self, reason: str) -> NoReturn:
+        """End the trace."""
+        raise NotTraceable(reason)
 
     def holds(self, claim: Any) -> bool:
         """Guard the claim, or leave it where this graph's guards are not kept."""

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from gpuless import compiled_for_gpu
 
 import simplex_ops  # noqa: F401  (registers the operators)
+from csrc_free import attn
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
 from tools.compiled.launches import recorded
@@ -19,6 +20,13 @@ BF16 = torch.bfloat16
 # heads, kv_heads, head_dim, windows: each way in which Hopper computes.
 GROUPS = {"alone": (2, 2, 128, 32, 8), "group": (16, 2, 64, 128, 16), "large": (64, 1, 64, 32, 8)}
 GRADIENTS = ("dq", "dk1", "dk2", "dv1", "dv2")
+
+
+@pytest.fixture(autouse=True)
+def portable_kernels_alone():
+    """Take the Hopper kernels out of use: they are of Gluon, which Inductor cannot write out."""
+    with attn.portable_alone():
+        yield
 
 
 def make_inputs(heads, kv_heads, head_dim, seq=256, batch=2, dtype=BF16, device="cuda"):
@@ -208,3 +216,13 @@ def test_layers_of_one_shape_are_traced_once(monkeypatch):
     compiled = compiled_for_gpu(layers, lambda: make_inputs(4, 2, 64))
     assert launched_by(compiled) == ["forward_kernel"] * 4
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_gluon_kernels_serve_stays_a_call(monkeypatch, dynamic):
+    monkeypatch.setattr(attn, "_broken", [])
+    heads, kv_heads, head_dim, w1, w2 = GROUPS["large"]
+    sizes = (heads, kv_heads, head_dim)
+    compiled = compiled_for_gpu(both(w1, w2), lambda: make_inputs(*sizes), dynamic=dynamic)
+    assert not launched_by(compiled)
+    assert calls_of_ours(compiled) == ["attn", "attn_backward"]

@@ -14,6 +14,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -42,7 +44,8 @@ class Launch:
     def compile(self, target: GPUTarget) -> Any:
         """Compile for a target; `asm` of the result has the stages' texts."""
         names = self.kernel.arg_names
-        source = ASTSource(
+        language = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = language(
             fn=self.kernel,
             signature=self.signature,
             constexprs={(names.index(name),): value for name, value in self.constants.items()},
@@ -74,9 +77,10 @@ def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
         value = values[param.name]
         if param.is_constexpr or value is None:
             signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, (TensorDescriptor, GluonDescriptor)):
             element = _POINTER[value.base.dtype].removeprefix("*")
-            signature[param.name] = f"tensordesc<{element}{list(value.block_shape)}>"
+            layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+            signature[param.name] = f"tensordesc<{element}{list(value.block_shape)}{layout}>"
         elif isinstance(value, torch.Tensor):
             signature[param.name] = _POINTER[value.dtype]
             divisible.append(param.name)

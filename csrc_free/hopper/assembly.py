@@ -1,0 +1,91 @@
+"""What Gluon cannot say: a few instructions in PTX."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Triton 3.7 renamed it.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # pyright: ignore[reportAttributeAccessIssue]
+
+# Named barriers 0 to 7 are Triton's, for its warp-specialised partitions.
+_FIRST_BARRIER = 10
+
+
+@gluon.jit
+def pack_bfloat16(x):
+    """Round float32 to bfloat16 in pairs, at once.
+
+    Left to itself LLVM carries the float32 numbers through the loop and rounds where they are used:
+    16 registers more, and 591 TFLOP/s for 638 (G = 64; H100, 2026-11-25).
+    """
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def pack_float16(x):
+    """Round float32 to float16 in pairs, at once."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def opaque_zero():
+    """Return 0, made anew in every pass of a loop.
+
+    What is computed from it cannot be hoisted: with a constant index of the ring, LLVM keeps every
+    descriptor of a product in registers (564 bytes of spills for 8).
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def declare_flags():
+    """Declare the predicates of `is_any_above`, once in a kernel, before its warps part."""
+    gl.inline_asm_elementwise(
+        ".reg .pred simplex_flag0; .reg .pred simplex_flag1; mov.b32 $0, 0;", "=r", [],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _test(exponent, side):
+    limit = f"0f{127 + exponent << 23:08X}"  # 2**exponent in float32
+    return (
+        "{ .reg .f32 top; max.f32 top, $2, $3; "
+        f"setp.gt.f32 simplex_flag{side}, top, {limit}; "
+        "mov.b32 $0, 0; mov.b32 $1, 0; }"
+    )
+
+
+@gluon.constexpr_function
+def _agree(side):
+    return (
+        "{ .reg .pred any; "
+        f"bar.red.or.pred any, {_FIRST_BARRIER + side}, 128, simplex_flag{side}; "
+        "selp.b32 $0, 1, 0, any; }"
+    )
+
+
+@gluon.jit
+def is_any_above(parts, EXPONENT: gl.constexpr, SIDE: gl.constexpr):
+    """Tell all 128 threads of warpgroup SIDE (0 or 1) whether a part is above 2^EXPONENT.
+
+    Each thread holds two parts. One barrier with a reduction, and no shared memory: the number
+    leaves the tensor as a predicate of the whole function, since Gluon has no cheap way from a
+    tensor to a scalar. A NaN is not above.
+    """
+    gl.inline_asm_elementwise(
+        _test(EXPONENT, SIDE), "=r,=r,r,r", [parts], dtype=gl.int32, is_pure=False, pack=2
+    )
+    return gl.inline_asm_elementwise(_agree(SIDE), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def parts_of_rows(p):
+    """Return the row sums of p [64, N] in parts [64, 4]: none needs another thread."""
+    N: gl.constexpr = p.shape[1]
+    return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], N // 8, 4, 2]), 3), 1)
