@@ -8,6 +8,7 @@ import functools
 import torch
 
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.within_int32 import why_not_int32
 from csrc_free.problem import Problem
 
 ROWS = 64  # of a warpgroup's matrix product
@@ -40,7 +41,7 @@ def why_not(problem: Problem) -> str | None:
             )
     if problem.scale == 0.0:
         return "the scale is 0"
-    return None
+    return why_not_int32(problem)
 
 
 def why_not_forward(problem: Problem) -> str | None:
