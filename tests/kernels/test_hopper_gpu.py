@@ -267,10 +267,11 @@ def test_what_is_not_finite_stays_where_it_can_be_seen(which, bad):
 
 
 def test_rows_that_see_nothing():
-    case = _case(seq=70, bounds="padding", batch=3, starts="random")
+    case = _case(seq=70, keys1=60, bounds="padding", batch=3, starts="random")
     inputs, options = case.inputs("cuda"), case.options("cuda")
     start, end = options["kv_bounds"].unbind(-1)
-    start[0, 10:20], end[0, 10:20] = 5, 5
+    start[0, 10:15], end[0, 10:15] = 5, 5
+    start[0, 15:20], end[0, 15:20] = 5, torch.iinfo(torch.int32).min
     arguments = {name: options[name] for name in ("kv_bounds", "q_start")}
     (out, lse), _ = _both(inputs, 30, 7, **arguments)
     assert lse[0, :, 10:20].isneginf().all()
