@@ -27,8 +27,7 @@ pytestmark = [
 ]
 attn = torch.ops.simplex.attn
 FORWARD = (False,) * 5
-# As the portable kernels err, or by this much more of the largest: lse and out are rounded.
-SLACK = 1.1
+SLACK = 1.1  # times the portable kernel's error
 
 
 def _case(**given):
@@ -71,7 +70,7 @@ def _assert_served_and_right(case: Case) -> None:
         {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5},
         {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 20},
         {"k2_bias": 1.0, "v2_bias": 1.0},
-        {"k2_bias": 1.0, "v2_bias": -0.5, "w1": 3, "w2": 33},
+        {"k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 33},
         {"head_dim": 64},
         {"head_dim": 64, "value_dim": 128},
         {"head_dim": 96},
@@ -148,7 +147,9 @@ def _exact(inputs, i, w1, w2):
     return out[0, :, 0], lse[0, :, 0]
 
 
-QUERIES = (0, 1, 31, 33, 63, 64, 130, 300, 699)
+# Where scores are large a rounding of q∘k2 makes another pair the first, in a few rows of a hundred:
+# over 14,000 rows two kernels' errors differ by chance by some percent.
+QUERIES = (0, 1, 31, 33, 63, 64, *range(66, 700, 3))
 W1, W2 = 512, 32
 
 
@@ -202,8 +203,10 @@ def _assert_errs_as_the_portable_kernel(inputs, queries):
     for name, mine, other, truth in zip(("out", "lse"), ours, theirs, exact, strict=True):
         assert mine.isfinite().all(), name
         mine, other = (t[0].transpose(0, 1)[list(queries)] for t in (mine, other))
-        step = torch.finfo(mine.dtype).eps
-        assert _relative(mine, truth) <= SLACK * _relative(other, truth) + step / 4, name
+        # lse is the sum of the maximum and of a logarithm of some times its size.
+        steps = 4 if name == "lse" else 1 / 4
+        least = steps * torch.finfo(mine.dtype).eps
+        assert _relative(mine, truth) <= SLACK * _relative(other, truth) + least, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
