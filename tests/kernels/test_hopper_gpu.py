@@ -147,8 +147,8 @@ def _exact(inputs, i, w1, w2):
     return out[0, :, 0], lse[0, :, 0]
 
 
-# Where scores are large a rounding of q∘k2 makes another pair the first, in a few rows of a hundred:
-# over 14,000 rows two kernels' errors differ by chance by some percent.
+# Where scores are large a rounding of q∘k2 makes another pair the first, in a few rows of each
+# hundred: over 14,000 rows two kernels' errors differ by chance by some percent.
 QUERIES = (0, 1, 31, 33, 63, 64, *range(66, 700, 3))
 W1, W2 = 512, 32
 
