@@ -3,7 +3,9 @@
 A launch takes the current device and its current stream: each entry makes them those of q.
 """
 
+import contextlib
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 
+from csrc_free import problem, tracing
 from csrc_free.hopper import serve
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
 
-__all__ = ["attn_backward", "attn_forward", "forward_served_by"]
+__all__ = ["attn_backward", "attn_forward", "forward_served_by", "portable_alone"]
 
 
 class PortableWarning(UserWarning):
@@ -34,10 +37,18 @@ def attn_forward(
     """Write out and lse; see `portable.forward.attn_forward` for the arguments."""
     if out.numel() == 0:
         return
-    problem = problem_of(q, k1, k2, v1, v2, **arguments)
+    this = problem_of(q, k1, k2, v1, v2, **arguments)
+
+    def on_hopper() -> None:
+        from csrc_free.hopper import forward as hopper
+
+        hopper.compute(this, out, lse)
+
     with on_device_of(q):
-        if _why_not_forward(problem) is None and _runs_on_hopper(problem, out, lse):
-            return
+        if _why_not_forward(this) is None:
+            tracing.leave("the Hopper kernels are of Gluon")
+            if _ran(on_hopper):
+                return
         forward.attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **arguments)
 
 
@@ -45,8 +56,27 @@ def attn_backward(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, *inputs: Tensor, **arguments: Any
 ) -> None:
     """Write the wanted gradients; see `portable.backward.attn_backward`."""
+
+    def on_hopper() -> None:
+        from csrc_free.hopper import backward as hopper
+
+        hopper.attn_backward(dout, dlse, q, *inputs, **arguments)
+
+    device = problem.device_of(q.device)
     with on_device_of(q):
-        backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+        is_hopper = (device.backend, device.arch) == ("cuda", 90) and not _broken
+        if not (is_hopper and _ran(on_hopper)):
+            backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+
+
+@contextlib.contextmanager
+def portable_alone(reason: str = "they are out of use here") -> Iterator[None]:
+    """Run the portable kernels inside, in all threads, where others would be faster."""
+    _broken.append(reason)
+    try:
+        yield
+    finally:
+        _broken.remove(reason)
 
 
 def forward_served_by(
@@ -61,12 +91,10 @@ def _why_not_forward(problem: Problem) -> str | None:
     return _broken[0] if _broken else serve.why_not_forward(problem)
 
 
-def _runs_on_hopper(problem: Problem, out: Tensor, lse: Tensor) -> bool:
-    """Run the Hopper forward; False, with one warning, where Gluon cannot compile it."""
+def _ran(kernels: Callable[[], None]) -> bool:
+    """Run Hopper kernels; False, with one warning, where Gluon cannot compile them."""
     try:
-        from csrc_free.hopper import forward as hopper
-
-        hopper.compute(problem, out, lse)
+        kernels()
     except (ImportError, AttributeError, TypeError, CompilationError, TritonError) as error:
         _give_up(error)
     except RuntimeError as error:

@@ -7,7 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_ELEMENTS = {
+    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32,
+}  # fmt: skip
 
 
 def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:

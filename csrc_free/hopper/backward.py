@@ -1,0 +1,164 @@
+"""The backward on Hopper: which kernels run for one problem, and why not the others.
+
+It has two halves, the key-value gradients and dq. Where only one of them has a kernel here, the
+other runs on the portable kernels.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from csrc_free import tracing
+from csrc_free.hopper import backward_narrow as narrow_side
+from csrc_free.hopper import backward_query as query
+from csrc_free.hopper.backward_keys import backward_keys
+from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
+from csrc_free.hopper.backward_wide import backward_wide
+from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
+from csrc_free.hopper.serve import why_not
+from csrc_free.hopper.spans import spans_of
+from csrc_free.portable import backward as portable
+from csrc_free.portable.gradients import PairGradients, complete
+from csrc_free.problem import Problem, problem_of
+from csrc_free.steps.delta import Statistics, statistics_of
+from csrc_free.steps.parts import parts_of_wide_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which half runs here, and how; a string says why it does not."""
+
+    keys: Plan | str  # all four key-value gradients
+    wide: str | None  # the wide pair's alone, where `keys` does not run: None
+    query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Return why each half that does not run here does not."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), str)
+        }
+
+
+def choose(problem: Problem, dout: Tensor) -> Choice:
+    """Choose the kernels of the backward; it reads shapes and strides alone."""
+    traits = problem.traits(dout)
+    config = query.choose(traits, problem.device)
+    if config is None:
+        width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
+        config = narrow_side.choose(traits, problem.device, width)
+    keys = plan_of(problem, dout)
+    return Choice(
+        keys=keys,
+        wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
+        query="for bfloat16, no determinants, and up to 64 heads" if config is None else config,
+    )
+
+
+def attn_backward(
+    dout: Tensor | None, dlse: Tensor | None,
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, out: Tensor, lse: Tensor, *,
+    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
+    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> None:  # fmt: skip
+    """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
+    if any(t.numel() == 0 for t in (q, k1, k2)):
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    problem = problem_of(
+        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
+    )
+    if why_not(problem) is None:
+        tracing.leave("the Hopper kernels are of Gluon")
+    dq, dk1, dk2, dv1, dv2 = grads
+    wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
+    statistics = statistics_of(problem, dout, dlse, out, lse)
+    run(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
+
+
+def run(
+    problem: Problem, statistics: Statistics, choice: Choice,
+    dq: Tensor | None, wide: PairGradients, narrow: PairGradients,
+) -> None:  # fmt: skip
+    """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
+    nothing: PairGradients = (None, None)
+    if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
+        _run_keys(problem, statistics, choice.keys, wide, narrow)
+        wide, narrow = nothing, nothing
+    elif choice.wide is None and any(grad is not None for grad in wide):
+        dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
+        backward_wide(problem, statistics, dk_wide, dv_wide, spans_of(problem, WIDE_KEYS))
+        wide = nothing
+    is_small = isinstance(choice.query, narrow_side.Config)
+    if is_small and any(grad is not None for grad in (dq, *narrow)):
+        to = torch.empty_like(problem.q) if dq is None else dq
+        found = narrow_side.backward_narrow(problem, statistics, to, choice.query)
+        if found is not None:
+            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
+            dq, narrow = None, nothing
+    # A portable kernel that fills the narrow pair's gradients may write dq on its way.
+    is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
+    if isinstance(choice.query, query.Config) and dq is not None and is_beside:
+        query.backward_query(problem, statistics, dq, choice.query)
+        dq = None
+    portable.run(problem, statistics, dq, wide, narrow)
+
+
+def _run_keys(
+    problem: Problem, statistics: Statistics, plan: Plan, wide: PairGradients, narrow: PairGradients
+) -> None:
+    """Write the key-value gradients, some key-value heads at a time: all in the same memory."""
+    grads = (
+        *complete(wide, problem.k_wide, problem.v_wide),
+        *complete(narrow, problem.k_narrow, problem.v_narrow),
+    )
+    for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow) in _some_heads(
+        problem, statistics, grads, plan
+    ):
+        parts = parts_of_wide_keys(some, KEYS * plan.tiles)
+        assert parts is not None, "the plan holds them to less than the limit"
+        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS))
+        parts.sum_into(dk_narrow, dv_narrow, some)
+        del parts
+
+
+def _some_heads(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, ...], plan: Plan
+) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
+    """Split a problem by batch rows and key-value heads, as many at a time as the plan says."""
+    batch, kv_heads = problem.k_wide.shape[:2]
+    for b in range(0, batch, plan.batch):
+        for h in range(0, kv_heads, plan.kv_heads):
+            rows, heads = slice(b, b + plan.batch), slice(h, h + plan.kv_heads)
+            q_heads = slice(h * problem.group, (h + plan.kv_heads) * problem.group)
+
+            def cut(tensor: Tensor, rows: slice = rows, heads: slice = heads) -> Tensor:
+                return tensor[rows, heads]
+
+            def cut_rows(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
+                return None if tensor is None else tensor[rows]
+
+            some = dataclasses.replace(
+                problem,
+                q=problem.q[rows, q_heads],
+                k_wide=cut(problem.k_wide),
+                v_wide=cut(problem.v_wide),
+                k_narrow=cut(problem.k_narrow),
+                v_narrow=cut(problem.v_narrow),
+                kv_bounds=cut_rows(problem.kv_bounds),
+                q_start=cut_rows(problem.q_start),
+            )
+            given = Statistics(
+                statistics.dout[rows, q_heads],
+                cut(statistics.delta),
+                cut(statistics.lse2),
+                cut(statistics.has_huge).contiguous(),
+            )
+            yield some, given, tuple(map(cut, grads))

@@ -1,0 +1,614 @@
+"""dq and the narrow pair's gradients on Hopper, for small groups, in four products.
+
+The 64 rows of a warpgroup's products are ENTRIES (position, head) entries times KEYS narrow keys,
+which hold the whole narrow window: so the wide window passes once, and each row is one virtual
+query. With T = sum of dS · k and U = sum of P · v over the wide keys, dq is the sum of T ∘ k2 over
+an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part of the narrow gradients.
+
+A part is of consecutive positions, and belongs to one program. Its two warpgroups add to it in
+turns, and the entries of a tile one after the other: so the order of every sum is fixed, though the
+additions are atomic ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.assembly import pack_bfloat16, thread_barrier
+from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
+from csrc_free.hopper.describe import describe
+from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
+from csrc_free.hopper.query_items import UNIT, place, seen_only, spread, to_float32
+from csrc_free.hopper.serve import processors_of
+from csrc_free.launch import OPTIONS
+from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import Parts, parts_of_queries
+from csrc_free.steps.parts_sum import slot_base
+from csrc_free.traits import Device, Traits
+
+ROWS = 64
+INFINITY = gl.constexpr(float("inf"))
+_RESERVE = 1024  # bytes: barriers
+# One compiled kernel serves all sizes and strides.
+_NUMBERS = (
+    *NOT_SPECIALIZED, "items", "chunks", "steps", "tiles", "kv_heads",
+    "stride_q_b", "stride_q_h", "stride_q_n", "stride_do_b", "stride_do_h", "stride_do_n",
+    "stride_dq_b", "stride_dq_h", "stride_dq_n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of BLOCK_N wide keys in a ring of SLOTS; a row tile holds KEYS narrow keys an entry."""
+
+    keys: int
+    block_n: int
+    slots: int
+    tail: int  # a last tile with no more keys than this is computed alone; 0: there is none
+    num_warps: int = 4
+    maxnreg: int = 168  # of 384 threads; a consumer has 240, the producer 24
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        narrow = 2 * ROWS * (4 * traits.block_d + 2 * traits.block_dv + 2 * traits.block_d)
+        columns = traits.block_d + traits.block_dv
+        ring = 2 * columns * self.block_n * self.slots
+        return narrow + ring + 2 * 2 * columns * (ROWS // self.keys) + _RESERVE
+
+
+def choose(traits: Traits, device: Device, narrow_width: int) -> Config | None:
+    """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
+    if not _serves(traits, device):
+        return None
+    for keys in (16, 32, 64):
+        # The entries of both warpgroups are whole positions.
+        if narrow_width <= keys and 2 * (ROWS // keys) % traits.group == 0:
+            block_n = 64 if traits.block_d == 128 else 128
+            found = (Config(keys, block_n, slots, 16) for slots in (3, 2))
+            fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
+            return next(fits, None)
+    return None
+
+
+def _serves(traits: Traits, device: Device) -> bool:
+    return (
+        device.backend == "cuda"
+        and device.arch == 90
+        and traits.dtype == torch.bfloat16
+        and traits.form == "trilinear"
+        and traits.block_d == traits.block_dv
+        and traits.block_d in (64, 128)
+        and traits.is_describable
+        and traits.group <= 2
+    )
+
+
+@gluon.jit
+def _fetch_tiles(
+    k_wide, v_wide, k_ring, v_ring, full, empty, kv_bounds, q_start, sizes,
+    items, chunks, steps, tiles, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Bring the wide tiles of every step, the newest first."""
+    passed = 0
+    wide_first = gl.maximum(sizes[2], sizes[3]) - sizes[2]
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        first = item % chunks * steps
+        for tile in range(first, gl.minimum(first + steps, tiles)):
+            batch, kv_head, _, _, top, count, tails, _, _, _, _ = place(
+                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
+            )  # fmt: skip
+            for t in range(count):
+                slot = passed % SLOTS
+                row = top - wide_first - (t + 1 - tails) * BLOCK_N
+                if t < tails:
+                    row = top - wide_first - (count - 1) * BLOCK_N - TAIL
+                wait_empty(empty, slot, passed // SLOTS)
+                mbarrier.expect(
+                    full.index(slot), k_wide.block_type.nbytes + v_wide.block_type.nbytes
+                )
+                at = [batch, kv_head, row, 0]
+                tma.async_copy_global_to_shared(k_wide, at, full.index(slot), k_ring.index(slot))
+                tma.async_copy_global_to_shared(v_wide, at, full.index(slot), v_ring.index(slot))
+                passed += 1
+
+
+@gluon.jit
+def _fetch_rows(
+    k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
+    kv_bounds, q_start, sizes, items, chunks, steps, tiles,
+    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, ENTRIES: gl.constexpr,
+    P: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Bring each warpgroup the narrow keys and values of its entries, one step ahead."""
+    n = 0
+    narrow_first = gl.maximum(sizes[2], sizes[3]) - sizes[3]
+    K_HALVES: gl.constexpr = BLOCK_D // 64
+    V_HALVES: gl.constexpr = BLOCK_DV // 64
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        first = item % chunks * steps
+        for tile in range(first, gl.minimum(first + steps, tiles)):
+            batch, kv_head, _, p0, _, count, _, _, _, _, _ = place(
+                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
+            )  # fmt: skip
+            if count > 0:
+                for r in gl.static_range(2):
+                    buffer = 2 * r + (n & 1)
+                    bar = rows_full.index(r)
+                    wait_empty(k_empty, buffer, n >> 1)
+                    wait_empty(v_empty, r, n)
+                    mbarrier.expect(
+                        bar,
+                        ENTRIES * K_HALVES * k_narrow.block_type.nbytes
+                        + ENTRIES * V_HALVES * v_narrow.block_type.nbytes,
+                    )
+                    for e in gl.static_range(ENTRIES):
+                        key = p0 + (r * ENTRIES + e) // GROUP - sizes[6]
+                        for half in gl.static_range(K_HALVES):
+                            tma.async_copy_global_to_shared(
+                                k_narrow, [batch, kv_head, key - narrow_first, 64 * half], bar,
+                                k_blocks.index((buffer * K_HALVES + half) * ENTRIES + e),
+                            )  # fmt: skip
+                        for half in gl.static_range(V_HALVES):
+                            tma.async_copy_global_to_shared(
+                                v_narrow, [batch, kv_head, key - narrow_first, 64 * half], bar,
+                                v_blocks.index((r * V_HALVES + half) * ENTRIES + e),
+                            )  # fmt: skip
+                n += 1
+
+
+@gluon.jit
+def _load_entries(
+    pointer, strides, batch, kv_head, entry, seq,
+    GROUP: gl.constexpr, ENTRIES: gl.constexpr, DIMS: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Load the rows of q or dout from entry `entry` of a key-value head on."""
+    across: gl.constexpr = 4 if ENTRIES == 1 else (2 if ENTRIES == 2 else 1)
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4 // across, across], [1, 0])
+    entries = entry + gl.arange(0, ENTRIES, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    i = entries // GROUP
+    head = kv_head * GROUP + entries % GROUP
+    at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    at += i.to(gl.int64) * strides[2]
+    return gl.load(
+        pointer + at[:, None] + columns[None, :],
+        mask=(i < seq)[:, None] & (columns < DIMS)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _virtual(raw, rows, seen, bias, HAS_BIAS: gl.constexpr, ENTRIES: gl.constexpr):
+    """Return narrow rows [64, columns] times the row of their entry; 0 where not seen."""
+    COLUMNS: gl.constexpr = raw.shape[1]
+    x = raw.load(accumulator(COLUMNS))
+    y = spread(rows, x, ENTRIES, COLUMNS)
+    made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
+    seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
+    return gl.where(seen[:, None], made, gl.zeros_like(made))
+
+
+@gluon.jit
+def _add_to_part(
+    part, slot, value, seen, DIMS: gl.constexpr, KEYS: gl.constexpr, ENTRIES: gl.constexpr
+):  # fmt: skip
+    """Add rows to the slots of a part, those of one entry after those of another."""
+    layout: gl.constexpr = value.type.layout
+    row = gl.arange(0, 64, layout=rows_of(layout))
+    column = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
+    slot = gl.convert_layout(slot, rows_of(layout), assert_trivial=True)
+    seen = gl.convert_layout(seen, rows_of(layout), assert_trivial=True)
+    to = part + (slot * DIMS)[:, None] + column[None, :]
+    for e in gl.static_range(ENTRIES):
+        mask = (seen & (row // KEYS == e))[:, None] & (column < DIMS)[None, :]
+        gl.atomic_add(to, value, mask=mask, sem="relaxed")
+        thread_barrier()
+
+
+@gluon.jit
+def _attend(
+    s, u, shift, row_delta, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge, use_acc,
+    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """Return dS [64, BLOCK_N] of a tile of wide keys and its logits s, and u, still in flight."""
+    dp = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
+    dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
+    p = gl.exp2(s * log2_scale - shift[:, None])
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
+    packed = gl.convert_layout(pack_bfloat16(p), OPERAND)
+    u = warpgroup_mma(packed, v, u, use_acc=use_acc, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    return p * (dp - row_delta[:, None]), u
+
+
+@gluon.jit
+def _attend_tail(
+    t, u, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
+    TAIL: gl.constexpr, OPERAND: gl.constexpr,
+):  # fmt: skip
+    """Return the sums of dS · k and P · v over the few keys of a tail; t and u are overwritten."""
+    layout: gl.constexpr = accumulator(TAIL)
+    rows: gl.constexpr = rows_of(layout)
+    shift = gl.convert_layout(shift, rows, assert_trivial=True)
+    row_delta = gl.convert_layout(row_delta, rows, assert_trivial=True)
+    lo = gl.convert_layout(lo, rows, assert_trivial=True)
+    hi = gl.convert_layout(hi, rows, assert_trivial=True)
+    nothing = gl.zeros([64, TAIL], gl.float32, layout)
+    s = warpgroup_mma(vq, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dp = warpgroup_mma(vdo, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    p = gl.exp2(s * log2_scale - shift[:, None])
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
+    ds = gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
+    u = warpgroup_mma(
+        gl.convert_layout(pack_bfloat16(p), OPERAND), v, u, use_acc=False, is_async=True
+    )
+    t = warpgroup_mma(ds, k, t, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=(t, u))
+
+
+@gluon.jit
+def _consume(
+    r: gl.constexpr, k_raw, vq_tiles, vdo_tiles, q_rows, do_rows, rows_full, k_empty, v_empty,
+    k_ring, v_ring, full, empty, first_done, second_done,
+    q, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
+    sizes, q_strides, do_strides, dq_strides, part_sizes, items, chunks, steps, tiles,
+    scale, log2_scale, k_bias, v_bias,
+    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    HAS_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, KEYS: gl.constexpr,
+    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Compute every second ENTRIES entries: their dq, and what they add to the item's part."""
+    (
+        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+        _,
+    ) = sizes  # fmt: skip
+    slots, part_rows, part_shift = part_sizes
+    ENTRIES: gl.constexpr = 64 // KEYS
+    of_logits: gl.constexpr = accumulator(BLOCK_N)
+    of_keys: gl.constexpr = accumulator(BLOCK_D)
+    of_operand: gl.constexpr = operand(BLOCK_D)
+    of_rows: gl.constexpr = rows_of(of_logits)
+    by_column: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
+    vq = vq_tiles.index(r)
+    vdo = vdo_tiles.index(r)
+    q_row = q_rows.index(r)
+    do_row = do_rows.index(r)
+    sums = vq_tiles._reinterpret(
+        gl.float32, [2, 32, BLOCK_D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    ).index(r)
+    keys = gl.maximum(wide_rows, narrow_rows)
+    wide_first = keys - wide_rows
+    narrow_first = keys - narrow_rows
+    no_logits = gl.zeros([64, BLOCK_N], gl.float32, of_logits)
+    t = gl.zeros([64, BLOCK_D], gl.float32, of_keys)
+    u = gl.zeros([64, BLOCK_DV], gl.float32, accumulator(BLOCK_DV))
+    entry_of_row = r * ENTRIES + gl.arange(0, 64, layout=of_rows) // KEYS
+    y = gl.arange(0, 64, layout=of_rows) % KEYS
+    n = 0
+    passed = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        first = item % chunks * steps
+        bh = (item // chunks).to(gl.int64)
+        is_huge = gl.load(has_huge + bh) != 0
+        batch = item // chunks // kv_heads
+        kv_head = item // chunks % kv_heads
+        entry = first * (2 * ENTRIES) + r * ENTRIES
+        next_q = _load_entries(
+            q, q_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, HEAD_DIM, BLOCK_D
+        )
+        next_do = _load_entries(
+            dout, do_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, VALUE_DIM, BLOCK_DV
+        )
+        for tile in range(first, gl.minimum(first + steps, tiles)):
+            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place(
+                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 4,
+            )  # fmt: skip
+            entry = tile * (2 * ENTRIES) + r * ENTRIES
+            q_row.store(next_q)
+            do_row.store(next_do)
+            next_q = _load_entries(
+                q, q_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
+                GROUP, ENTRIES, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            next_do = _load_entries(
+                dout, do_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
+                GROUP, ENTRIES, VALUE_DIM, BLOCK_DV,
+            )  # fmt: skip
+            total = gl.zeros([32, BLOCK_D], gl.float32, by_column)
+            if count > 0:
+                i = i0 + entry_of_row // GROUP
+                position = p0 + entry_of_row // GROUP
+                lo = gl.maximum(position - wide_left, wide_first)
+                hi = gl.minimum(position + wide_right + 1, keys)
+                narrow_key = position - narrow_left + y
+                narrow_lo = gl.maximum(position - narrow_left, narrow_first)
+                narrow_hi = gl.minimum(position + narrow_right + 1, keys)
+                if HAS_BOUNDS:
+                    at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
+                    low = gl.load(at, mask=i < seq, other=0)
+                    high = gl.load(at + 1, mask=i < seq, other=0)
+                    lo = gl.maximum(lo, low)
+                    hi = gl.minimum(hi, high)
+                    narrow_lo = gl.maximum(narrow_lo, low)
+                    narrow_hi = gl.minimum(narrow_hi, high)
+                seen = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
+                at = bh * seq * GROUP + i * GROUP + entry_of_row % GROUP
+                shift = gl.load(lse2 + at, mask=seen, other=INFINITY)
+                row_delta = gl.load(delta + at, mask=seen, other=0.0)
+                buffer = 2 * r + (n & 1)
+                wait_full(rows_full, r, n)
+                vq.store(_virtual(k_raw.index(buffer), q_row, seen, k_bias, HAS_BIAS, ENTRIES))
+                # In place: nothing else needs the values.
+                vdo.store(_virtual(vdo, do_row, seen, v_bias, HAS_BIAS, ENTRIES))
+                fence_async_shared()
+                wait_full(full, (passed + tails) % SLOTS, (passed + tails) // SLOTS)
+                s = warpgroup_mma(
+                    vq, k_ring.index((passed + tails) % SLOTS).permute((1, 0)), no_logits,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                s = warpgroup_mma_wait(0, deps=(s,))
+                if TAIL > 0:  # noqa: SIM102, the first is known at compile time
+                    if tails > 0:
+                        slot = passed % SLOTS
+                        wait_full(full, slot, passed // SLOTS)
+                        t, u = _attend_tail(
+                            t, u, shift, row_delta, vq, vdo,
+                            k_ring.index(slot).slice(0, TAIL), v_ring.index(slot).slice(0, TAIL),
+                            log2_scale, top - (count - 1) * BLOCK_N - TAIL,
+                            lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
+                        )  # fmt: skip
+                        arrive(empty, slot)
+                key = top - BLOCK_N
+                for j in range(tails, count - 1):
+                    slot = (passed + j) % SLOTS
+                    ahead = (passed + j + 1) % SLOTS
+                    ds, u = _attend(
+                        s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
+                        lo, hi, full_lo, full_hi, is_huge, j > 0, BLOCK_N, of_logits, of_operand,
+                    )  # fmt: skip
+                    packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                    t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=j > 0, is_async=True)
+                    wait_full(full, ahead, (passed + j + 1) // SLOTS)
+                    s = warpgroup_mma(
+                        vq, k_ring.index(ahead).permute((1, 0)), no_logits,
+                        use_acc=False, is_async=True,
+                    )  # fmt: skip
+                    t, u = warpgroup_mma_wait(1, deps=(t, u))
+                    mbarrier.arrive(empty.index(slot), count=1)
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    key -= BLOCK_N
+                slot = (passed + count - 1) % SLOTS
+                ds, u = _attend(
+                    s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
+                    lo, hi, full_lo, full_hi, is_huge, count > 1, BLOCK_N, of_logits, of_operand,
+                )  # fmt: skip
+                packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=count > 1, is_async=True)
+                t, u = warpgroup_mma_wait(0, deps=(t, u))
+                mbarrier.arrive(empty.index(slot), count=1)
+                mbarrier.arrive(v_empty.index(r), count=1)
+                passed += count
+
+                k = to_float32(k_raw.index(buffer).load(of_keys))
+                if HAS_BIAS:
+                    k += k_bias
+                pairs = gl.sum(gl.reshape(t * k, [4, 2, 8, BLOCK_D]), 1)
+                sums.store(gl.reshape(pairs, [32, BLOCK_D]))
+                mbarrier.arrive(k_empty.index(buffer), count=1)
+                total = sums.load(by_column)
+
+                base = slot_base(item % chunks, part_rows, GROUP, part_shift)
+                if PARTS_FOLLOW_QUERIES:
+                    base += p0 - i0
+                to = narrow_key - narrow_first - base
+                heads = (items // chunks).to(gl.int64)
+                part = ((item % chunks) * heads + bh) * slots
+                if r == 0:
+                    wait_empty(second_done, 0, n)
+                else:
+                    wait_full(first_done, 0, n)
+                row = spread(q_row, t.to(gl.bfloat16), ENTRIES, BLOCK_D)
+                _add_to_part(
+                    dk_parts + part * HEAD_DIM, to, t * to_float32(row) * scale, seen,
+                    HEAD_DIM, KEYS, ENTRIES,
+                )  # fmt: skip
+                row = spread(do_row, u.to(gl.bfloat16), ENTRIES, BLOCK_DV)
+                _add_to_part(
+                    dv_parts + part * VALUE_DIM, to, u * to_float32(row), seen,
+                    VALUE_DIM, KEYS, ENTRIES,
+                )  # fmt: skip
+                if r == 0:
+                    arrive(first_done, 0)
+                else:
+                    arrive(second_done, 0)
+                n += 1
+            total = gl.sum(gl.reshape(total, [ENTRIES, KEYS // 2, BLOCK_D]), 1) * scale
+            layout: gl.constexpr = total.type.layout
+            entries = entry + gl.arange(0, ENTRIES, layout=gl.SliceLayout(1, layout))
+            columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+            at = batch.to(gl.int64) * dq_strides[0]
+            at += (kv_head * GROUP + entries % GROUP).to(gl.int64) * dq_strides[1]
+            at += (entries // GROUP).to(gl.int64) * dq_strides[2]
+            gl.store(
+                dq + at[:, None] + columns[None, :], total.to(gl.bfloat16),
+                mask=(entries // GROUP < seq)[:, None] & (columns < HEAD_DIM)[None, :],
+            )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
+def backward_narrow_kernel(
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts,
+    kv_bounds, q_start, items, chunks, steps, tiles,
+    kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+    q_start_default, slots, part_rows, part_shift,
+    stride_q_b, stride_q_h, stride_q_n, stride_do_b, stride_do_h, stride_do_n,
+    stride_dq_b, stride_dq_h, stride_dq_n, scale, log2_scale, k_narrow_bias, v_narrow_bias,
+    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    HAS_NARROW_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    KEYS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """One program owns every num_programs-th item: `steps` tiles of P positions, and their part.
+
+    k_wide and v_wide are descriptors of [B, Hkv, M, D] in blocks of BLOCK_N keys, k_narrow and
+    v_narrow in blocks of KEYS keys and 64 columns. delta and lse2 are contiguous [B, Hkv, N, G].
+    Parts come zeroed; no other program writes to them.
+    """
+    ENTRIES: gl.constexpr = 64 // KEYS
+    P: gl.constexpr = 2 * ENTRIES // GROUP
+    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
+    of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], gl.bfloat16)
+    of_values: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], gl.bfloat16)
+    k_blocks = gl.allocate_shared_memory(
+        gl.bfloat16, [4 * (BLOCK_D // 64) * ENTRIES, 1, 1, KEYS, 64], k_narrow.layout
+    )
+    v_blocks = gl.allocate_shared_memory(
+        gl.bfloat16, [2 * (BLOCK_DV // 64) * ENTRIES, 1, 1, KEYS, 64], v_narrow.layout
+    )
+    k_raw = k_blocks._reinterpret(gl.bfloat16, [4, 64, BLOCK_D], of_rows)
+    vdo = v_blocks._reinterpret(gl.bfloat16, [2, 64, BLOCK_DV], of_value_rows)
+    vq = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_D], of_rows)
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
+    v_tiles = gl.allocate_shared_memory(
+        gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout
+    )
+    k_ring = k_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_D], of_keys)
+    v_ring = v_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_DV], of_values)
+    q_rows = gl.allocate_shared_memory(
+        gl.bfloat16, [2, ENTRIES, BLOCK_D], permuted_rows(ENTRIES, BLOCK_D, 2)
+    )
+    do_rows = gl.allocate_shared_memory(
+        gl.bfloat16, [2, ENTRIES, BLOCK_DV], permuted_rows(ENTRIES, BLOCK_DV, 2)
+    )
+    full = barriers(SLOTS, 1)
+    empty = barriers(SLOTS, 2)
+    rows_full = barriers(2, 1)
+    k_empty = barriers(4, 1)
+    v_empty = barriers(2, 1)
+    first_done = barriers(1, 1)
+    second_done = barriers(1, 1)
+    fence_async_shared()
+    sizes = (
+        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+        q_start_default,
+    )  # fmt: skip
+    q_strides = (stride_q_b, stride_q_h, stride_q_n)
+    do_strides = (stride_do_b, stride_do_h, stride_do_n)
+    dq_strides = (stride_dq_b, stride_dq_h, stride_dq_n)
+    part_sizes = (slots, part_rows, part_shift)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, k_raw, vq, vdo, q_rows, do_rows, rows_full, k_empty, v_empty,
+                k_ring, v_ring, full, empty, first_done, second_done,
+                q, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
+                sizes, q_strides, do_strides, dq_strides, part_sizes, items, chunks, steps, tiles,
+                scale, log2_scale, k_narrow_bias, v_narrow_bias,
+                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+            )),
+            (_consume, (
+                1, k_raw, vq, vdo, q_rows, do_rows, rows_full, k_empty, v_empty,
+                k_ring, v_ring, full, empty, first_done, second_done,
+                q, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
+                sizes, q_strides, do_strides, dq_strides, part_sizes, items, chunks, steps, tiles,
+                scale, log2_scale, k_narrow_bias, v_narrow_bias,
+                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+            )),
+            (_fetch_tiles, (
+                k_wide, v_wide, k_tiles, v_tiles, full, empty, kv_bounds, q_start, sizes,
+                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, SLOTS, TAIL,
+            )),
+            (_fetch_rows, (
+                k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
+                kv_bounds, q_start, sizes, items, chunks, steps, tiles,
+                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P, BLOCK_N, TAIL,
+            )),
+        ],
+        [4, 1, 1], [240, 24, 24],
+    )  # fmt: skip
+
+
+def backward_narrow(
+    problem: Problem, statistics: Statistics, dq: Tensor, config: Config
+) -> Parts | None:
+    """Write dq [B, H, N, D], and return the parts of the narrow pair's gradients to be summed.
+
+    Returns None, with nothing written, where the parts would take too much memory.
+    """
+    dout, delta, lse2, has_huge = statistics
+    batch, _, seq, _ = problem.q.shape
+    constants = problem.constants(dout, dq)
+    block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
+    kv_heads, *sizes = problem.sizes()
+    group, entries, processors = problem.group, ROWS // config.keys, processors_of(problem.q.device)
+    tiles = triton.cdiv(seq * group, 2 * entries)
+    steps, chunks = _division(tiles, batch * kv_heads, processors)
+    parts = parts_of_queries(problem, group, steps * 2 * entries)
+    if parts is None:
+        return None
+    items = batch * kv_heads * chunks
+    narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
+    names = (
+        "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
+        "BLOCK_D", "BLOCK_DV",
+    )  # fmt: skip
+    backward_narrow_kernel[(min(items, processors),)](
+        problem.q,
+        describe(problem.k_wide, [1, 1, config.block_n, block_d]),
+        describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
+        *(describe(t, [1, 1, config.keys, 64]) for t in narrow),
+        dout, delta, lse2, has_huge, dq, parts.dk, parts.dv, problem.kv_bounds, problem.q_start,
+        items, chunks, steps, tiles, kv_heads, *sizes, *parts.numbers,
+        *problem.q.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
+        problem.scale, problem.log2_scale, *problem.biases()[2:],
+        **{name: constants[name] for name in names},
+        PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
+        KEYS=config.keys, BLOCK_N=config.block_n, SLOTS=config.slots, TAIL=config.tail,
+        num_warps=config.num_warps, maxnreg=config.maxnreg, **OPTIONS,
+    )  # fmt: skip
+    return parts
+
+
+def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
+    """Return how many tiles are an item, and how many items a head has.
+
+    Large items make small parts, and small ones spread the work evenly.
+    """
+    for steps in (64, 32, 16, 8):
+        chunks = triton.cdiv(tiles, steps)
+        if heads * chunks >= 6 * processors:
+            return steps, chunks
+    return steps, chunks
+
+
+def _describable(tensor: Tensor) -> Tensor:
+    """Return a tensor that the copy engine can read: itself, or a copy."""
+    if can_describe(tensor):
+        return tensor
+    *rows, columns = tensor.shape
+    space = tensor.new_empty(*rows, triton.cdiv(columns, UNIT) * UNIT)
+    return space[..., :columns].copy_(tensor)

@@ -1,0 +1,150 @@
+"""How the key side of the backward divides its work, or why it does not serve: a pure choice."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from csrc_free.device.descriptors import can_describe
+from csrc_free.problem import Problem, block
+
+# A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
+KEYS = 64
+ROWS = 64
+MULTIPROCESSORS = 132  # of an H100 or H200 with all its power
+LIMIT_BYTES = 2**30
+# Small problems may take this much, whatever their gradients are: else few programs would share
+# the work.
+FLOOR_BYTES = 2**27
+_TILES = (1, 2, 3, 4, 6, 8)
+_SPLITS = (1, 2, 3, 4, 6, 8)
+# What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
+# 2026-11-25).
+_SHARED_PART = 1.12
+_MOST_ITEMS = 4096  # beyond, programs are even without help
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work of one problem is divided among programs."""
+
+    tiles: int  # of wide keys, that share one part of the narrow pair's gradients
+    splits: int  # programs that share the turns of one tile
+    batch: int  # rows of the batch, and key-value heads, of one launch: the next ones take the
+    kv_heads: int  # same memory
+
+
+def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
+    """Return how the work is divided, or why the kernel of all four gradients does not serve."""
+    reason = _why_not(problem, dout)
+    if reason is None and not 3 <= problem.group <= ROWS:
+        reason = f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
+    if reason is not None:
+        return reason
+    batch, kv_heads, rows, _ = problem.k_wide.shape
+    plan = _division(
+        batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
+        problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
+        problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
+        2 * sum(t.numel() for t in problem.tensors),
+    )  # fmt: skip
+    if plan is None:
+        return "the parts of the narrow pair's gradients would take more memory than they may"
+    return plan
+
+
+def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
+    """Return why the kernel of the wide pair's gradients does not serve, or None."""
+    reason = _why_not(problem, dout)
+    if reason is not None:
+        return reason
+    if problem.group > 2:
+        return f"for 1 or 2 query heads of a key-value head, got {problem.group}"
+    if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
+        return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
+    if any(problem.biases()[:2]):
+        return "a bias of the wide pair"
+    for name, tensor in (
+        ("the narrow keys", problem.k_narrow), ("the narrow values", problem.v_narrow)
+    ):  # fmt: skip
+        if not can_describe(tensor):
+            return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
+    batch, kv_heads, rows, _ = problem.k_wide.shape
+    items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
+    if 2 * items < MULTIPROCESSORS:
+        return f"{items} tiles of {2 * KEYS} keys leave most of the device idle"
+    return None
+
+
+def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
+    """Return why no kernel of the key side here serves, or None."""
+    device, head_dim, value_dim = problem.device, problem.q.shape[3], problem.v_wide.shape[3]
+    if (device.backend, device.arch) != ("cuda", 90):
+        return f"compiled for sm_90 alone, and the device is {device.name}"
+    if problem.q.dtype != torch.bfloat16:
+        return f"for bfloat16 alone, got {problem.q.dtype}"
+    if problem.form != "trilinear":
+        return f"for the trilinear form alone, got {problem.form}"
+    if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
+        return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
+    for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),
+                         ("the wide values", problem.v_wide), ("dout", dout)):  # fmt: skip
+        if not can_describe(tensor):
+            return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
+    return None
+
+
+@functools.cache
+def _division(
+    batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
+    wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
+    columns: int, gradient_bytes: int,
+) -> Plan | None:  # fmt: skip
+    """Return the division that takes the least time, of those whose memory may be had."""
+    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES))
+    count = triton.cdiv(rows, KEYS)
+    left, right = wide_reach
+    weights = []  # of each tile: the queries that see it
+    for tile in range(count):
+        key = wide_first + tile * KEYS
+        weights.append(max(0, min(key + KEYS + left - start, seq) - max(key - right - start, 0)))
+    best: tuple[float, Plan] | None = None
+    at_once = [(n, kv_heads) for n in _halves(batch)] + [(1, n) for n in _halves(kv_heads)[1:]]
+    for some_batch, some_heads in at_once:
+        launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
+        heads = some_batch * some_heads
+        for tiles in _TILES:
+            slots = min(KEYS * tiles + left + right + sum(narrow_reach), narrow_rows)
+            parts = triton.cdiv(count, tiles)
+            for splits in _SPLITS:
+                taken = 4 * columns * heads * parts * slots
+                taken += 4 * columns * heads * rows * splits if splits > 1 else 0
+                if taken > limit:
+                    continue
+                time = launches * _time(weights, heads, tiles, splits)
+                time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
+                time *= 1 + 0.01 * (launches - 1)
+                if best is None or time < best[0]:
+                    best = time, Plan(tiles, splits, some_batch, some_heads)
+    return None if best is None else best[1]
+
+
+def _halves(count: int) -> list[int]:
+    """Return count, half of it, a quarter and so on, to 1."""
+    found = [count]
+    while found[-1] > 1:
+        found.append((found[-1] + 1) // 2)
+    return found
+
+
+def _time(weights: list[int], heads: int, tiles: int, splits: int) -> float:
+    """Return the work of the program that has most, in queries: items go round by number."""
+    parts = [sum(weights[i : i + tiles]) / splits for i in range(0, len(weights), tiles)]
+    items = len(parts) * splits * heads
+    if items > _MOST_ITEMS:
+        return sum(parts) * splits * heads / MULTIPROCESSORS
+    work = [0.0] * min(MULTIPROCESSORS, items)
+    for item in range(items):
+        work[item % len(work)] += parts[item // heads // splits]
+    return max(work)

@@ -1,0 +1,257 @@
+"""The key-value gradients on Hopper: when they are chosen, what they compile to, what they give."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon")
+
+from csrc_free.hopper import backward, key_plan
+from csrc_free.hopper.key_plan import KEYS, LIMIT_BYTES, Plan, plan_of
+from csrc_free.problem import problem_of
+from csrc_free.traits import DEVICES
+from simplex_ops.contract.windows import reach
+from simplex_ops.testing import Case, assert_matches_reference
+from tools.compiled.launches import recorded
+from tools.compiled.registers import usage_of
+from tools.workloads import Workload, meta_inputs
+
+attn = torch.ops.simplex.attn
+HOPPER = DEVICES["sm_90"]
+GROUP8 = Workload("group8", 4, 64, 8, 2048, 128, 512, 32)
+
+
+def _problem(workload, device=HOPPER):
+    inputs = meta_inputs(workload)
+    reaches = (reach(w, workload.is_causal) for w in (workload.w1, workload.w2))
+    with mock.patch("csrc_free.problem.device_of", return_value=device):
+        problem = problem_of(
+            *inputs.problem, *reaches, 1.0, workload.form, 0.0, 0.0, None, None
+        )  # fmt: skip
+    return problem, inputs.dout
+
+
+def _plan(workload, device=HOPPER):
+    return plan_of(*_problem(workload, device))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float16}, "for bfloat16 alone, got torch.float16"),
+        ({"form": "determinant"}, "for the trilinear form alone, got determinant"),
+        ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
+        ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
+        ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),
+        ({"head_dim": 100, "value_dim": 128}, "q: strides"),
+        ({"w1": 2048, "w2": 2048, "seq": 2**17, "batch": 1}, "more memory than they may"),
+    ],
+)
+def test_what_is_not_served_is_said(change, reason):
+    assert reason in str(_plan(dataclasses.replace(GROUP8, **change)))
+
+
+def test_another_device_is_not_served():
+    assert _plan(GROUP8, DEVICES["sm_100"]) == "compiled for sm_90 alone, and the device is sm_100"
+
+
+def test_an_expanded_dout_is_not_served():
+    problem, dout = _problem(GROUP8)
+    assert plan_of(problem, dout[:1].expand(4, -1, -1, -1)).startswith("dout: strides")
+
+
+def test_both_halves_say_why_they_do_not_run():
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, form="determinant")))
+    assert set(choice.reasons) == {"keys", "wide", "query"}
+    assert backward.choose(*_problem(GROUP8)).reasons == {}
+
+
+@pytest.mark.parametrize("seq", [4096, 32768, 131072])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 1), (64, 8), (32, 8), (8, 2)])
+def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
+    batch = 131072 // seq
+    workload = Workload("x", batch, heads, kv_heads, seq, 128, 512, 32)
+    plan = _plan(workload)
+    assert isinstance(plan, Plan)
+    parts = -(-seq // (KEYS * plan.tiles))
+    slots = KEYS * plan.tiles + 511 + 31
+    some = plan.batch * plan.kv_heads
+    taken = 4 * 256 * some * (parts * slots + (seq * plan.splits if plan.splits > 1 else 0))
+    gradients = 2 * 128 * batch * seq * (heads + 4 * kv_heads)
+    assert taken <= min(LIMIT_BYTES, max(2 * gradients, key_plan.FLOOR_BYTES))
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 8), st.integers(1, 3000), st.integers(1, 600),
+    st.sampled_from([4, 8, 64]),
+)  # fmt: skip
+def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
+    """Never slower than one program for each tile, by its own count of work."""
+    plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, 8))
+    assert isinstance(plan, Plan)
+    tiles = -(-seq // KEYS)
+    weights = [min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)]
+    launches = -(-batch // plan.batch) * -(-kv_heads // plan.kv_heads)
+    one_each = key_plan._time(weights, batch * kv_heads, 1, 1)
+    chosen = launches * key_plan._time(weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits)
+    slots = KEYS + w1 + 7
+    if 4 * 256 * batch * kv_heads * tiles * slots <= key_plan.FLOOR_BYTES:
+        assert chosen <= one_each * 1.001
+
+
+@pytest.mark.parametrize(
+    ("workload", "most_spills"), [
+        (GROUP8, 700),
+        (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
+    ], ids=["group 8, D 128", "group 64, D 64"],
+)  # fmt: skip
+def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
+    """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
+    with recorded(HOPPER) as launches:
+        problem, dout = _problem(workload)
+        shape = (problem.q.shape[0], workload.kv_heads, workload.seq, problem.group)
+        given = backward.Statistics(
+            dout, torch.empty(shape, device="meta"), torch.empty(shape, device="meta"),
+            torch.empty(shape[:2], dtype=torch.int32, device="meta"),
+        )  # fmt: skip
+        backward.run(
+            problem, given, dataclasses.replace(backward.choose(problem, dout), query=""),
+            None, (None, None), (torch.empty_like(problem.k_narrow), None),
+        )  # fmt: skip
+    names = [launch.kernel.__name__ for launch in launches]
+    assert set(names) == {"backward_keys_kernel", "sum_parts_kernel"}
+    usage = usage_of(launches[names.index("backward_keys_kernel")], HOPPER)
+    assert usage.spills <= most_spills
+    assert usage.shared <= HOPPER.shared_limit
+
+
+CASE = Case(
+    kv_heads=2, group=8, seq=150, w1=70, w2=12, head_dim=128, dtype=torch.bfloat16,
+    grad_mask=(False, True, True, True, True),
+)  # fmt: skip
+
+
+def _change(**fields):
+    return dataclasses.replace(CASE, **fields)
+
+
+CASES = {
+    "whole tiles and a tail": CASE,
+    "64 heads, a position to a tile": _change(kv_heads=1, group=64, seq=100),
+    "4 heads": _change(group=4),
+    "5 heads in tiles of 8": _change(group=5, seq=99),
+    "12 heads, D 80, Dv 96": _change(group=12, head_dim=80, value_dim=96),
+    "D 64": _change(group=16, head_dim=64),
+    "D 64, Dv 128": _change(group=16, head_dim=64, value_dim=128),
+    "both sides": _change(is_causal=False),
+    "the first pair narrow": _change(w1=12, w2=70),
+    "windows beyond the sequence": _change(w1=None, w2=2**31 - 1, seq=70),
+    "a window of one": _change(w1=70, w2=1),
+    "fewer first keys": _change(seq=90, keys1=100, keys2=150),
+    "a cache": _change(seq=20, keys1=150, keys2=150),
+    "documents": _change(batch=2, bounds="documents"),
+    "padding": _change(batch=2, bounds="padding"),
+    "a range for each query": _change(batch=2, bounds="ranges"),
+    "wild bounds": _change(batch=2, bounds="wild", is_causal=False),
+    "starts": _change(batch=2, starts="random"),
+    "biases": _change(k2_bias=1.0, v2_bias=-0.5),
+    "biases of the wide pair": _change(w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5, bounds="ranges"),
+    "transposed": _change(layout="transposed", layout_of_gradients="transposed"),
+    "fused": _change(layout="fused"),
+    "through lse": _change(through="both"),
+    "one gradient": _change(grad_mask=(False, False, False, False, True)),
+    "logits of thousands": _change(amplitude=1000.0),
+}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Note the plans by which the kernel ran."""
+    noted = []
+    inner = backward.backward_keys
+
+    def noting(problem, statistics, plan, *args):
+        noted.append(plan)
+        inner(problem, statistics, plan, *args)
+
+    monkeypatch.setattr(backward, "backward_keys", noting)
+    return noted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_within_the_budget(name, used, poisoned_memory):
+    assert_matches_reference(CASES[name], attn, device="cuda")
+    assert used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [(1, 1), (1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize("at_once", [(2, 2), (1, 1)])
+def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
+    """Tiles that share a part, programs that share a tile, and several launches."""
+    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
+    assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
+    assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [3, 8, 64])
+def test_gradients_repeat_bit_for_bit(group, used):
+    inputs = [
+        torch.randn(2, 700, heads, 128, device="cuda", dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (2 * group, 2, 2, 2, 2)
+    ]
+    out, _lse = attn(*inputs, 300, 20)
+    dout = torch.randn_like(out)
+    first = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    for _ in range(3):
+        again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+        assert all(map(torch.equal, first, again))
+    assert used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
+def test_extreme_scores_agree_with_the_portable_kernels(size, used, monkeypatch):
+    """Up to logits of 1e9, where lse is capped; never NaN."""
+    inputs = [
+        (torch.randn(1, heads, 300, 128, device="cuda") * (size if heads > 1 else 1.0))
+        .to(torch.bfloat16)
+        .requires_grad_()
+        for heads in (8, 1, 1, 1, 1)
+    ]
+    out, _lse = attn(*inputs, 100, 20)
+    dout = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    assert used
+    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: "not here")
+    expected = torch.autograd.grad(out, inputs, dout)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(
+            one.float(), other.float(), rtol=2e-2, atol=2e-2 * other.abs().max().item()
+        )
+
+
+@pytest.mark.gpu
+def test_a_nan_stays_in_its_head(used):
+    inputs = [
+        torch.randn(2, heads, 200, 128, device="cuda", dtype=torch.bfloat16)
+        for heads in (16, 2, 2, 2, 2)
+    ]
+    for t in inputs[1:]:
+        t[0, 0, 100] = torch.nan
+    leaves = [t.requires_grad_() for t in inputs]
+    out, _lse = attn(*leaves, 60, 10)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out).contiguous())
+    for grad in grads[1:]:
+        assert torch.isfinite(grad[0, 1]).all()
+        assert torch.isfinite(grad[1]).all()
+    assert used
