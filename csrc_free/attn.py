@@ -15,6 +15,7 @@ from triton.runtime.errors import TritonError
 
 from csrc_free import problem, tracing
 from csrc_free.hopper import serve
+from csrc_free.hopper.within_int32 import within_int32
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
@@ -42,7 +43,7 @@ def attn_forward(
     def on_hopper() -> None:
         from csrc_free.hopper import forward as hopper
 
-        hopper.compute(this, out, lse)
+        hopper.compute(within_int32(this), out, lse)
 
     with on_device_of(q):
         if _why_not_forward(this) is None:

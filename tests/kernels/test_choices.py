@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
+from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
@@ -70,6 +71,7 @@ def test_the_first_that_fits_wins():
 
 KINDS = {
     "forward_kernel": forward.Config,
+    "hopper_forward_kernel": hopper_forward.Config,
     "backward_wide_kernel": wide.Config,
     "backward_query_kernel": query.Config,
     "backward_keys_kernel": keys.Config,
