@@ -76,10 +76,10 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    run(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
+    write_gradients(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
 
 
-def run(
+def write_gradients(
     problem: Problem, statistics: Statistics, choice: Choice,
     dq: Tensor | None, wide: Pair, narrow: Pair,
 ) -> None:  # fmt: skip
@@ -104,7 +104,7 @@ def run(
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
         query.backward_query(problem, statistics, dq, choice.query)
         dq = None
-    portable.run(problem, statistics, dq, wide, narrow)
+    portable.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 def _run_keys(

@@ -3,18 +3,34 @@
 So a document costs what its own pairs cost: tiles that nobody sees are not met.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from csrc_free.device.tiles import key_ranges, positions
-from csrc_free.launch import OPTIONS
+from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.traits import Device, Traits
 
 FIELDS = 6
 _FIELDS = tl.constexpr(FIELDS)
 _FAR = tl.constexpr(2**30)
+
+
+@dataclass(frozen=True)
+class Config:
+    """BLOCK queries at a time."""
+
+    block: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound: one number of every warp, in each of six reductions."""
+        return 6 * 4 * self.num_warps
 
 
 @triton.jit(do_not_specialize=[
@@ -85,8 +101,9 @@ def spans_of(problem: Problem, keys: int) -> Tensor | None:
         return None
     batch, tiles = problem.q.shape[0], triton.cdiv(problem.k_wide.shape[2], keys)
     spans = torch.empty(batch, tiles, FIELDS, dtype=torch.int32, device=problem.q.device)
-    spans_kernel[(batch * tiles,)](
+    launch(
+        spans_kernel, batch * tiles,
         spans, problem.kv_bounds, problem.q_start, *problem.sizes(), tiles,
-        HAS_Q_START=problem.q_start is not None, KEYS=keys, BLOCK=128, num_warps=4, **OPTIONS,
+        HAS_Q_START=problem.q_start is not None, KEYS=keys, config=Config(),
     )  # fmt: skip
     return spans

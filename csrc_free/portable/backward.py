@@ -79,10 +79,10 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    run(problem, statistics, dq, wide_grads, narrow_grads)
+    write_gradients(problem, statistics, dq, wide_grads, narrow_grads)
 
 
-def run(
+def write_gradients(
     problem: Problem, statistics: Statistics, dq: Tensor | None, wide: Pair, narrow: Pair
 ) -> None:
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""

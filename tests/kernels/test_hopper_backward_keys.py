@@ -120,13 +120,13 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
             dout, torch.empty(shape, device="meta"), torch.empty(shape, device="meta"),
             torch.empty(shape[:2], dtype=torch.int32, device="meta"),
         )  # fmt: skip
-        backward.run(
+        backward.write_gradients(
             problem, given, dataclasses.replace(backward.choose(problem, dout), query=""),
             None, (None, None), (torch.empty_like(problem.k_narrow), None),
         )  # fmt: skip
     names = [launch.kernel.__name__ for launch in launches]
-    assert set(names) == {"backward_keys_kernel", "sum_parts_kernel"}
-    usage = usage_of(launches[names.index("backward_keys_kernel")], HOPPER)
+    assert set(names) == {"hopper_backward_keys_kernel", "sum_parts_kernel"}
+    usage = usage_of(launches[names.index("hopper_backward_keys_kernel")], HOPPER)
     assert usage.spills <= most_spills
     assert usage.shared <= HOPPER.shared_limit
 
@@ -143,9 +143,9 @@ def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
         choice = backward.choose(problem, dout)
         assert choice.wide is None
         wide = torch.empty_like(problem.k_wide), torch.empty_like(problem.v_wide)
-        backward.run(problem, given, choice, None, wide, (None, None))
+        backward.write_gradients(problem, given, choice, None, wide, (None, None))
     (launch,) = launches
-    assert launch.kernel.__name__ == "backward_wide_kernel"
+    assert launch.kernel.__name__ == "hopper_backward_wide_kernel"
     usage = usage_of(launch, HOPPER)
     assert usage.spills <= 300
     assert usage.shared <= HOPPER.shared_limit
