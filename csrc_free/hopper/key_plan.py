@@ -47,7 +47,7 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
-        2 * sum(t.numel() for t in problem.tensors),
+        2 * sum(t.numel() for t in problem.tensors), _bytes_of_statistics(problem),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
@@ -95,14 +95,22 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
     return None
 
 
+def _bytes_of_statistics(problem: Problem) -> int:
+    """Return the bytes of delta and lse2, and of those with a power of two of heads."""
+    batch, heads, seq, _ = problem.q.shape
+    group = problem.group
+    padded = triton.next_power_of_2(group)
+    return 2 * 4 * batch * seq * (heads + (heads // group * padded if padded > group else 0))
+
+
 @functools.cache
 def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
-    columns: int, gradient_bytes: int,
+    columns: int, gradient_bytes: int, statistics_bytes: int,
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
-    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES))
+    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES)) - statistics_bytes
     count = triton.cdiv(rows, KEYS)
     left, right = wide_reach
     weights = []  # of each tile: the queries that see it
@@ -119,7 +127,8 @@ def _division(
             parts = triton.cdiv(count, tiles)
             for splits in _SPLITS:
                 taken = 4 * columns * heads * parts * slots
-                taken += 4 * columns * heads * rows * splits if splits > 1 else 0
+                # The splits' sums, and the sum over them.
+                taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
                 if taken > limit:
                     continue
                 time = launches * _time(weights, heads, tiles, splits)
