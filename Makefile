@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tools/constraints.txt
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.version_info < (3, 11) or print("$(p)")' 2>/dev/null)))
-INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
+# Python makes the bytecode of what is imported; pip would, of everything that is there.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 ARGS ?=
 # Processes that share the tests: one a core, up to eight, each with a torch of its own in memory.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
@@ -14,23 +15,31 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # processes used too, and no faster on two free ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test suite interpreted demo check format lint types floors package test-torch clean
+.PHONY: help test suite interpreted slow test-all demo check format lint types floors package \
+	test-torch clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run all tests, in parallel; some: make test ARGS="-k laws"
+test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run the tests, in parallel; some: make test ARGS="-k laws"
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(or $(strip $(ARGS)),-m "not slow")
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py
 
+slow: $(VENV)/.test ## what test leaves out: kernels compiled against the table of registers, the demo
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
+
+test-all: $(VENV)/.test ## every test, and problems drawn anew, more of them: an hour
+	SIMPLEX_FUZZ_EXAMPLES=2000 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PARALLEL)
+	SIMPLEX_FUZZ_EXAMPLES=100 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)
 
-check: lint types floors test ## all that .ci/run runs
+check: lint types floors test slow ## all that .ci/run runs
 
 format: $(VENV)/.test ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

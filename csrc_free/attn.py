@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 
-from csrc_free import problem
+from csrc_free import problem, tracing
 from csrc_free.hopper import serve
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
@@ -41,11 +41,13 @@ def attn_forward(
     def on_hopper() -> None:
         from csrc_free.hopper import forward as hopper
 
-        hopper.run(this, out, lse)
+        hopper.compute(this, out, lse)
 
     with on_device_of(q):
-        if _why_not_forward(this) is None and _ran(on_hopper):
-            return
+        if _why_not_forward(this) is None:
+            tracing.leave("the Hopper kernels are of Gluon")
+            if _ran(on_hopper):
+                return
         forward.attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **arguments)
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from csrc_free import tracing
 from csrc_free.traits import Config
 
 # The kernels reason about fused multiply-adds: a settled maximum is subtracted inside one.
@@ -19,7 +20,7 @@ _FOR_TRITON = ("num_warps", "num_stages", "maxnreg")
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make a tensor's device the current one: Triton launches there, on its current stream."""
     device = tensor.device
-    if device.type in ("cpu", "meta"):
+    if device.type in ("cpu", "meta") or tracing.tracer() is not None:
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device.index)
 
@@ -28,6 +29,12 @@ def launch(
     kernel: triton.JITFunction, programs: int, *args: object, config: Config, **constants: object
 ) -> None:
     """Launch a kernel in a grid of one dimension, tiled and compiled as its config says."""
+    tracer = tracing.tracer()
+    if tracer is not None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants | _said_of(config)
+        options = {name: named.pop(name) for name in _FOR_TRITON if name in named}
+        tracer.launch(kernel, programs, named, options)
+        return
     kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
 
 
@@ -42,4 +49,4 @@ def _said_of(config: Config) -> dict[str, Any]:
 
 def is_small(programs: int) -> bool:
     """Tell whether a grid has so few programs for each multiprocessor that its last ones matter."""
-    return programs <= 1024
+    return tracing.likely(programs <= 1024)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from csrc_free import tracing
 from csrc_free.device.descriptors import are_rows_aligned, can_describe, describe
 from csrc_free.device.forms import CODES
 from csrc_free.traits import Device, Traits, device_of
@@ -100,7 +101,12 @@ class Problem:
     @property
     def keys(self) -> int:
         """Return M, the number of key positions."""
-        return max(self.k_wide.shape[2], self.k_narrow.shape[2])
+        return torch.sym_max(self.k_wide.shape[2], self.k_narrow.shape[2])
+
+    @property
+    def narrow_width(self) -> int:
+        """Return how many narrow keys a query sees at most."""
+        return min(sum(self.narrow_reach) + 1, self.k_narrow.shape[2])
 
     @property
     def wide_first(self) -> int:
@@ -113,12 +119,20 @@ class Problem:
         return self.keys - self.k_narrow.shape[2]
 
     def sizes(self) -> tuple[int, ...]:
-        """Return kv_heads, seq, rows of each pair, reaches and the default q_start."""
+        """Return kv_heads, seq, rows of each pair, reaches up to 2^30 and the default q_start."""
         seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
-        return (
-            self.k_wide.shape[1], seq, wide_rows, narrow_rows,
-            *self.wide_reach, *self.narrow_reach, self.keys - seq,
-        )  # fmt: skip
+        reaches = (min(r, 2**30) for r in (*self.wide_reach, *self.narrow_reach))
+        return self.k_wide.shape[1], seq, wide_rows, narrow_rows, *reaches, self.keys - seq
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return kv_heads, seq, rows of each pair, lowered reaches and the default q_start.
+
+        A reach is lowered by 2^31 for `device.tiles.window_of`: so what is unbounded is an int32,
+        and one compiled kernel serves it too.
+        """
+        seq, wide_rows, narrow_rows = (t.shape[2] for t in (self.q, self.k_wide, self.k_narrow))
+        reaches = (min(r, 2**32 - 1) - 2**31 for r in (*self.wide_reach, *self.narrow_reach))
+        return self.k_wide.shape[1], seq, wide_rows, narrow_rows, *reaches, self.keys - seq
 
     def biases(self) -> tuple[float, ...]:
         """Return the biases of k_wide, v_wide, k_narrow and v_narrow."""
@@ -137,7 +151,7 @@ class Problem:
             "FORM": CODES[self.form],
             "SIGN": -1 if self.is_exchanged else 1,
             "GROUP": self.group,
-            "INDEX": tl.int32 if max(map(_extent, tensors)) < 2**31 else tl.int64,
+            "INDEX": tl.int32 if all(map(_is_within_int32, tensors)) else tl.int64,
             "HAS_BOUNDS": self.kv_bounds is not None,
             "HAS_Q_START": self.q_start is not None,
             "HAS_WIDE_BIAS": has_bias and self.is_exchanged,
@@ -165,7 +179,7 @@ def problem_of(
 ) -> Problem:  # fmt: skip
     """Give each pair its role, and copy only what no kernel can read in place."""
     q, k1, k2, v1, v2 = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k1, k2, v1, v2))
-    is_exchanged = _width(reach1, k1) < _width(reach2, k2)
+    is_exchanged = _is_narrower(reach1, reach2, k1.shape[2], k2.shape[2])
     wide, narrow = by_role(is_exchanged, (k1, v1, reach1), (k2, v2, reach2))
     return Problem(
         q, wide[0], wide[1], narrow[0], narrow[1], wide[2], narrow[2], is_exchanged,
@@ -181,10 +195,18 @@ def by_role(is_exchanged: bool, first: Pair, second: Pair) -> tuple[Pair, Pair]:
     return (second, first) if is_exchanged else (first, second)
 
 
-def _extent(tensor: Tensor) -> int:
-    """Return the distance in elements from a tensor's first element to its last."""
-    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _is_within_int32(tensor: Tensor) -> bool:
+    """Tell whether a tensor's last element is within 2^31 elements of its first."""
+    extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tracing.holds(extent < 2**31)
 
 
-def _width(reach: tuple[int, int], keys: Tensor) -> int:
-    return min(reach[0] + reach[1] + 1, keys.shape[2])
+def _is_narrower(reach: tuple[int, int], than: tuple[int, int], rows: int, others: int) -> bool:
+    """Tell whether a window over so many rows is narrower than another over its own.
+
+    Where both have as many, their number does not matter: a trace then serves any.
+    """
+    width, other = reach[0] + reach[1] + 1, than[0] + than[1] + 1
+    if tracing.holds(rows == others):
+        return tracing.holds(width < other)
+    return tracing.holds(torch.sym_min(width, rows) < torch.sym_min(other, others))

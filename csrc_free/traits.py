@@ -57,6 +57,7 @@ class Device:
     backend: str  # "cuda", "hip" or "cpu" (the interpreter)
     arch: int | str  # as Triton names it: 90 for sm_90, "gfx942"; 0 for the interpreter
     shared_limit: int  # bytes of shared memory that one program may have
+    multiprocessors: int = 0  # 0 where nothing was measured that depends on it
 
     @property
     def is_interpreted(self) -> bool:
@@ -73,7 +74,7 @@ class Device:
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
 
-INTERPRETER = Device("cpu", 0, 2**63)
+INTERPRETER = Device("cpu", 0, 2**63, 3)  # so that a small problem is split
 # The limits of the CUDA programming guide (most shared memory of a thread block) and of AMD's
 # instruction set manuals (LDS of a workgroup); a device that is present is asked.
 DEVICES = {
@@ -82,7 +83,7 @@ DEVICES = {
         Device("cuda", 80, 166_912),
         Device("cuda", 86, 101_376),
         Device("cuda", 89, 101_376),
-        Device("cuda", 90, 232_448),
+        Device("cuda", 90, 232_448, 132),
         Device("cuda", 100, 232_448),
         Device("cuda", 120, 101_376),
         Device("hip", "gfx942", 65_536),
@@ -99,12 +100,13 @@ def device_of(device: torch.device) -> Device:
     from triton.runtime import driver
 
     # The number that Triton compares a kernel's need to before it launches.
-    limit = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]  # pyright: ignore[reportAttributeAccessIssue]
+    found = driver.active.utils.get_device_properties(device.index)  # pyright: ignore[reportAttributeAccessIssue]
+    limit, multiprocessors = found["max_shared_mem"], found["multiprocessor_count"]
     if torch.version.hip is not None:
         properties = torch.cuda.get_device_properties(device)
-        return Device("hip", properties.gcnArchName.split(":")[0], limit)
+        return Device("hip", properties.gcnArchName.split(":")[0], limit, multiprocessors)
     major, minor = torch.cuda.get_device_capability(device)
-    return Device("cuda", 10 * major + minor, limit)
+    return Device("cuda", 10 * major + minor, limit, multiprocessors)
 
 
 class Config(Protocol):

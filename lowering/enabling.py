@@ -24,9 +24,9 @@ class _Switch:
         self.blocks += more_blocks
         if self.on:
             compat.warn_if_untested()
-            compat.wrap_compile_fx(_serve_where_on)
+            compat.wrap_entries(_serve_where_on)
         else:
-            compat.unwrap_compile_fx()
+            compat.unwrap_entries()
 
 
 _SWITCH = _Switch()
@@ -61,6 +61,7 @@ def enable() -> _Enabled:
     """Serve marks in every model that Inductor compiles from here on, without backend="simplex".
 
     The pass runs before Inductor looks into its caches, so what is cached is the rewritten graph.
+    `torch.export.export(model, ..., strict=True)` is served too.
     Works from the call on, until `disable()`; called twice it is enabled once. `with
     lowering.enable():` is for the block alone, whatever stood before it stands after it, and blocks
     may be nested. The model must be called in the block, since it is compiled when it is called and

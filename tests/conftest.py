@@ -2,6 +2,12 @@
 
 import os
 
+# For the programs that tests start, too; torch and Inductor read them when they are imported.
+# Inductor compiles in half the time where it writes no vector instructions: they are its own, and
+# so is whether they are right. `make test-all` has them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +28,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("simplex")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreted import search_once
+
+    search_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,12 @@ PACKAGES = ("csrc_free", "lowering", "simplex_ops")
 VERSION = simplex_ops.__version__
 
 USE = """
-import sys, torch, csrc_free, lowering, simplex_ops, simplex_ops.reference
+import sys, torch
+assert "simplex" in torch._dynamo.list_backends()
+assert "lowering" not in sys.modules  # found by its entry point, and not loaded yet
+run = torch.compile(torch.nn.Linear(4, 4), backend="simplex", mode="reduce-overhead")
+assert run.dynamo_ctx.callback is not None
+import csrc_free, lowering, simplex_ops, simplex_ops.reference
 for module in (csrc_free, lowering, simplex_ops):
     assert module.__file__.startswith(sys.prefix), module.__file__
 q, k1, k2, v1, v2 = (torch.randn(2, 4, 9, 16, requires_grad=True) for _ in range(5))
@@ -31,7 +36,6 @@ out, lse = torch.ops.simplex.attn(q, k1, k2, v1, v2, 4, 3)
 expected, _ = simplex_ops.reference.attn(q, k1, k2, v1, v2, 4, 3)
 torch.testing.assert_close(out, expected)
 (out.sum() + lse.sum()).backward()
-assert "simplex" in torch._dynamo.list_backends()
 assert torch._dynamo.lookup_backend("simplex") is lowering.simplex
 """
 

@@ -118,16 +118,29 @@ def draw_query(
     size = 1.5 + 0.26 * len(labels)
     figure = Figure(figsize=(size * heads, size), layout="constrained")
     for h, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
-        table = torch.zeros(len(labels), len(labels))
-        j, k, weight = _rows(pairs, row, h)[query]
-        for first, second, w in zip(j, k, weight, strict=True):
-            if first >= 0:
-                table[second, first] = w
-        axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=1)
-        _name_tokens(axes, labels)
-        axes.set(title=f"head {h}, query {labels[query]}", xlabel="j", ylabel="k")
+        draw_query_on(axes, pairs, labels, query, row=row, head=h)
+        axes.set_title(f"head {h}, query {labels[query]}")
     figure.suptitle(title, fontsize=9)
     _save(figure, file)
+
+
+def draw_query_on(
+    axes: Any,
+    pairs: AttendedPairs,
+    labels: Sequence[str],
+    query: int,
+    *,
+    row: int = 0,
+    head: int = 0,
+) -> None:
+    """Draw the pairs of one query of one head on axes of matplotlib: j across, k down."""
+    table = torch.zeros(len(labels), len(labels))
+    for j, k, weight in zip(*_rows(pairs, row, head)[query], strict=True):
+        if j >= 0:
+            table[k, j] = weight
+    axes.imshow(table.tolist(), cmap="Blues", vmin=0, vmax=max(0.01, table.max().item()))
+    _name_tokens(axes, labels)
+    axes.set(xlabel="j", ylabel="k")
 
 
 def edges_in_order(task: Hops, generator: torch.Generator) -> Tensor:

@@ -9,31 +9,41 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free.device.forms import load_rows
+from csrc_free import tracing
 
 _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 
 
 def can_describe(tensor: Tensor) -> bool:
     """Tell whether the copy engine can read a tensor [.., .., .., D] whose last stride is 1."""
+    tracer = tracing.tracer()
+    row_bytes = tensor.shape[3] * tensor.element_size()
     return (
-        tensor.numel() > 0 and are_rows_aligned(tensor) and all(s > 0 for s in tensor.stride()[:3])
+        (tracer is None or tracer.can_describe(row_bytes))
+        and tracing.holds(tensor.numel() > 0)
+        and are_rows_aligned(tensor)
+        and all(tracing.holds(s > 0) for s in tensor.stride()[:3])
     )
 
 
 def are_rows_aligned(tensor: Tensor) -> bool:
     """Tell whether every row of a tensor [.., .., .., D] begins at a multiple of 16 bytes."""
     size = tensor.element_size()
-    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
-        s * size % _ALIGNMENT == 0 for s in tensor.stride()[:3]
+    # Traced, a tensor has no address, and its memory begins at a multiple of 16 bytes.
+    traced = tracing.tracer() is not None
+    address = tensor.storage_offset() * size if traced else tensor.data_ptr()
+    return tracing.holds(address % _ALIGNMENT == 0) and all(
+        tracing.holds(s * size % _ALIGNMENT == 0) for s in tensor.stride()[:3]
     )
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Describe a tensor [.., .., .., D] for tiles [rows, columns]; all outside it reads as 0."""
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, columns]
-    )
+    block_shape = [1, 1, rows, columns]
+    tracer = tracing.tracer()
+    if tracer is not None:
+        return tracer.describe(tensor, block_shape)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape)
 
 
 @triton.jit
@@ -46,27 +56,3 @@ def load_described(
         tl.cast(column, tl.int32),
     ])  # fmt: skip
     return tl.reshape(x, [ROWS, COLUMNS])
-
-
-@triton.jit
-def load_keys(
-    source, batch, kv_head, row, rows, stride_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    INDEX: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Load a tile [BLOCK_N, BLOCK_D] of a head's keys or values, from `row` on; 0 past the last.
-
-    `source` is a descriptor of [B, Hkv, rows, D], or a pointer to the head's first row.
-    float16 comes back as float32, as in `load_rows`.
-    """
-    if DESCRIPTORS:
-        x = load_described(source, batch, kv_head, row, 0, BLOCK_N, BLOCK_D)
-        if x.dtype == tl.float16:
-            x = x.to(tl.float32)
-    else:
-        keys = tl.arange(0, BLOCK_N).to(INDEX)
-        x = load_rows(
-            source + row.to(tl.int64) * stride_n, keys, stride_n, tl.arange(0, BLOCK_D),
-            row + keys < rows, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-    return x

@@ -16,19 +16,16 @@ CODES = {"trilinear": 0, "determinant": 1, "strassen": 2}
 
 
 @triton.jit
-def load_rows(
-    pointer, rows, stride, columns, visible,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Load rows [M, BLOCK_D] of a matrix [rows, head_dim]; 0 where not visible or beyond head_dim.
+def load_rows(pointer, rows, stride, columns, row_mask, HEAD_DIM: tl.constexpr):
+    """Load rows [M, columns] of a matrix [rows, head_dim]; 0 where masked or beyond head_dim.
 
     float16 comes back as float32: a product of two of its numbers may be past its range.
     """
-    mask = visible[:, None]
-    if BLOCK_D != HEAD_DIM:
+    mask = row_mask[:, None]
+    if columns.shape[0] != HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    offsets = rows[:, None] * stride + columns[None, :]
-    x = tl.load(pointer + offsets, mask=mask, other=0.0)
+    offs = rows[:, None] * stride + columns[None, :]
+    x = tl.load(pointer + offs, mask=mask, other=0.0)
     if x.dtype == tl.float16:
         x = x.to(tl.float32)
     return x
@@ -48,20 +45,20 @@ def prev_columns(columns, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def load_for_form(
-    pointer, rows, stride, columns, visible, bias,
-    FORM: tl.constexpr, HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    pointer, rows, stride, columns, row_mask, bias,
+    FORM: tl.constexpr, HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Load rows as a form's products need them: (x, x), or (x[next], x[prev]) for determinants."""
     if FORM == DETERMINANT:
         ahead = next_columns(columns, HEAD_DIM)
         behind = prev_columns(columns, HEAD_DIM)
-        x = load_rows(pointer, rows, stride, ahead, visible, HEAD_DIM, BLOCK_D).to(tl.float32)
-        x_prev = load_rows(pointer, rows, stride, behind, visible, HEAD_DIM, BLOCK_D).to(tl.float32)
+        x = load_rows(pointer, rows, stride, ahead, row_mask, HEAD_DIM).to(tl.float32)
+        x_prev = load_rows(pointer, rows, stride, behind, row_mask, HEAD_DIM).to(tl.float32)
         if HAS_BIAS:
             x += bias
             x_prev += bias
     else:
-        x = load_rows(pointer, rows, stride, columns, visible, HEAD_DIM, BLOCK_D)
+        x = load_rows(pointer, rows, stride, columns, row_mask, HEAD_DIM)
         if HAS_BIAS:
             x = x.to(tl.float32) + bias
         x_prev = x

@@ -1,7 +1,21 @@
-"""What the rows of a tile see: queries, positions and key ranges, on the device.
+"""Which rows a tile has, and what they see: queries and key ranges, on the device.
 
-Rows of a tile are consecutive entries of the list (query position, head of the group); HEADS is
-the group size, or the power of two above it where a kernel sums over the heads of a position.
+Rows of a tile are consecutive entries of the list (query, head of the group); HEADS is the group
+size, or the power of two above it where a kernel sums over the heads of a query.
+
+What goes together is a tuple, which whoever takes it unpacks by name:
+
+    sizes   (seq, keys, wide_first, narrow_first): queries, key positions, each pair's first one
+    windows (wide_begin, wide_end, narrow_begin, narrow_end): query i sees [i + begin, i + end)
+    rows    (i, head, mask): each row's query and head, and whether there is such a row
+    bounds  (lo, hi) of kv_bounds for each row
+    sight   (lo, hi, first, last, full_lo, full_hi): the wide keys [lo, hi) that each row sees,
+            [first, last) that any of them sees, [full_lo, full_hi) that all of them see
+
+Plain tuples, and no class: Inductor writes kernels out by source and drops classes that it does not
+know, and Triton's cache key does not see the order of a class's fields. q_start and kv_bounds are
+loaded by the kernels themselves: Inductor follows the addresses of stores back, and where it meets
+a function that took a pointer and returned an index, it counts the pointer as written to.
 """
 
 import triton
@@ -30,72 +44,104 @@ def place(tiles, kv_heads, IS_SMALL_GRID: tl.constexpr, LAST_FIRST: tl.constexpr
 
 
 @triton.jit
+def sizes_of(seq, wide_rows, narrow_rows):
+    """Return `sizes`: the shorter pair holds the last rows."""
+    keys = tl.maximum(wide_rows, narrow_rows)
+    return seq, keys, keys - wide_rows, keys - narrow_rows
+
+
+@triton.jit
+def window_of(start, left, right, seq, keys):
+    """Return (begin, end): query i sees the keys [i + begin, i + end) of those there are.
+
+    `left` and `right` come lowered by 2^31, so that what is unbounded is an int32 too. The sums are
+    taken in 64 bits; up to `keys` or down to -seq a bound says all that a larger one would.
+    """
+    begin = start.to(tl.int64) - left - 2147483648
+    end = start.to(tl.int64) + right + 2147483649
+    # Not tl.clamp, which is for floating-point numbers.
+    begin = tl.minimum(tl.maximum(begin, -seq), keys)
+    end = tl.minimum(tl.maximum(end, -seq), keys)
+    return begin.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes):
+    """Return `windows` of a batch row, exact for every int32 start and every window.
+
+    `start` is where its first query stands among the keys.
+    """
+    seq, keys, _wide_first, _narrow_first = sizes
+    wide_begin, wide_end = window_of(start, wide_left, wide_right, seq, keys)
+    narrow_begin, narrow_end = window_of(start, narrow_left, narrow_right, seq, keys)
+    return wide_begin, wide_end, narrow_begin, narrow_end
+
+
+@triton.jit
 def query_rows(
     flat, seq, GROUP: tl.constexpr, HEADS: tl.constexpr, INDEX: tl.constexpr
 ):  # fmt: skip
-    """Return (i, head, real): the query and head of a row, and whether there is such a row.
+    """Return `rows` of entries `flat`.
 
     Whatever is computed from i and multiplied by a stride is of type INDEX: int32 where every
     tensor ends within 2^31 elements, for half the registers, else int64.
     """
     i = (flat // HEADS).to(INDEX)
     head = flat % HEADS
-    real = i < seq
+    mask = i < seq
     if HEADS != GROUP:
-        real = real & (head < GROUP)
-    return i, head, real
+        mask = mask & (head < GROUP)
+    return i, head, mask
 
 
 @triton.jit
-def positions(q_start, batch, i, default_start, HAS_Q_START: tl.constexpr):
-    """Return the positions at which the queries stand among the keys."""
-    start = default_start
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
-    return start + i
-
-
-@triton.jit
-def key_range(
-    kv_bounds, batch, i, real, position, left, right, first, seq, keys,
-    HAS_BOUNDS: tl.constexpr,
-):  # fmt: skip
+def key_range(rows, bounds, begin, end, first, keys, HAS_BOUNDS: tl.constexpr):
     """Return [lo, hi), the key positions that each row sees through one window; 0, 0 for none."""
-    lo = tl.maximum(position - left, first)
-    hi = tl.minimum(position + right + 1, keys)
+    i, _head, mask = rows
+    lo = tl.maximum(i + begin, first)
+    hi = tl.minimum(i + end, keys)
     if HAS_BOUNDS:
-        offset = (batch.to(tl.int64) * seq + i) * 2
-        lo = tl.maximum(lo, tl.load(kv_bounds + offset, mask=real, other=0))
-        hi = tl.minimum(hi, tl.load(kv_bounds + offset + 1, mask=real, other=0))
-    sees = real & (lo < hi)
+        bound_lo, bound_hi = bounds
+        lo = tl.maximum(lo, bound_lo)
+        hi = tl.minimum(hi, bound_hi)
+    sees = mask & (lo < hi)
     return tl.where(sees, lo, 0), tl.where(sees, hi, 0)
 
 
 @triton.jit
-def key_ranges(
-    kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
-    wide_first, narrow_first, seq, keys, HAS_BOUNDS: tl.constexpr,
-):  # fmt: skip
+def key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
     """Return what each row sees: [lo, hi) of the wide pair and [narrow_lo, narrow_hi)."""
-    lo, hi = key_range(
-        kv_bounds, batch, i, real, position, wide_left, wide_right, wide_first, seq, keys,
-        HAS_BOUNDS,
-    )  # fmt: skip
+    wide_begin, wide_end, narrow_begin, narrow_end = windows
+    _seq, keys, wide_first, narrow_first = sizes
+    lo, hi = key_range(rows, bounds, wide_begin, wide_end, wide_first, keys, HAS_BOUNDS)
     narrow_lo, narrow_hi = key_range(
-        kv_bounds, batch, i, real, position, narrow_left, narrow_right, narrow_first, seq, keys,
-        HAS_BOUNDS,
-    )  # fmt: skip
+        rows, bounds, narrow_begin, narrow_end, narrow_first, keys, HAS_BOUNDS
+    )
     return lo, hi, narrow_lo, narrow_hi
 
 
 @triton.jit
-def offset_range(sees, position, narrow_lo, narrow_hi):
+def look(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
+    """Return (sight, narrow_sight) of rows.
+
+    narrow_sight is (lo, hi, sees): each row's narrow keys [lo, hi), and whether it sees a pair.
+    """
+    _seq, keys, _wide_first, _narrow_first = sizes
+    lo, hi, narrow_lo, narrow_hi = key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS)
+    first, last, full_lo, full_hi = spread(lo, hi, keys)
+    sees = (lo < hi) & (narrow_lo < narrow_hi)
+    return (lo, hi, first, last, full_lo, full_hi), (narrow_lo, narrow_hi, sees)
+
+
+@triton.jit
+def offset_range(i, narrow_lo, narrow_hi, sees):
     """Return scalars: the first and the last offset at which any row sees a narrow key.
 
-    The offset of a key is how far before the query it stands. No rows: the first is after the last.
+    A key's offset is i less its position: by how much less than q_start it stands before the query.
+    No rows: the first is after the last.
     """
-    first = tl.min(tl.where(sees, position - narrow_hi + 1, 2147483647), 0)
-    last = tl.max(tl.where(sees, position - narrow_lo, -2147483648), 0)
+    first = tl.min(tl.where(sees, i - narrow_hi + 1, 2147483647), 0)
+    last = tl.max(tl.where(sees, i - narrow_lo, -2147483648), 0)
     return first, last
 
 

@@ -10,18 +10,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from csrc_free import tracing
 from csrc_free.hopper import backward_narrow as narrow_side
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
+from csrc_free.hopper.serve import why_not
 from csrc_free.hopper.spans import spans_of
 from csrc_free.portable import backward as portable
-from csrc_free.portable.backward import Pair, complete
+from csrc_free.portable.gradients import PairGradients, complete
 from csrc_free.problem import Problem, problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.steps.parts import parts_of_wide_keys
+
+# Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
+# H100, 2026-11-25).
+_SLOWER_UP_TO = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +53,15 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     traits = problem.traits(dout)
     config = query.choose(traits, problem.device)
     if config is None:
-        width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
-        config = narrow_side.choose(traits, problem.device, width)
+        config = narrow_side.choose(traits, problem.device, problem.narrow_width)
+    side = "for bfloat16, no determinants, and up to 64 heads" if config is None else config
+    if isinstance(side, query.Config) and problem.group <= _SLOWER_UP_TO:
+        side = f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     keys = plan_of(problem, dout)
     return Choice(
         keys=keys,
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query="for bfloat16, no determinants, and up to 64 heads" if config is None else config,
+        query=side,
     )
 
 
@@ -73,6 +81,8 @@ def attn_backward(
     problem = problem_of(
         q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
     )
+    if why_not(problem) is None:
+        tracing.leave("the Hopper kernels are of Gluon")
     dq, dk1, dk2, dv1, dv2 = grads
     wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
@@ -81,10 +91,10 @@ def attn_backward(
 
 def write_gradients(
     problem: Problem, statistics: Statistics, choice: Choice,
-    dq: Tensor | None, wide: Pair, narrow: Pair,
+    dq: Tensor | None, wide: PairGradients, narrow: PairGradients,
 ) -> None:  # fmt: skip
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
-    nothing: Pair = (None, None)
+    nothing: PairGradients = (None, None)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         _run_keys(problem, statistics, choice.keys, wide, narrow)
         wide, narrow = nothing, nothing
@@ -108,7 +118,7 @@ def write_gradients(
 
 
 def _run_keys(
-    problem: Problem, statistics: Statistics, plan: Plan, wide: Pair, narrow: Pair
+    problem: Problem, statistics: Statistics, plan: Plan, wide: PairGradients, narrow: PairGradients
 ) -> None:
     """Write the key-value gradients, some key-value heads at a time: all in the same memory."""
     grads = (

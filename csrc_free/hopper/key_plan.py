@@ -12,6 +12,9 @@ from csrc_free.problem import Problem, block
 # A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
 ROWS = 64
+# Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
+# one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
+FEWEST_ROWS = 64
 MULTIPROCESSORS = 132  # of an H100 or H200 with all its power
 LIMIT_BYTES = 2**30
 # Small problems may take this much, whatever their gradients are: else few programs would share
@@ -40,6 +43,11 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     reason = _why_not(problem, dout)
     if reason is None and not 3 <= problem.group <= ROWS:
         reason = f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
+    if reason is None and problem.group * problem.narrow_width < FEWEST_ROWS:
+        reason = (
+            f"for {FEWEST_ROWS} rows or more that see a narrow key, "
+            f"got {problem.group * problem.narrow_width}"
+        )
     if reason is not None:
         return reason
     batch, kv_heads, rows, _ = problem.k_wide.shape

@@ -51,3 +51,21 @@ def permuted_rows(rows, columns, element_bytes):
     order += [2**bit for bit in range(5, columns.bit_length() - 1)]
     bases = [[0, column] for column in order]
     return gl.SharedLinearLayout(bases + [[2**bit, 0] for bit in range(rows.bit_length() - 1)])
+
+
+@gluon.constexpr_function
+def loaded_rows(rows, columns):
+    """Return the layout in which one warp loads rows, each of them whole."""
+    return gl.BlockedLayout([rows, columns // 32], [1, 32], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def bytes_of(dtype):
+    """Return how many bytes an element has."""
+    return dtype.primitive_bitwidth // 8
+
+
+@gluon.constexpr_function
+def kept_dtype(dtype, has_bias):
+    """Return the dtype in which narrow keys are kept: with a bias they need more bits."""
+    return gl.float32 if has_bias else dtype

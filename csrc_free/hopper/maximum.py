@@ -11,8 +11,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 UNSET = gl.constexpr(-3.4028234663852886e38)
-# A row's highest exponential so far, when its maximum is set, is 2^-CENTRE.
-CENTRE = gl.constexpr(30.0)
+# A row's highest exponential so far, when its maximum is set, is 2^-CENTRE: room to grow. float16,
+# whose exponentials end at 2^-24, has less of it.
+CENTRE = gl.constexpr(36.0)
+HALF_CENTRE = gl.constexpr(0.0)
 _HUGE = gl.constexpr(2.0**28)
 
 
@@ -23,13 +25,13 @@ def ratio_between(factor, lowered):
 
 
 @gluon.jit
-def raised(s, top, factor, full_factor):
+def raised(s, top, factor, full_factor, CENTRE: gl.constexpr):
     """Return (top, factor, decay): maxima that hold for logits s [M, N] too.
 
     Decay is by how much to multiply what was summed before.
     """
     before = top * ratio_between(full_factor, factor)
-    now = gl.maximum(before, gl.max(s * full_factor, 1) + CENTRE)
+    now = gl.maximum(before, gl.max(s * full_factor[:, None], 1) + CENTRE)
     size = gl.abs(now)
     exponent = size.to(gl.int32, bitcast=True) >> 23
     lowering = ((127 + 27 + 127 - exponent) << 23).to(gl.float32, bitcast=True)

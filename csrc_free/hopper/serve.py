@@ -11,7 +11,7 @@ from csrc_free.device.descriptors import can_describe
 from csrc_free.problem import Problem
 
 ROWS = 64  # of a warpgroup's matrix product
-_DTYPES = (torch.bfloat16,)
+_DTYPES = (torch.bfloat16, torch.float16)
 _FORMS = ("trilinear", "strassen")
 _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would be wasted work
 _PROCESSORS = 132  # of an H100, where no device is at hand
@@ -23,7 +23,8 @@ def why_not(problem: Problem) -> str | None:
     if (device.backend, device.arch) != ("cuda", 90):
         return f"they are written for sm_90, and this is {device.name}"
     if problem.q.dtype not in _DTYPES:
-        return f"they take bfloat16, and q is {str(problem.q.dtype).removeprefix('torch.')}"
+        dtype = str(problem.q.dtype).removeprefix("torch.")
+        return f"they take bfloat16 and float16, and q is {dtype}"
     if problem.form not in _FORMS:
         return f"they take the forms {' and '.join(_FORMS)}, and this is {problem.form}"
     for name, dim in (("D", problem.q.shape[3]), ("Dv", problem.v_wide.shape[3])):

@@ -52,7 +52,7 @@ def configs(
     found = table(device.name)
     assert found is not None
     for line in found["lines"][kernel]:
-        if _holds(line["when"], traits.group):
+        if _holds(line["when"], traits):
             yield kind(**line["config"], **fixed)
 
 
@@ -62,11 +62,12 @@ def read_choosing(text: str) -> str:
     return json.dumps({name: found[name] for name in CHOOSING}, sort_keys=True)
 
 
-def _holds(when: Mapping[str, int], group: int) -> bool:
-    """Tell whether a group is within a line's conditions, each of which must be known."""
+def _holds(when: Mapping[str, int], traits: Traits) -> bool:
+    """Tell whether a problem is within a line's conditions, each of which must be known."""
     rules = {
-        "group_from": lambda bound: group >= bound,
-        "group_below": lambda bound: group < bound,
-        "group_multiple_of": lambda bound: group % bound == 0,
+        "group_from": lambda bound: traits.group >= bound,
+        "group_below": lambda bound: traits.group < bound,
+        "group_multiple_of": lambda bound: traits.group % bound == 0,
+        "columns_to": lambda bound: traits.columns <= bound,
     }
     return all(rules[name](bound) for name, bound in when.items())

@@ -8,24 +8,14 @@ import dataclasses
 import functools
 
 import torch
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free import measured
-from csrc_free.device.descriptors import describe
-from csrc_free.launch import is_small, launch
+from csrc_free import tracing
 from csrc_free.portable import keys, pairs, query, wide
-from csrc_free.portable.keys import backward_keys_kernel
-from csrc_free.portable.pairs import backward_pairs_kernel
-from csrc_free.portable.query import backward_query_kernel
-from csrc_free.portable.wide import backward_wide_kernel
-from csrc_free.problem import Problem, block, problem_of
+from csrc_free.portable.gradients import PairGradients
+from csrc_free.problem import Problem, problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
-from csrc_free.steps.parts import Parts, parts_of_queries, parts_of_wide_keys
 from csrc_free.traits import Config, Device, Traits
-
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +44,7 @@ def choose(traits: Traits, device: Device) -> Choice:
         wide=wide.choose(traits, device),
         query=query.choose(traits, device),
         keys=keys.choose(traits, device),
-        tiles_of_a_part=1 if measured.is_measured(traits, device) else 2,
+        tiles_of_a_part=keys.tiles_of_a_part(traits, device),
         query_with_parts=query.choose_with_parts(traits, device),
         pairs=pairs.choose(traits, device),
     )
@@ -68,7 +58,7 @@ def attn_backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
     """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
-    if any(t.numel() == 0 for t in (q, k1, k2)):
+    if any(tracing.holds(t.numel() == 0) for t in (q, k1, k2)):
         for grad in grads:
             if grad is not None:
                 grad.zero_()
@@ -83,159 +73,32 @@ def attn_backward(
 
 
 def write_gradients(
-    problem: Problem, statistics: Statistics, dq: Tensor | None, wide: Pair, narrow: Pair
-) -> None:
+    problem: Problem, statistics: Statistics, dq: Tensor | None,
+    wide_pair: PairGradients, narrow_pair: PairGradients,
+) -> None:  # fmt: skip
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     choice = choose(problem.traits(statistics.dout), problem.device)
-    _Backward(problem, choice, statistics).run(dq, wide, narrow)
+    given = problem, statistics
+    needs_narrow = any(grad is not None for grad in narrow_pair)
+    needs_wide = any(grad is not None for grad in wide_pair)
+    if (
+        needs_narrow
+        and choice.pairs is not None
+        and pairs.write_pairs(*given, choice.pairs, wide_pair, narrow_pair)
+    ):
+        needs_narrow = needs_wide = False
+    if needs_wide:
+        wide.write_wide(*given, choice.wide, wide_pair)
+    if not needs_narrow:
+        if dq is not None:
+            query.write_query(*given, choice.query, dq)
+        return
+    dq = torch.empty_like(problem.q) if dq is None else dq
+    config = choice.query_with_parts
+    if config is None or not query.write_query_and_narrow(*given, config, dq, narrow_pair):
+        keys.write_query_and_narrow(*given, choice.keys, choice.tiles_of_a_part, dq, narrow_pair)
 
 
 def pairs_serve(problem: Problem, statistics: Statistics) -> bool:
     """Tell whether the narrow pair's gradients come from a kernel that leaves dq to another."""
     return choose(problem.traits(statistics.dout), problem.device).pairs is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Backward:
-    problem: Problem
-    choice: Choice
-    statistics: Statistics
-
-    def run(self, dq: Tensor | None, wide: Pair, narrow: Pair) -> None:
-        """Run the kernels that the wanted gradients need."""
-        needs_narrow = any(grad is not None for grad in narrow)
-        needs_wide = any(grad is not None for grad in wide)
-        if needs_narrow and self._run_pairs(wide, narrow):
-            needs_narrow = needs_wide = False
-        if needs_wide:
-            self._run_wide(wide)
-        if needs_narrow:
-            self._run_query_with_parts(dq, narrow)
-        elif dq is not None:
-            self._run_query(self.choice.query, dq)
-
-    def _run_pairs(self, wide: Pair, narrow: Pair) -> bool:
-        config, problem = self.choice.pairs, self.problem
-        if config is None:
-            return False
-        parts = parts_of_wide_keys(problem, config.block_n)
-        if parts is None:
-            return False
-        sums = [
-            torch.zeros(t.shape, dtype=torch.float32, device=t.device)
-            for t in (problem.k_wide, problem.v_wide)
-        ]
-        self._launch(
-            backward_pairs_kernel, config, self._wide_tiles(config), self._inputs_of_pairs(config),
-            [*sums, parts.dk, parts.dv], parts.numbers,
-        )  # fmt: skip
-        for grad, total in zip(wide, sums, strict=True):
-            if grad is not None:
-                grad.copy_(total)
-        self._sum(parts, narrow)
-        return True
-
-    def _run_wide(self, wide: Pair) -> None:
-        config, problem = self.choice.wide, self.problem
-        dk, dv = complete(wide, problem.k_wide, problem.v_wide)
-        self._launch(
-            backward_wide_kernel, config, self._wide_tiles(config), self._inputs(), [dk, dv],
-            strides=(*dk.stride()[:3], *dv.stride()[:3]),
-        )  # fmt: skip
-
-    def _run_query_with_parts(self, dq: Tensor | None, narrow: Pair) -> None:
-        problem = self.problem
-        dq = torch.empty_like(problem.q) if dq is None else dq
-        config = self.choice.query_with_parts
-        if config is not None:
-            heads = triton.next_power_of_2(problem.group)
-            parts = parts_of_queries(problem, heads, config.block_q)
-            if parts is not None:
-                self._run_query(config, dq, parts, FILLS_DK=True)
-                self._run_query(config, dq, parts, NEEDS_DQ=False, FILLS_DV=True)
-                self._sum(parts, narrow)
-                return
-        config, tiles_of_a_part = self.choice.keys, self.choice.tiles_of_a_part
-        tiles = self._query_tiles(config)
-        parts = None
-        while parts is None:
-            rows = tiles_of_a_part * config.block_q
-            parts = parts_of_queries(problem, problem.group, rows)
-            tiles_of_a_part *= 2
-        count = rows // config.block_q
-        self._launch(
-            backward_keys_kernel, config, triton.cdiv(tiles, count), self._inputs_of(config),
-            [dq, parts.dk, parts.dv],
-            (*parts.numbers, count), dq.stride()[:3],
-            PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
-        )  # fmt: skip
-        self._sum(parts, narrow)
-
-    def _run_query(
-        self, config: query.Config, dq: Tensor, parts: Parts | None = None, *,
-        NEEDS_DQ: bool = True, FILLS_DK: bool = False, FILLS_DV: bool = False,
-    ) -> None:  # fmt: skip
-        heads = self.problem.group if parts is None else parts.per_position
-        self._launch(
-            backward_query_kernel, config, self._query_tiles(config, heads),
-            self._inputs_of(config),
-            [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
-            (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
-            HEADS=heads, NEEDS_DQ=NEEDS_DQ, FILLS_DK=FILLS_DK, FILLS_DV=FILLS_DV,
-            PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
-        )  # fmt: skip
-
-    def _sum(self, parts: Parts, narrow: Pair) -> None:
-        problem = self.problem
-        parts.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
-
-    def _wide_tiles(self, config: wide.Config | pairs.Config) -> int:
-        return triton.cdiv(self.problem.k_wide.shape[2], config.block_n)
-
-    def _query_tiles(self, config: query.Config | keys.Config, heads: int | None = None) -> int:
-        rows = self.problem.q.shape[2] * (heads or self.problem.group)
-        return triton.cdiv(rows, config.block_q)
-
-    def _inputs(self) -> list[Tensor | TensorDescriptor]:
-        return [*self.problem.tensors, *self.statistics]
-
-    def _inputs_of(self, config: query.Config | keys.Config) -> list[Tensor | TensorDescriptor]:
-        """Return the inputs, the wide pair through descriptors where the config says so."""
-        if not config.descriptors:
-            return self._inputs()
-        return [*self.problem.described(config.block_n), *self.statistics]
-
-    def _inputs_of_pairs(self, config: pairs.Config) -> list[Tensor | TensorDescriptor]:
-        """Return the inputs, what it reads by rows through descriptors where the config says so."""
-        if not config.descriptors:
-            return self._inputs()
-        q, *kept = self.problem.tensors
-        dout, delta, lse2, has_huge = self.statistics
-        tile, dout_tile = (
-            describe(t.transpose(1, 2), config.block_q, block(t.shape[3])) for t in (q, dout)
-        )
-        statistics = (describe(t, 1, config.block_q) for t in (delta, lse2))
-        return [tile, *kept, dout_tile, *statistics, has_huge]
-
-    def _launch(
-        self, kernel: triton.JITFunction, config: Config, tiles: int,
-        inputs: list[Tensor | TensorDescriptor], outputs: list[Tensor | None],
-        numbers: tuple[int, ...] = (), strides: tuple[int, ...] = (), **constants: object,
-    ) -> None:  # fmt: skip
-        problem, dout = self.problem, self.statistics.dout
-        programs = tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1]
-        launch(
-            kernel, programs,
-            *inputs, *outputs,
-            problem.kv_bounds, problem.q_start, *problem.sizes(), *numbers,
-            *problem.strides(), *dout.stride()[:3], *strides,
-            problem.scale, problem.log2_scale, *problem.biases(),
-            **problem.constants(dout, *outputs), **constants, IS_SMALL_GRID=is_small(programs),
-            config=config,
-        )  # fmt: skip
-
-
-def complete(pair: Pair, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Give a kernel that writes both gradients of a pair a place for each."""
-    dk, dv = pair
-    return torch.empty_like(k) if dk is None else dk, torch.empty_like(v) if dv is None else dv

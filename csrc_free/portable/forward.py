@@ -12,10 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free import measured
-from csrc_free.device.descriptors import load_keys
-from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
-from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free import measured, tracing
+from csrc_free.device.forms import STRASSEN, load_for_form, virtual_query
+from csrc_free.device.pair import (
+    biases_of,
+    load_keys,
+    load_keys_of_rows,
+    load_values,
+    load_values_of_rows,
+    pair_of,
+)
+from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
 from csrc_free.launch import is_small, launch
 from csrc_free.portable.shared_memory import forward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, problem_of
@@ -75,31 +82,25 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
 
 @triton.jit
 def _attend(
-    vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-    k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
+    vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
     IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Attend from one tile of virtual queries to the wide window.
+    """Attend from one tile of virtual queries to the wide window; `keys` counts a tile's keys.
 
     Returns (t [M, BLOCK_DV], total [M], top [M]): sum of P · v, sum of P, and the maximum in P's
     exponents, in log2 units. Settled, the incoming maximum is used as it is.
     """
+    lo, hi, first, last, full_lo, full_hi = sight
     M: tl.constexpr = vq.shape[0]
-    keys = tl.arange(0, BLOCK_N)
+    BLOCK_N: tl.constexpr = keys.shape[0]
     t = tl.zeros([M, BLOCK_DV], tl.float32)
     total = tl.zeros([M], tl.float32)
     totals = tl.zeros([M, 4], tl.float32)
-    shift = tl.where(seen, top - row_constant, float("inf"))
+    shift = tl.where(sees_key, top - row_constant, float("inf"))
     for j in range(first, last, BLOCK_N):
-        row = j - wide_first
-        k = load_keys(
-            k_wide, batch, kv_head, row, wide_rows, stride_kw_n,
-            HEAD_DIM, BLOCK_D, BLOCK_N, INDEX, DESCRIPTORS,
-        )  # fmt: skip
-        s = tl.dot(vq, tl.trans(k.to(DOT_DTYPE)), input_precision=PRECISION)
+        k = load_keys(wide, j, keys, HEAD_DIM, vq.shape[1], DESCRIPTORS)
+        s = tl.dot(vq, tl.trans(k.to(vq.dtype)), input_precision=PRECISION)
         if IS_SETTLED:
             p = tl.exp2(s * log2_scale - shift[:, None])
             if (j < full_lo) | (j + BLOCK_N > full_hi):
@@ -111,7 +112,7 @@ def _attend(
         else:
             s = s * log2_scale + row_constant[:, None]
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
-            s = tl.where(visible & seen[:, None], s, float("-inf"))
+            s = tl.where(visible & sees_key[:, None], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             decay = tl.exp2(top - base)
@@ -120,31 +121,25 @@ def _attend(
             total = total * decay
             top = new_top
             total += tl.sum(p, 1)
-        v = load_keys(
-            v_wide, batch, kv_head, row, wide_rows, stride_vw_n,
-            VALUE_DIM, BLOCK_DV, BLOCK_N, INDEX, DESCRIPTORS,
-        )  # fmt: skip
-        t = tl.dot(p.to(DOT_DTYPE), v.to(DOT_DTYPE), t, input_precision=PRECISION)
+        v = load_values(wide, j, keys, VALUE_DIM, BLOCK_DV, DESCRIPTORS)
+        t = tl.dot(p.to(vq.dtype), v.to(vq.dtype), t, input_precision=PRECISION)
     return t, total + tl.sum(totals, 1), top
 
 
 @triton.jit
 def _virtual_queries(
-    q, k_narrow, query_offset, key_row, stride_kn_n, real, seen,
-    log2_scale, k_wide_bias, k_narrow_bias,
+    q, query_offs, mask, narrow, wide, key_row, sees_key, log2_scale,
     FORM: tl.constexpr, SIGN: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
+    k_wide_bias, _v_wide_bias = biases_of(wide)
     columns = tl.arange(0, BLOCK_D)
-    query, query_prev = load_for_form(
-        q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+    query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
+    k, k_prev = load_keys_of_rows(
+        narrow, key_row, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
     )
-    k, k_prev = load_for_form(
-        k_narrow, key_row, stride_kn_n, columns, seen, k_narrow_bias,
-        FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
     row_constant = tl.zeros([vq.shape[0]], tl.float32)
     if FORM == STRASSEN:
@@ -181,41 +176,50 @@ def forward_kernel(
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
-    m_keys = tl.maximum(wide_rows, narrow_rows)
-    wide_first = m_keys - wide_rows
-    narrow_first = m_keys - narrow_rows
-    value_columns = tl.arange(0, BLOCK_DV)
+    sizes = sizes_of(seq, wide_rows, narrow_rows)
+    _seq, _keys, wide_first, narrow_first = sizes
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
+    replica = tl.arange(0, M) // BLOCK_Q
+    flat = tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q
+    i, head, mask = query_rows(flat, seq, GROUP, GROUP, INDEX)
+    bounds = (0, 0)
+    if HAS_BOUNDS:
+        bound_ptrs = kv_bounds + (batch * seq + i) * 2
+        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+        bounds = (bound_lo, bound_hi)
+    sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+    narrow_lo, narrow_hi, sees = narrow_sight
+    offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
-    rows = tl.arange(0, M)
-    replica = rows // BLOCK_Q
-    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, GROUP, INDEX)
-    position = positions(q_start, batch, i, q_start_default, HAS_Q_START)
-    lo, hi, narrow_lo, narrow_hi = key_ranges(
-        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
-        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    wide = pair_of(
+        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
+        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
+        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
     )  # fmt: skip
-    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
-    sees = (lo < hi) & (narrow_lo < narrow_hi)
-    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
-
-    if not DESCRIPTORS:
-        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
-    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
-    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    narrow = pair_of(
+        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
+        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
+        batch, kv_head, narrow_first, narrow_rows, False,
+    )  # fmt: skip
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    query_offset = i * stride_q_n + head * stride_q_h
+    query_offs = i * stride_q_n + head * stride_q_h
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
+    value_columns = tl.arange(0, BLOCK_DV)
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
-    key = position - offset_first - replica
-    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    key = i - offset_first - replica
+    sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
     # The virtual queries are made one offset ahead: a loop-carried operand is multiplied from
     # shared memory, one made in the same iteration is reloaded into registers for every product.
     vq, row_constant = _virtual_queries(
-        q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
-        log2_scale, k_wide_bias, k_narrow_bias,
+        q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale,
         FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
     )  # fmt: skip
     # The maximum is nearly always settled by the first offset; checked, never assumed.
@@ -226,19 +230,15 @@ def forward_kernel(
         new_total = total
         if is_settled:
             t, new_total, _top = _attend(
-                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-                True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
-                DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
+                True, HEAD_DIM, VALUE_DIM, BLOCK_DV, PRECISION, DESCRIPTORS,
             )  # fmt: skip
             # Also false where a row saw nothing before: its exponentials are then infinite.
             is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
         if not is_settled:
             t, new_total, new_top = _attend(
-                vq, row_constant, top, seen, lo, hi, first, last, full_lo, full_hi, log2_scale,
-                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-                False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX,
-                DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
+                False, HEAD_DIM, VALUE_DIM, BLOCK_DV, PRECISION, DESCRIPTORS,
             )  # fmt: skip
             decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
             acc *= decay[:, None]
@@ -250,19 +250,16 @@ def forward_kernel(
         is_settled = can_settle
         total += new_total
         if HAS_WIDE_BIAS:
-            t += v_wide_bias * new_total[:, None]
-        v = load_rows(
-            v_narrow, key - narrow_first, stride_vn_n, value_columns, seen, VALUE_DIM, BLOCK_DV
-        ).to(tl.float32)
-        if HAS_NARROW_BIAS:
-            v += v_narrow_bias
-        acc += t * v
+            t += tl.cast(v_wide_bias, tl.float32) * new_total[:, None]
+        v = load_values_of_rows(
+            narrow, key - narrow_first, sees_key, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV
+        )
+        acc += t * v.to(tl.float32)
 
         key -= REPLICAS
-        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, row_constant = _virtual_queries(
-            q, k_narrow, query_offset, key - narrow_first, stride_kn_n, real, seen,
-            log2_scale, k_wide_bias, k_narrow_bias,
+            q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale,
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
         )  # fmt: skip
 
@@ -274,17 +271,17 @@ def forward_kernel(
         total = tl.sum(tl.reshape(total, [REPLICAS, BLOCK_Q]) * weight, 0)
         acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_DV]) * weight[:, :, None], 0)
         top = highest
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
+        i, head, mask = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     query_head = kv_head * GROUP + head
-    out_offset = batch * stride_o_b + query_head * stride_o_h + i * stride_o_n
-    mask = real[:, None]
+    out_offs = batch * stride_o_b + query_head * stride_o_h + i * stride_o_n
+    out_mask = mask[:, None]
     if BLOCK_DV != VALUE_DIM:
-        mask = mask & (value_columns < VALUE_DIM)[None, :]
-    tl.store(out + out_offset[:, None] + value_columns[None, :], acc, mask=mask)
-    lse_offset = (bh * GROUP + head) * seq + i
+        out_mask = out_mask & (value_columns < VALUE_DIM)[None, :]
+    tl.store(out + out_offs[:, None] + value_columns[None, :], acc, mask=out_mask)
+    lse_offs = (bh * GROUP + head) * seq + i
     logarithm = tl.log2(tl.where(total > 0, total, 1.0))
-    tl.store(lse + lse_offset, (top + logarithm) * LN_2, mask=real)
+    tl.store(lse + lse_offs, (top + logarithm) * LN_2, mask=mask)
 
 
 def attn_forward(
@@ -297,14 +294,14 @@ def attn_forward(
     problem = problem_of(
         q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
     )
-    if out.numel() == 0:
+    if tracing.holds(out.numel() == 0):
         return
     config = choose(problem.traits(), problem.device)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
     programs = triton.cdiv(q.shape[2] * problem.group, config.block_q) * q.shape[0] * k1.shape[1]
     launch(
         forward_kernel, programs,
-        *sources, out, lse, problem.kv_bounds, problem.q_start, *problem.sizes(),
+        *sources, out, lse, problem.kv_bounds, problem.q_start, *problem.numbers(),
         *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
         **problem.constants(out), IS_SMALL_GRID=is_small(programs), config=config,
     )  # fmt: skip

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
-from csrc_free.device.tiles import key_ranges, place, positions, query_rows, spread
+from csrc_free.device.pair import load_keys_of_rows, pair_of
+from csrc_free.device.tiles import look, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -44,6 +49,11 @@ SPACE = {
 def choose(traits: Traits, device: Device) -> Config:
     """Choose the tiles of dq and the narrow pair's parts, narrow key by narrow key."""
     return first_that_fits(_configs(traits, device), traits, device)
+
+
+def tiles_of_a_part(traits: Traits, device: Device) -> int:
+    """Choose how many tiles of rows share a part of the narrow pair's gradients."""
+    return 1 if measured.is_measured(traits, device) else 2
 
 
 def _configs(traits: Traits, device: Device) -> Iterator[Config]:
@@ -84,102 +94,130 @@ def backward_keys_kernel(
     """
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
     part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
-    m_keys = tl.maximum(wide_rows, narrow_rows)
-    wide_first = m_keys - wide_rows
-    narrow_first = m_keys - narrow_rows
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-
-    if not DESCRIPTORS:
-        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
-    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
-    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    sizes = sizes_of(seq, wide_rows, narrow_rows)
+    _seq, key_count, wide_first, narrow_first = sizes
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
+    _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    wide = pair_of(
+        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
+        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
+        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
+    )  # fmt: skip
+    narrow = pair_of(
+        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
+        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
+        batch, kv_head, narrow_first, narrow_rows, False,
+    )  # fmt: skip
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
     dq += batch * stride_dq_b + kv_head * GROUP * stride_dq_h
-    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
+    is_huge = tl.load(has_huge + bh) != 0
     base = slot_base(part, part_rows, GROUP, part_shift)
     if PARTS_FOLLOW_QUERIES:
-        base += start
+        base += narrow_begin - narrow_first
     part_slot = (part * (tl.num_programs(0) // parts) + bh) * slots - base - narrow_first
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
+    # All rows meet the same narrow key: its row and its mask are of one element.
+    same = tl.zeros([1], INDEX)
 
-    is_huge = tl.load(has_huge + bh) != 0
-    one = tl.zeros([1], INDEX)
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
-        i, head, real = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
-        position = start + i
-        lo, hi, narrow_lo, narrow_hi = key_ranges(
-            kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
-            wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
-        )  # fmt: skip
-        first, last, full_lo, full_hi = spread(lo, hi, m_keys)
-        sees = (lo < hi) & (narrow_lo < narrow_hi)
-        key_first = tl.min(tl.where(sees, narrow_lo, m_keys), 0)
+        flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        i, head, mask = query_rows(flat, seq, GROUP, GROUP, INDEX)
+        bounds = (0, 0)
+        if HAS_BOUNDS:
+            bound_ptrs = kv_bounds + (batch * seq + i) * 2
+            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+            bounds = (bound_lo, bound_hi)
+        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+        narrow_lo, narrow_hi, sees = narrow_sight
+        key_first = tl.min(tl.where(sees, narrow_lo, key_count), 0)
         key_end = tl.max(tl.where(sees, narrow_hi, 0), 0)
-        query_offset = i * stride_q_n + head * stride_q_h
-        dout_offset = i * stride_do_n + head * stride_do_h
+        query_offs = i * stride_q_n + head * stride_q_h
+        dout_offs = i * stride_do_n + head * stride_do_h
         statistics = (bh * seq + i) * GROUP + head
-        row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
-        row_delta = tl.load(delta + statistics, mask=real, other=0.0)
+        row_lse2 = tl.load(lse2 + statistics, mask=mask, other=float("inf"))
+        row_delta = tl.load(delta + statistics, mask=mask, other=0.0)
+        queries = (q, dout, query_offs, dout_offs, mask, row_lse2, row_delta)
 
         acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        seen = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
+        sees_key = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
-            q, dout, k_narrow, v_narrow, query_offset, dout_offset,
-            one + key_first - narrow_first, stride_kn_n, stride_vn_n,
-            real, one + key_first < key_end, seen, row_lse2, row_delta, log2_scale,
-            k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+            queries, narrow, wide, same + key_first - narrow_first, same + key_first < key_end,
+            sees_key, log2_scale,
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             DOT_DTYPE,
         )  # fmt: skip
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
-                vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
-                k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-                scale, log2_scale, k_wide_bias, v_wide_bias,
-                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
-                DESCRIPTORS,
+                (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
+                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM, PRECISION,
+                TILE_STAGES, DESCRIPTORS,
             )  # fmt: skip
-            k, k_prev = load_for_form(
-                k_narrow, one + key - narrow_first, stride_kn_n, columns, one == 0, k_narrow_bias,
-                FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
+            k, k_prev = load_keys_of_rows(
+                narrow, same + key - narrow_first, same == 0, FORM, HAS_NARROW_BIAS, HEAD_DIM,
+                BLOCK_D,
             )  # fmt: skip
             acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
             query, query_prev = load_for_form(
-                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+                q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
             )
             dk = tl.sum(
                 key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM), 0
             )
-            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            do = load_rows(dout, dout_offs, 1, value_columns, mask, VALUE_DIM)
             dv = tl.sum(t * do, 0)
-            to_dk = dk_parts + (part_slot + key) * HEAD_DIM + columns
-            to_dv = dv_parts + (part_slot + key) * VALUE_DIM + value_columns
+            dk_slot = dk_parts + (part_slot + key) * HEAD_DIM + columns
+            dv_slot = dv_parts + (part_slot + key) * VALUE_DIM + value_columns
             tl.store(
-                to_dk, tl.load(to_dk, mask=columns < HEAD_DIM, other=0.0) + dk,
+                dk_slot, tl.load(dk_slot, mask=columns < HEAD_DIM, other=0.0) + dk,
                 mask=columns < HEAD_DIM,
             )  # fmt: skip
             tl.store(
-                to_dv, tl.load(to_dv, mask=value_columns < VALUE_DIM, other=0.0) + dv,
+                dv_slot, tl.load(dv_slot, mask=value_columns < VALUE_DIM, other=0.0) + dv,
                 mask=value_columns < VALUE_DIM,
             )  # fmt: skip
 
             ahead = key + 1
-            seen = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
+            sees_key = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
             vq, vdo, shift, row_dp = virtual_rows(
-                q, dout, k_narrow, v_narrow, query_offset, dout_offset,
-                one + ahead - narrow_first, stride_kn_n, stride_vn_n,
-                real, one + ahead < key_end, seen, row_lse2, row_delta, log2_scale,
-                k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-                FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM,
-                BLOCK_D, BLOCK_DV, DOT_DTYPE,
+                queries, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
+                sees_key, log2_scale,
+                FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                DOT_DTYPE,
             )  # fmt: skip
-        to = i * stride_dq_n + head * stride_dq_h
+        dq_offs = i * stride_dq_n + head * stride_dq_h
         tl.store(
-            dq + to[:, None] + columns[None, :], acc,
-            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
+            dq + dq_offs[:, None] + columns[None, :], acc,
+            mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
         )  # fmt: skip
         # The next tile meets the same narrow keys.
         tl.debug_barrier()
+
+
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, config: Config, tiles_of_a_part: int,
+    dq: Tensor, narrow: PairGradients,
+) -> None:  # fmt: skip
+    """Write dq and the narrow pair's gradients; parts that would be too large take more tiles."""
+    parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
+    while parts is None:
+        tiles_of_a_part *= 2
+        parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
+    tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    launch_backward(
+        backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
+        problem, statistics,
+        inputs_of(problem, statistics, config.block_n if config.descriptors else None),
+        [dq, parts.dk, parts.dv],
+        (*parts.numbers, tiles_of_a_part), dq.stride()[:3],
+        PARTS_FOLLOW_QUERIES=parts.do_follow_queries, config=config,
+    )  # fmt: skip
+    sum_parts(parts, narrow, problem)

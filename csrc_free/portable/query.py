@@ -11,13 +11,18 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
-from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.device.pair import load_keys_of_rows, pair_of
+from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -75,7 +80,7 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
 
 @triton.jit
 def _add_in_turn(
-    parts, where, replica, held, gradient, columns,
+    parts, slot, replica, slot_mask, gradient, columns,
     REPLICAS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add rows of a gradient to the slots of a part, one replica after the other.
@@ -83,11 +88,11 @@ def _add_in_turn(
     A slot meets the next row of the tile with every offset, hence another thread: the barrier makes
     what that one wrote visible.
     """
-    to = parts + where[:, None] * HEAD_DIM + columns[None, :]
+    ptrs = parts + slot[:, None] * HEAD_DIM + columns[None, :]
     for turn in tl.static_range(REPLICAS):
-        mask = (held & (replica == turn))[:, None] & (columns < HEAD_DIM)[None, :]
+        mask = (slot_mask & (replica == turn))[:, None] & (columns < HEAD_DIM)[None, :]
         tl.debug_barrier()
-        tl.store(to, tl.load(to, mask=mask, other=0.0) + gradient, mask=mask)
+        tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) + gradient, mask=mask)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -119,92 +124,98 @@ def backward_query_kernel(
     M: tl.constexpr = BLOCK_Q * REPLICAS
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
-    m_keys = tl.maximum(wide_rows, narrow_rows)
-    wide_first = m_keys - wide_rows
-    narrow_first = m_keys - narrow_rows
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
+    sizes = sizes_of(seq, wide_rows, narrow_rows)
+    _seq, _keys, wide_first, narrow_first = sizes
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
+    _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
+    replica = tl.arange(0, M) // BLOCK_Q
+    flat = tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q
+    i, head, mask = query_rows(flat, seq, GROUP, HEADS, INDEX)
+    bounds = (0, 0)
+    if HAS_BOUNDS:
+        bound_ptrs = kv_bounds + (batch * seq + i) * 2
+        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+        bounds = (bound_lo, bound_hi)
+    sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+    narrow_lo, narrow_hi, sees = narrow_sight
+    offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
-    rows = tl.arange(0, M)
-    replica = rows // BLOCK_Q
-    i, head, real = query_rows(tile * BLOCK_Q + rows % BLOCK_Q, seq, GROUP, HEADS, INDEX)
-    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
-    position = start + i
-    lo, hi, narrow_lo, narrow_hi = key_ranges(
-        kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
-        wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    wide = pair_of(
+        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
+        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
+        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
     )  # fmt: skip
-    first, last, full_lo, full_hi = spread(lo, hi, m_keys)
-    sees = (lo < hi) & (narrow_lo < narrow_hi)
-    offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
-
-    if not DESCRIPTORS:
-        k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-        v_wide += batch * stride_vw_b + kv_head * stride_vw_h
-    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
-    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
+    narrow = pair_of(
+        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
+        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
+        batch, kv_head, narrow_first, narrow_rows, False,
+    )  # fmt: skip
     q += batch * stride_q_b + kv_head * GROUP * stride_q_h
     dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    query_offset = i * stride_q_n + head * stride_q_h
-    dout_offset = i * stride_do_n + head * stride_do_h
+    query_offs = i * stride_q_n + head * stride_q_h
+    dout_offs = i * stride_do_n + head * stride_do_h
     statistics = (bh * seq + i) * GROUP + head
     is_huge = tl.load(has_huge + bh) != 0
-    row_lse2 = tl.load(lse2 + statistics, mask=real, other=float("inf"))
-    row_delta = tl.load(delta + statistics, mask=real, other=0.0)
+    row_lse2 = tl.load(lse2 + statistics, mask=mask, other=float("inf"))
+    row_delta = tl.load(delta + statistics, mask=mask, other=0.0)
+    queries = (q, dout, query_offs, dout_offs, mask, row_lse2, row_delta)
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    keys = tl.arange(0, BLOCK_N).to(INDEX)
 
     acc = tl.zeros([M, BLOCK_D], tl.float32)
-    key = position - offset_first - replica
-    seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+    key = i - offset_first - replica
+    sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
     # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
     vq, vdo, shift, row_dp = virtual_rows(
-        q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
-        stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
-        k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+        queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
         FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
         DOT_DTYPE,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
-            vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
-            k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-            scale, log2_scale, k_wide_bias, v_wide_bias,
+            (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
             NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_N, DOT_DTYPE, PRECISION, INDEX, TILE_STAGES,
-            DESCRIPTORS,
+            PRECISION, TILE_STAGES, DESCRIPTORS,
         )  # fmt: skip
         if NEEDS_DQ:
-            k, k_prev = load_for_form(
-                k_narrow, key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
-                FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
-            )  # fmt: skip
+            k, k_prev = load_keys_of_rows(
+                narrow, key - narrow_first, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
+            )
             acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
         if FILLS_DK | FILLS_DV:
             P: tl.constexpr = BLOCK_Q // HEADS
             summed = tl.arange(0, P * REPLICAS)
             base = slot_base(tile, part_rows, HEADS, part_shift)
             if PARTS_FOLLOW_QUERIES:
-                base += start
-            narrow_row = start + tile * P + summed % P - offset - summed // P - narrow_first
-            held = (narrow_row >= 0) & (narrow_row < narrow_rows) & (narrow_row >= base)
-            where = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
+                base += narrow_begin - narrow_first
+            narrow_row = tile * P + summed % P - offset - summed // P - narrow_first
+            slot_mask = (narrow_row >= 0) & (narrow_row < narrow_rows) & (narrow_row >= base)
+            slot = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
         if FILLS_DK:
             query, query_prev = load_for_form(
-                q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+                q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
             )
             dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
             dk = tl.sum(tl.reshape(dk, [P * REPLICAS, HEADS, BLOCK_D]), 1)
-            _add_in_turn(dk_parts, where, summed // P, held, dk, columns, REPLICAS, HEAD_DIM)
+            _add_in_turn(dk_parts, slot, summed // P, slot_mask, dk, columns, REPLICAS, HEAD_DIM)
         if FILLS_DV:
-            do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
+            do = load_rows(dout, dout_offs, 1, value_columns, mask, VALUE_DIM)
             dv = tl.sum(tl.reshape(t * do, [P * REPLICAS, HEADS, BLOCK_DV]), 1)
-            _add_in_turn(dv_parts, where, summed // P, held, dv, value_columns, REPLICAS, VALUE_DIM)
+            _add_in_turn(
+                dv_parts, slot, summed // P, slot_mask, dv, value_columns, REPLICAS, VALUE_DIM
+            )
 
         key -= REPLICAS
-        seen = sees & (key >= narrow_lo) & (key < narrow_hi)
+        sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
-            q, dout, k_narrow, v_narrow, query_offset, dout_offset, key - narrow_first,
-            stride_kn_n, stride_vn_n, real, seen, seen, row_lse2, row_delta, log2_scale,
-            k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+            queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
             DOT_DTYPE,
         )  # fmt: skip
@@ -213,10 +224,44 @@ def backward_query_kernel(
         if REPLICAS > 1:
             acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
             flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            i, head, real = query_rows(flat, seq, GROUP, HEADS, INDEX)
-        to = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
-        to += i * stride_dq_n
+            i, head, mask = query_rows(flat, seq, GROUP, HEADS, INDEX)
+        dq_offs = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
+        dq_offs += i * stride_dq_n
         tl.store(
-            dq + to[:, None] + columns[None, :], acc,
-            mask=real[:, None] & (columns < HEAD_DIM)[None, :],
+            dq + dq_offs[:, None] + columns[None, :], acc,
+            mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
         )  # fmt: skip
+
+
+def write_query(problem: Problem, statistics: Statistics, config: Config, dq: Tensor) -> None:
+    """Write dq alone."""
+    _launch(problem, statistics, config, dq, None, NEEDS_DQ=True, FILLS_DK=False, FILLS_DV=False)
+
+
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, config: Config, dq: Tensor, narrow: PairGradients
+) -> bool:
+    """Write dq and the narrow pair's gradients, unless their parts would be too large."""
+    parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
+    if parts is None:
+        return False
+    _launch(problem, statistics, config, dq, parts, NEEDS_DQ=True, FILLS_DK=True, FILLS_DV=False)
+    _launch(problem, statistics, config, dq, parts, NEEDS_DQ=False, FILLS_DK=False, FILLS_DV=True)
+    sum_parts(parts, narrow, problem)
+    return True
+
+
+def _launch(
+    problem: Problem, statistics: Statistics, config: Config, dq: Tensor, parts: Parts | None,
+    **wanted: bool,
+) -> None:  # fmt: skip
+    heads = problem.group if parts is None else parts.per_position
+    launch_backward(
+        backward_query_kernel, triton.cdiv(problem.q.shape[2] * heads, config.block_q),
+        problem, statistics,
+        inputs_of(problem, statistics, config.block_n if config.descriptors else None),
+        [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
+        (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
+        HEADS=heads, PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
+        config=config, **wanted,
+    )  # fmt: skip

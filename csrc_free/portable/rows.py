@@ -1,84 +1,91 @@
-"""The inner loop of the query side: what virtual queries receive from the wide window."""
+"""The query side: virtual queries of a tile's rows, and what they receive from the wide window.
+
+What goes together is a tuple, beside those of `device.tiles` and `device.pair`:
+
+    queries (q, dout, query_offs, dout_offs, mask, lse2, delta): where the rows are read, and their
+            statistics
+    virtual (vq, vdo, shift, row_dp): virtual queries and virtual dout of one narrow key a row;
+            P is exp2(log2_scale · vq · k - shift), and dS is P · (vdo · v + row_dp)
+"""
 
 import triton
 import triton.language as tl
 
-from csrc_free.device.descriptors import load_keys
 from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
+from csrc_free.device.pair import (
+    biases_of,
+    load_keys,
+    load_keys_of_rows,
+    load_values,
+    load_values_of_rows,
+)
+
+
+@triton.jit
+def row_constants(
+    query, k, vq, vdo, shift, row_dp, wide, log2_scale,
+    FORM: tl.constexpr, HAS_WIDE_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Return (shift, row_dp) with a form's row constant and the wide pair's biases in them."""
+    k_bias, v_bias = biases_of(wide)
+    if FORM == STRASSEN:
+        shift -= tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+    if HAS_WIDE_BIAS:
+        shift -= tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
+        row_dp += tl.sum(vdo.to(tl.float32), 1) * v_bias
+    return shift, row_dp
 
 
 @triton.jit
 def virtual_rows(
-    q, dout, k_narrow, v_narrow, query_offset, dout_offset, key_row, stride_kn_n, stride_vn_n,
-    real, there, seen, row_lse2, row_delta, log2_scale, k_wide_bias, v_wide_bias,
-    k_narrow_bias, v_narrow_bias,
+    queries, narrow, wide, key_row, key_mask, sees_key, log2_scale,
     FORM: tl.constexpr, SIGN: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return virtual queries and virtual dout of one narrow key a row, and the rows' constants.
-
-    key_row and there are [M], or [1] where all rows meet the same narrow key.
-    P is exp2(log2_scale · vq · k - shift), and dS is P · (vdo · v + row_dp).
-    """
+    """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
+    q, dout, query_offs, dout_offs, mask, lse2, delta = queries
     columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    query, query_prev = load_for_form(
-        q, query_offset, 1, columns, real, 0.0, FORM, False, HEAD_DIM, BLOCK_D
+    query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
+    k, k_prev = load_keys_of_rows(
+        narrow, key_row, key_mask, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
     )
-    k, k_prev = load_for_form(
-        k_narrow, key_row, stride_kn_n, columns, there, k_narrow_bias,
-        FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-    do = load_rows(dout, dout_offset, 1, value_columns, real, VALUE_DIM, BLOCK_DV)
-    v = load_rows(v_narrow, key_row, stride_vn_n, value_columns, there, VALUE_DIM, BLOCK_DV)
-    if HAS_NARROW_BIAS:
-        v = v.to(tl.float32) + v_narrow_bias
+    do = load_rows(dout, dout_offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
+    v = load_values_of_rows(narrow, key_row, key_mask, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV)
     vdo = do * v
-    shift = tl.where(seen, row_lse2, float("inf"))
-    row_dp = -row_delta
-    if FORM == STRASSEN:
-        shift -= tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
-    if HAS_WIDE_BIAS:
-        shift -= tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-        row_dp += tl.sum(vdo.to(tl.float32), 1) * v_wide_bias
+    shift, row_dp = row_constants(
+        query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale,
+        FORM, HAS_WIDE_BIAS,
+    )  # fmt: skip
     return vq.to(DOT_DTYPE), vdo.to(DOT_DTYPE), shift, row_dp
 
 
 @triton.jit
 def attend_backward(
-    vq, vdo, shift, row_dp, lo, hi, first, last, full_lo, full_hi, is_huge,
-    k_wide, v_wide, batch, kv_head, stride_kw_n, stride_vw_n, wide_first, wide_rows,
-    scale, log2_scale, k_wide_bias, v_wide_bias,
+    virtual, sight, wide, keys, is_huge, scale, log2_scale,
     NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
     TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
 
     t = sum of P · v is what the narrow values' gradient needs; dq and the narrow keys' need dvq,
-    and sigma, the row sum of dS. What is not asked for stays 0.
+    and sigma, the row sum of dS. What is not asked for stays 0. `keys` counts a tile's wide keys.
     """
-    keys = tl.arange(0, BLOCK_N)
-    dvq = tl.zeros([vq.shape[0], BLOCK_D], tl.float32)
-    t = tl.zeros([vq.shape[0], BLOCK_DV], tl.float32)
+    vq, vdo, shift, row_dp = virtual
+    lo, hi, first, last, full_lo, full_hi = sight
+    k_bias, v_bias = biases_of(wide)
+    BLOCK_N: tl.constexpr = keys.shape[0]
+    dvq = tl.zeros(vq.shape, tl.float32)
+    t = tl.zeros(vdo.shape, tl.float32)
     sigma = tl.zeros([vq.shape[0]], tl.float32)
     mass = tl.zeros([vq.shape[0]], tl.float32)
     for j in tl.range(first, last, BLOCK_N, num_stages=TILE_STAGES):
-        row = j - wide_first
-        k = load_keys(
-            k_wide, batch, kv_head, row, wide_rows, stride_kw_n,
-            HEAD_DIM, BLOCK_D, BLOCK_N, INDEX, DESCRIPTORS,
-        ).to(DOT_DTYPE)  # fmt: skip
+        k = load_keys(wide, j, keys, HEAD_DIM, vq.shape[1], DESCRIPTORS).to(vq.dtype)
         s = tl.dot(vq, tl.trans(k), input_precision=PRECISION)
-        v = load_keys(
-            v_wide, batch, kv_head, row, wide_rows, stride_vw_n,
-            VALUE_DIM, BLOCK_DV, BLOCK_N, INDEX, DESCRIPTORS,
-        ).to(DOT_DTYPE)  # fmt: skip
+        v = load_values(wide, j, keys, VALUE_DIM, vdo.shape[1], DESCRIPTORS).to(vdo.dtype)
         if NEEDS_DVQ:
             dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
@@ -86,18 +93,18 @@ def attend_backward(
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
             p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
         if NEEDS_T:
-            t = tl.dot(p.to(DOT_DTYPE), v, t, input_precision=PRECISION)
+            t = tl.dot(p.to(v.dtype), v, t, input_precision=PRECISION)
         if NEEDS_DVQ:
             ds = p * (dp + row_dp[:, None])
-            dvq = tl.dot(ds.to(DOT_DTYPE), k, dvq, input_precision=PRECISION)
+            dvq = tl.dot(ds.to(k.dtype), k, dvq, input_precision=PRECISION)
             if NEEDS_SUMS:
                 sigma += tl.sum(ds, 1)
         if NEEDS_SUMS:
             mass += tl.sum(p, 1)
     if NEEDS_SUMS:
-        dvq = (dvq + k_wide_bias * sigma[:, None]) * scale
+        dvq = (dvq + k_bias * sigma[:, None]) * scale
         sigma *= scale
-        t += v_wide_bias * mass[:, None]
+        t += v_bias * mass[:, None]
     else:
         dvq *= scale
     return dvq, t, sigma

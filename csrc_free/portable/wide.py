@@ -7,10 +7,14 @@ import triton
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_query
-from csrc_free.device.tiles import key_ranges, offset_range, place, positions, query_rows, spread
+from csrc_free.device.forms import TRILINEAR, load_for_form, load_rows, virtual_query
+from csrc_free.device.pair import load_keys_of_rows, load_values_of_rows, pair_of
+from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
+from csrc_free.portable.rows import row_constants
 from csrc_free.portable.shared_memory import backward_bytes
-from csrc_free.problem import NOT_SPECIALIZED
+from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits, first_that_fits
 
 
@@ -77,81 +81,87 @@ def backward_wide_kernel(
     """
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
-    m_keys = tl.maximum(wide_rows, narrow_rows)
-    wide_first = m_keys - wide_rows
-    narrow_first = m_keys - narrow_rows
+    sizes = sizes_of(seq, wide_rows, narrow_rows)
+    _seq, key_count, wide_first, narrow_first = sizes
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
+    wide_begin, wide_end, _narrow_begin, _narrow_end = windows
+    scale = tl.cast(scale, tl.float32)
+    log2_scale = tl.cast(log2_scale, tl.float32)
+    wide = pair_of(
+        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
+        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
+        batch, kv_head, wide_first, wide_rows, False,
+    )  # fmt: skip
+    narrow = pair_of(
+        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
+        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
+        batch, kv_head, narrow_first, narrow_rows, False,
+    )  # fmt: skip
+    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
+    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
+    statistics = bh * seq * GROUP
+    is_huge = tl.load(has_huge + bh) != 0
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
 
     wide_row = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
-    there = wide_row < wide_rows
+    key_mask = wide_row < wide_rows
     key = wide_first + wide_row
     key_first = wide_first + tile * BLOCK_N
-    key_last = tl.minimum(key_first + BLOCK_N, m_keys) - 1
-    k_wide += batch * stride_kw_b + kv_head * stride_kw_h
-    v_wide += batch * stride_vw_b + kv_head * stride_vw_h
-    k = load_rows(k_wide, wide_row, stride_kw_n, columns, there, HEAD_DIM, BLOCK_D)
-    v = load_rows(v_wide, wide_row, stride_vw_n, value_columns, there, VALUE_DIM, BLOCK_DV)
+    key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
+    # Unbiased: a wide pair's biases are row constants.
+    k, _k_prev = load_keys_of_rows(wide, wide_row, key_mask, TRILINEAR, False, HEAD_DIM, BLOCK_D)
+    v = load_values_of_rows(wide, wide_row, key_mask, False, VALUE_DIM, BLOCK_DV)
     k = k.to(DOT_DTYPE)
     v = v.to(DOT_DTYPE)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    k_narrow += batch * stride_kn_b + kv_head * stride_kn_h
-    v_narrow += batch * stride_vn_b + kv_head * stride_vn_h
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    statistics = bh * seq * GROUP
-    is_huge = tl.load(has_huge + bh) != 0
-    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
-    flat_first = tl.maximum(key_first - wide_right - start, 0) * GROUP
-    flat_end = tl.minimum(key_last + wide_left - start + 1, seq) * GROUP
+    flat_first = tl.maximum(key_first - wide_end + 1, 0) * GROUP
+    flat_end = tl.minimum(key_last - wide_begin + 1, seq) * GROUP
     for flat in range(flat_first, flat_end, BLOCK_Q):
-        i, head, real = query_rows(flat + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
-        position = start + i
-        lo, hi, narrow_lo, narrow_hi = key_ranges(
-            kv_bounds, batch, i, real, position, wide_left, wide_right, narrow_left, narrow_right,
-            wide_first, narrow_first, seq, m_keys, HAS_BOUNDS,
-        )  # fmt: skip
+        row = flat + tl.arange(0, BLOCK_Q)
+        i, head, mask = query_rows(row, seq, GROUP, GROUP, INDEX)
+        bounds = (0, 0)
+        if HAS_BOUNDS:
+            bound_ptrs = kv_bounds + (batch * seq + i) * 2
+            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+            bounds = (bound_lo, bound_hi)
+        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+        lo, hi, _first, _last, full_lo, full_hi = sight
+        narrow_lo, narrow_hi, _sees = narrow_sight
         sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
-        _first, _last, full_lo, full_hi = spread(lo, hi, m_keys)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
-        offset_first, offset_last = offset_range(sees, position, narrow_lo, narrow_hi)
+        offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
         query, query_prev = load_for_form(
-            q, i * stride_q_n + head * stride_q_h, 1, columns, real, 0.0,
-            FORM, False, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        do = load_rows(
-            dout, i * stride_do_n + head * stride_do_h, 1, value_columns, real,
-            VALUE_DIM, BLOCK_DV,
-        )  # fmt: skip
-        row_lse2 = tl.load(
-            lse2 + statistics + flat + tl.arange(0, BLOCK_Q), mask=real, other=float("inf")
+            q, i * stride_q_n + head * stride_q_h, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
         )
-        row_delta = tl.load(delta + statistics + flat + tl.arange(0, BLOCK_Q), mask=real, other=0.0)
+        do = load_rows(
+            dout, i * stride_do_n + head * stride_do_h, 1, value_columns, mask, VALUE_DIM
+        )
+        row_lse2 = tl.load(lse2 + statistics + row, mask=mask, other=float("inf"))
+        row_delta = tl.load(delta + statistics + row, mask=mask, other=0.0)
         for offset in tl.range(offset_first, offset_last + 1, num_stages=OFFSET_STAGES):
-            narrow_key = position - offset
-            seen = sees & (narrow_key >= narrow_lo) & (narrow_key < narrow_hi)
-            kn, kn_prev = load_for_form(
-                k_narrow, narrow_key - narrow_first, stride_kn_n, columns, seen, k_narrow_bias,
-                FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D,
-            )  # fmt: skip
-            vn = load_rows(
-                v_narrow, narrow_key - narrow_first, stride_vn_n, value_columns, seen,
-                VALUE_DIM, BLOCK_DV,
-            )  # fmt: skip
-            if HAS_NARROW_BIAS:
-                vn = vn.to(tl.float32) + v_narrow_bias
+            narrow_key = i - offset
+            sees_key = sees & (narrow_key >= narrow_lo) & (narrow_key < narrow_hi)
+            narrow_row = narrow_key - narrow_first
+            kn, kn_prev = load_keys_of_rows(
+                narrow, narrow_row, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
+            )
+            vn = load_values_of_rows(
+                narrow, narrow_row, sees_key, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV
+            )
             vq = virtual_query(query, query_prev, kn, kn_prev, columns, FORM, SIGN, HEAD_DIM)
             vdo = do * vn
-            shift = tl.where(seen, row_lse2, float("inf"))
-            row_dp = -row_delta
-            if FORM == STRASSEN:
-                shift -= tl.sum(query.to(tl.float32) * kn.to(tl.float32), 1) * log2_scale
-            if HAS_WIDE_BIAS:
-                shift -= tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-                row_dp += tl.sum(vdo.to(tl.float32), 1) * v_wide_bias
+            shift, row_dp = row_constants(
+                query, kn, vq, vdo, tl.where(sees_key, row_lse2, float("inf")), -row_delta,
+                wide, log2_scale, FORM, HAS_WIDE_BIAS,
+            )  # fmt: skip
             vq = vq.to(DOT_DTYPE)
             vdo = vdo.to(DOT_DTYPE)
             s = tl.dot(k, tl.trans(vq), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
@@ -163,22 +173,33 @@ def backward_wide_kernel(
             if PRECISION == "ieee":
                 # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
                 # would lose what float32 is asked for. The mask keeps the additions apart.
-                dv += tl.where(there[:, None], tl.dot(p, vdo, input_precision=PRECISION), 0.0)
+                dv += tl.where(key_mask[:, None], tl.dot(p, vdo, input_precision=PRECISION), 0.0)
                 ds = p * (dp + row_dp[None, :])
-                dk += tl.where(there[:, None], tl.dot(ds, vq, input_precision=PRECISION), 0.0)
+                dk += tl.where(key_mask[:, None], tl.dot(ds, vq, input_precision=PRECISION), 0.0)
             else:
                 dv = tl.dot(p.to(DOT_DTYPE), vdo, dv, input_precision=PRECISION)
                 ds = p * (dp + row_dp[None, :])
                 dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
 
-    mask = there[:, None]
-    to = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
+    dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
     tl.store(
-        dk_wide + to[:, None] + columns[None, :], dk * scale,
-        mask=mask & (columns < HEAD_DIM)[None, :],
+        dk_wide + dk_offs[:, None] + columns[None, :], dk * scale,
+        mask=key_mask[:, None] & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip
-    to = batch * stride_dv_b + kv_head * stride_dv_h + wide_row * stride_dv_n
+    dv_offs = batch * stride_dv_b + kv_head * stride_dv_h + wide_row * stride_dv_n
     tl.store(
-        dv_wide + to[:, None] + value_columns[None, :], dv,
-        mask=mask & (value_columns < VALUE_DIM)[None, :],
+        dv_wide + dv_offs[:, None] + value_columns[None, :], dv,
+        mask=key_mask[:, None] & (value_columns < VALUE_DIM)[None, :],
+    )  # fmt: skip
+
+
+def write_wide(
+    problem: Problem, statistics: Statistics, config: Config, wide: PairGradients
+) -> None:
+    """Write the wide pair's gradients."""
+    dk, dv = complete(wide, problem.k_wide, problem.v_wide)
+    launch_backward(
+        backward_wide_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
+        problem, statistics, inputs_of(problem, statistics), [dk, dv],
+        strides=(*dk.stride()[:3], *dv.stride()[:3]), config=config,
     )  # fmt: skip

@@ -55,31 +55,31 @@ def delta_kernel(
     flat = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     i = (flat // GROUP).to(tl.int64)
     head = kv_head * GROUP + flat % GROUP
-    real = i < seq
+    mask = i < seq
     columns = tl.arange(0, BLOCK_DV)
 
     o = load_rows(
-        out, batch * stride_o_b + head * stride_o_h + i * stride_o_n, 1, columns, real,
-        VALUE_DIM, BLOCK_DV,
+        out, batch * stride_o_b + head * stride_o_h + i * stride_o_n, 1, columns, mask,
+        VALUE_DIM,
     )  # fmt: skip
     do = load_rows(
-        dout, batch * stride_do_b + head * stride_do_h + i * stride_do_n, 1, columns, real,
-        VALUE_DIM, BLOCK_DV,
+        dout, batch * stride_do_b + head * stride_do_h + i * stride_do_n, 1, columns, mask,
+        VALUE_DIM,
     )  # fmt: skip
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     row = (batch * kv_heads * GROUP + head) * seq + i
     if HAS_DLSE:
-        row_delta -= tl.load(dlse + row, mask=real, other=0.0)
-    row_lse = tl.load(lse + row, mask=real, other=0.0)
+        row_delta -= tl.load(dlse + row, mask=mask, other=0.0)
+    row_lse = tl.load(lse + row, mask=mask, other=0.0)
     row_lse2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     size = tl.abs(row_lse2)
-    is_huge = (size > HUGE) & (size < float("inf")) & real
+    is_huge = (size > HUGE) & (size < float("inf")) & mask
     row_lse2 = tl.where(is_huge, row_lse2 - size * 2.0**-21, row_lse2)
     if tl.max(is_huge.to(tl.int32), 0) > 0:
         tl.store(has_huge + batch * kv_heads + kv_head, 1)
-    where = (batch * kv_heads + kv_head) * seq * GROUP + flat
-    tl.store(delta + where, row_delta, mask=real)
-    tl.store(lse2 + where, row_lse2, mask=real)
+    offs = (batch * kv_heads + kv_head) * seq * GROUP + flat
+    tl.store(delta + offs, row_delta, mask=mask)
+    tl.store(lse2 + offs, row_lse2, mask=mask)
 
 
 class Statistics(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from csrc_free import tracing
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
 from csrc_free.steps import parts_sum
@@ -20,7 +21,7 @@ class Parts:
     """The buffers that a kernel fills, and where slot 0 of each part stands.
 
     Part number `part` holds the narrow rows from part * rows // per_position + shift on, counted
-    from the first query's position where the parts follow the queries; or all rows.
+    from where the first query's narrow window begins if the parts follow the queries; or all rows.
     """
 
     dk: Tensor  # float32 [parts, B, Hkv, slots, D], zeroed
@@ -39,12 +40,14 @@ class Parts:
     def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
         """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
         batch, kv_heads, rows, _ = dk.shape
-        constants = problem.constants()
+        constants, numbers = problem.constants(), problem.numbers()
+        _kv_heads, seq, _wide_rows, _narrow_rows, _left, _right, narrow_left, _, start = numbers
         names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
         launch(
             sum_parts_kernel, batch * kv_heads * rows,
             self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
-            *self.numbers, problem.sizes()[-1], *dk.stride()[:3], *dv.stride()[:3],
+            *self.numbers, narrow_left, seq, problem.keys, start,
+            *dk.stride()[:3], *dv.stride()[:3],
             PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
             PARTS_FOLLOW_QUERIES=self.do_follow_queries,
             **{name: constants[name] for name in names},
@@ -60,8 +63,7 @@ def parts_of_queries(problem: Problem, heads: int, rows: int) -> Parts | None:
     left, right = problem.narrow_reach
     count = triton.cdiv(problem.q.shape[2] * heads, rows)
     span = (rows - 1) // heads + 2 + left + right
-    shift = -left - problem.narrow_first
-    return _allocate(problem, count, span, rows, heads, shift, do_follow_queries=True)
+    return _allocate(problem, count, span, rows, heads, 0, do_follow_queries=True)
 
 
 def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
@@ -82,9 +84,10 @@ def _allocate(
 ) -> Parts | None:  # fmt: skip
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     value_dim = problem.v_narrow.shape[3]
-    do_move = span < narrow_rows
-    shape = (count, batch, kv_heads, min(span, narrow_rows))
-    if count > 1 and 4 * math.prod(shape) * (head_dim + value_dim) > LIMIT_BYTES:
+    do_move = tracing.holds(span < narrow_rows)
+    shape = (count, batch, kv_heads, span if do_move else narrow_rows)
+    size = 4 * math.prod(shape) * (head_dim + value_dim)
+    if tracing.holds(size > LIMIT_BYTES) and tracing.holds(count > 1):
         return None
     dk, dv = (
         torch.zeros(*shape, dim, dtype=torch.float32, device=problem.q.device)

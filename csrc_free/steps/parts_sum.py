@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from csrc_free.device.tiles import positions
+from csrc_free.device.tiles import window_of
 from csrc_free.traits import Device, Traits
 
 
@@ -28,11 +28,14 @@ def slot_base(part, part_rows, PER_POSITION: tl.constexpr, shift):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "parts", "slots", "part_rows", "part_shift", "q_start_default"]
-)
+    do_not_specialize=[
+        "rows", "parts", "slots", "part_rows", "part_shift",
+        "narrow_left", "seq", "keys", "q_start_default",
+    ]
+)  # fmt: skip
 def sum_parts_kernel(
     dk_parts, dv_parts, dk, dv, q_start,
-    kv_heads, rows, parts, slots, part_rows, part_shift, q_start_default,
+    kv_heads, rows, parts, slots, part_rows, part_shift, narrow_left, seq, keys, q_start_default,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     PER_POSITION: tl.constexpr, PARTS_MOVE: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
     HAS_Q_START: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -41,7 +44,8 @@ def sum_parts_kernel(
     """One program owns one narrow row of one key-value head.
 
     Parts are [parts, B, Hkv, slots, D] in float32; slot s of a part holds the narrow row
-    slot_base(part) + s. Where parts do not move, slot s is row s in each of them.
+    slot_base(part) + s. Where parts do not move, slot s is row s in each of them; where they follow
+    the queries, it counts from the narrow window of the first query.
     """
     row = tl.program_id(0) % rows
     bh = (tl.program_id(0) // rows).to(tl.int64)
@@ -56,7 +60,11 @@ def sum_parts_kernel(
     last = parts - 1
     if PARTS_MOVE:
         if PARTS_FOLLOW_QUERIES:
-            part_shift += positions(q_start, batch, 0, q_start_default, HAS_Q_START)
+            start = q_start_default
+            if HAS_Q_START:
+                start = tl.load(q_start + batch)
+            narrow_begin, _narrow_end = window_of(start, narrow_left, 0, seq, keys)
+            part_shift += narrow_begin - (keys - rows)
         first = tl.cdiv(tl.maximum(row - part_shift - slots + 1, 0) * PER_POSITION, part_rows)
         reached = (row - part_shift + 1) * PER_POSITION - 1
         last = tl.minimum(tl.where(reached < 0, -1, reached // part_rows), last)
@@ -64,12 +72,12 @@ def sum_parts_kernel(
         slot = row
         if PARTS_MOVE:
             slot -= slot_base(part, part_rows, PER_POSITION, part_shift)
-        where = (part * heads + bh) * slots + slot
-        dk_sum += tl.load(dk_parts + where * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        offs = (part * heads + bh) * slots + slot
+        dk_sum += tl.load(dk_parts + offs * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
         dv_sum += tl.load(
-            dv_parts + where * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+            dv_parts + offs * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM, other=0.0
         )
-    to = batch * stride_dk_b + kv_head * stride_dk_h + row.to(tl.int64) * stride_dk_n
-    tl.store(dk + to + columns, dk_sum, mask=columns < HEAD_DIM)
-    to = batch * stride_dv_b + kv_head * stride_dv_h + row.to(tl.int64) * stride_dv_n
-    tl.store(dv + to + value_columns, dv_sum, mask=value_columns < VALUE_DIM)
+    dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + row.to(tl.int64) * stride_dk_n
+    tl.store(dk + dk_offs + columns, dk_sum, mask=columns < HEAD_DIM)
+    dv_offs = batch * stride_dv_b + kv_head * stride_dv_h + row.to(tl.int64) * stride_dv_n
+    tl.store(dv + dv_offs + value_columns, dv_sum, mask=value_columns < VALUE_DIM)

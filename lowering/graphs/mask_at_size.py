@@ -35,7 +35,8 @@ class MaskAtSize:
         pending = [wanted]
         while pending:
             node = pending[-1]
-            missing = [n for n in node.all_input_nodes if n not in self.known]
+            inputs = [] if _is_number(node) else node.all_input_nodes
+            missing = [n for n in inputs if n not in self.known]
             if missing:
                 pending.extend(missing)
                 continue
@@ -45,9 +46,8 @@ class MaskAtSize:
         return self.known[wanted]
 
     def _run(self, node: fx.Node) -> Any:
-        found = compat.example(node)
-        if not isinstance(found, Tensor) and compat.is_number(found):
-            return self._at_size(found)
+        if _is_number(node):  # whatever tensor has this size
+            return self._at_size(compat.example(node))
         if node.op == "placeholder":
             raise NotProven(f"it depends on the input {node.name}", node)
         if node.op not in ("call_function", "call_method"):
@@ -72,3 +72,8 @@ class MaskAtSize:
             return compat.hint(value)
         except Exception as error:  # a size that only running the graph can tell
             raise NotProven(f"its size {value} is known at run time only") from error
+
+
+def _is_number(node: fx.Node) -> bool:
+    found = compat.example(node)
+    return not isinstance(found, Tensor) and compat.is_number(found)

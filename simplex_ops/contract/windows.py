@@ -1,15 +1,14 @@
 """Windows: which key positions a query position sees."""
 
-# Far beyond any sequence, yet position +- UNBOUNDED stays inside int32.
-UNBOUNDED = 2**30
+# Beyond any int32 q_start and any sequence, so that unbounded windows reach back from there.
+UNBOUNDED = 2**40
 
 
-def reach(window: int | None, is_causal: bool, unbounded: int = UNBOUNDED) -> tuple[int, int]:
+def reach(window: int | None, is_causal: bool) -> tuple[int, int]:
     """Return (left, right): position p sees key position j iff p - left <= j <= p + right.
 
     `window` is in keys and counts the query's own position; None is unbounded.
-    `unbounded` is as far as any window reaches.
     Causal, it is `window` keys ending at p; otherwise |p - j| < window.
     """
-    left = unbounded if window is None else min(window - 1, unbounded)
+    left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     return left, 0 if is_causal else left

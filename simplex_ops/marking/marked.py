@@ -45,7 +45,7 @@ class Marked(nn.Module):
         setting = self.simplex_mark
         k2 = self.simplex_k2(x).unflatten(-1, (-1, setting.head_dim)).transpose(1, 2)
         v2 = self.simplex_v2(x).unflatten(-1, (-1, setting.v_head_dim)).transpose(1, 2)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not _is_run_to_export():
             # A compiled model may materialise the causal mask that eager code leaves out; the mark
             # carries it to the pass, which proves that it is no more than causal, or refuses.
             if mask is not None:
@@ -80,6 +80,11 @@ class Marked(nn.Module):
         if not has_marked_class(self):
             return (function, arguments, *state)
         return (_blank, (self.simplex_base, self.simplex_family), *state)
+
+
+def _is_run_to_export() -> bool:
+    """Say whether torch.export runs this code as eager code runs it, by strict=False."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_marked(module: nn.Module) -> TypeGuard[Marked]:

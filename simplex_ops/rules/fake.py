@@ -11,7 +11,7 @@ from torch import Tensor
 from simplex_ops.contract.checks import check_attn, check_attn_backward
 from simplex_ops.contract.layout import empty_gradients, empty_outputs
 from simplex_ops.contract.schema import ALL_GRADS
-from simplex_ops.rules import cache_key
+from simplex_ops.rules import cache_key, lowered
 
 
 def attn(
@@ -26,6 +26,7 @@ def attn(
 ) -> tuple[Tensor, Tensor]:
     """Return empty out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
     cache_key.extend()
+    lowered.register()
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     return empty_outputs(q, v1)
 
@@ -48,5 +49,6 @@ def attn_backward(
 ) -> tuple[Tensor, ...]:
     """Return an empty gradient in the memory order of each input, or [0] where none is wanted."""
     cache_key.extend()
+    lowered.register()
     check_attn_backward(dout, dlse, q, k1, k2, v1, v2, out, lse, w1, w2, **options)
     return empty_gradients((q, k1, k2, v1, v2), grad_mask)

@@ -117,6 +117,20 @@ def test_a_measured_table_gives_what_was_measured():
     assert backward.choose(of_forty, hopper).pairs == pairs.Config(32, 64, 3, 4, 3)
     of_one = dataclasses.replace(traits, group=1)
     assert backward.choose(of_one, hopper).query_with_parts == query.Config(16, 4, 32, 3, 4, 3)
+    of_four = dataclasses.replace(traits, group=4)
+    assert backward.choose(of_four, hopper).query_with_parts is None
+    assert forward.choose(of_four, hopper) == forward.Config(64, 1, 64, 4, 3)
+    assert forward.choose(of_one, hopper) == forward.Config(16, 4, 64, 4, 2)
+    of_64_columns = dataclasses.replace(of_one, block_d=64, block_dv=64)
+    assert forward.choose(of_64_columns, hopper) == forward.Config(64, 1, 64, 4, 3)
+
+
+@pytest.mark.parametrize(("programs", "splits"), [(1, 16), (32, 8), (64, 4), (128, 2), (256, 1)])
+def test_narrow_keys_are_shared_where_multiprocessors_would_be_idle(programs, splits):
+    hopper = DEVICES["sm_90"]
+    assert pairs.splits_of(programs, hopper) == splits
+    of_any_number = dataclasses.replace(hopper, multiprocessors=0)
+    assert pairs.splits_of(programs, of_any_number) == 1
 
 
 @pytest.mark.parametrize("path", sorted(measured.ROOT.glob("*.json")), ids=lambda path: path.stem)

@@ -73,7 +73,7 @@ def test_serves(hopper, given, arguments):
 @pytest.mark.parametrize(
     ("given", "arguments", "reason"),
     [
-        ({"dtype": torch.float32}, {}, "they take bfloat16, and q is float32"),
+        ({"dtype": torch.float32}, {}, "they take bfloat16 and float16, and q is float32"),
         ({}, {"form": "determinant"}, "this is determinant"),
         ({"dim": 32}, {}, "they take D from 33 to 128, got 32"),
         ({"dim": 136}, {}, "they take D from 33 to 128, got 136"),
@@ -139,7 +139,7 @@ def test_a_gluon_that_does_not_compile_leaves_the_portable_path_with_one_warning
         raise error
 
     monkeypatch.setattr(attn, "_broken", [])
-    monkeypatch.setattr("csrc_free.hopper.forward.run", fail)
+    monkeypatch.setattr("csrc_free.hopper.forward.compute", fail)
     with pytest.warns(attn.PortableWarning, match="could not be compiled"):
         (launch,) = _run(_inputs())
     assert not launch.kernel.is_gluon()
@@ -159,7 +159,7 @@ def test_what_the_device_says_is_not_hidden(hopper, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(attn, "_broken", [])
-    monkeypatch.setattr("csrc_free.hopper.forward.run", fail)
+    monkeypatch.setattr("csrc_free.hopper.forward.compute", fail)
     with pytest.raises(type(error)):
         _run(_inputs())
     assert attn._broken == []
@@ -170,13 +170,21 @@ def test_what_the_device_says_is_not_hidden(hopper, monkeypatch, error):
     [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 4), (300, 3), (512, 4), (1024, 4)],
 )
 def test_as_many_tiles_stay_as_waste_the_least(width, tiles):
-    assert choose(width, has_bias=False).tiles == tiles
+    assert choose(width, 128, 128, has_bias=False).tiles == tiles
+    assert choose(width, 64, 128, has_bias=False).tiles == tiles
+
+
+@pytest.mark.parametrize(("width", "tiles"), [(64, (1, 64)), (128, (1, 128)), (512, (2, 128))])
+def test_tiles_of_64_columns_have_more_keys(width, tiles):
+    config = choose(width, 64, 64, has_bias=False)
+    assert (config.tiles, config.block_n) == tiles
 
 
 @pytest.mark.parametrize(
     ("given", "arguments", "spills"),
     [
         ({}, {"w1": 512, "w2": 32}, 64),
+        ({"dim": 64}, {"w1": 128}, 64),
         ({"dim": 64}, {"w1": 64, "k2_bias": 1.0}, 200),  # in the warp that brings rows
     ],
 )
@@ -187,6 +195,19 @@ def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spil
     assert usage.registers == 168
     assert usage.spills <= spills
     traits = problem.problem_of(*inputs, **_arguments()).traits()
-    width = arguments["w1"]
-    config = choose(width, has_bias="k2_bias" in arguments)
+    config = choose(
+        arguments["w1"], traits.block_d, traits.block_dv, has_bias="k2_bias" in arguments
+    )
     assert usage.shared <= config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
+
+
+def test_the_bench_names_who_serves(hopper):
+    from tools.bench.contest import _forward_served_by
+    from tools.workloads import WORKLOADS, meta_inputs
+
+    said = {
+        name: _forward_served_by(WORKLOADS[name], meta_inputs(WORKLOADS[name]).problem)
+        for name in ("llama-mqa", "fp32")
+    }
+    assert said["llama-mqa"] == "hopper"
+    assert said["fp32"] == "portable: they take bfloat16 and float16, and q is float32"

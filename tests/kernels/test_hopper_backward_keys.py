@@ -49,6 +49,7 @@ def _plan(workload, device=HOPPER):
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
         ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),
         ({"head_dim": 100, "value_dim": 128}, "q: strides"),
+        ({"w2": 4}, "for 64 rows or more that see a narrow key, got 32"),
         ({"w1": 2048, "w2": 2048, "seq": 2**17, "batch": 1}, "more memory than they may"),
     ],
 )
@@ -71,6 +72,12 @@ def test_both_halves_say_why_they_do_not_run():
     assert backward.choose(*_problem(GROUP8)).reasons == {}
 
 
+def test_a_slower_kernel_is_not_chosen():
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32)))
+    assert isinstance(choice.keys, Plan)
+    assert "the portable kernel is faster" in choice.reasons["query"]
+
+
 @pytest.mark.parametrize("seq", [4096, 32768, 131072])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(64, 1), (64, 8), (32, 8), (8, 2)])
 def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
@@ -88,19 +95,19 @@ def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 8), st.integers(1, 3000), st.integers(1, 600),
+    st.integers(1, 4), st.integers(1, 8), st.integers(32, 3000), st.integers(32, 600),
     st.sampled_from([4, 8, 64]),
 )  # fmt: skip
 def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
     """Never slower than one program for each tile, by its own count of work."""
-    plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, 8))
+    plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, 32))
     assert isinstance(plan, Plan)
     tiles = -(-seq // KEYS)
     weights = [min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)]
     launches = -(-batch // plan.batch) * -(-kv_heads // plan.kv_heads)
     one_each = key_plan._time(weights, batch * kv_heads, 1, 1)
     chosen = launches * key_plan._time(weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits)
-    slots = KEYS + w1 + 7
+    slots = KEYS + w1 + 31
     if 4 * 256 * batch * kv_heads * tiles * slots <= key_plan.FLOOR_BYTES:
         assert chosen <= one_each * 1.001
 
@@ -225,6 +232,7 @@ def used(monkeypatch):
 
         monkeypatch.setattr(backward, name, noting)
 
+    monkeypatch.setattr(key_plan, "FEWEST_ROWS", 0)
     note("backward_keys")
     note("backward_wide")
     return noted

@@ -15,6 +15,7 @@ import torch
 from huge_logits import assert_finite
 from hypothesis import given, settings
 
+from simplex_ops import reference
 from simplex_ops.devices import gpu
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases, run_attn
 
@@ -198,3 +199,23 @@ def test_windows_beyond_int32_are_no_windows():
     inputs = Case(1, 1, 1, 9).inputs()
     for a, b in zip(_attn(*inputs), _attn(*inputs, 2**40, 2**31), strict=True):
         assert torch.equal(a, b)
+
+
+INT32 = torch.iinfo(torch.int32)
+STARTS = (INT32.max, INT32.min, 2**30 + 5, 21)
+
+
+@pytest.mark.parametrize(("is_causal", "group"), [(True, 1), (False, 2), (True, 4)])
+@pytest.mark.parametrize(
+    ("windows", "keys"), [((None, None), 7), ((None, 3), 24), ((2, 3), 24), ((2**31, 2**31 + 3), 7)]
+)
+def test_q_start_at_the_ends_of_int32(windows, keys, is_causal, group):
+    case = Case(len(STARTS), 1, group, 3, keys1=keys, keys2=keys, head_dim=4, is_causal=is_causal)
+    inputs = [t.requires_grad_() for t in case.inputs()]
+    options = {"is_causal": is_causal, "q_start": torch.tensor(STARTS, dtype=torch.int32)}
+    found = []
+    for attn, rows in ((_attn, inputs), (reference.attn, [t.double() for t in inputs])):
+        out, lse = attn(*rows, *windows, **options)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum(), inputs)))
+    for got, exact in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), exact.double(), rtol=1e-4, atol=1e-5)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from passed import Masked, Passed, compiled, refusal_in, refusal_of
+from passed import Masked, Passed, passed_alone, refusal_in, refusal_of
 from tiny_llama import attention, band, llama, mark_layers, randomize, sdpa, states, tokens
 from torch import fx
+from torch._dynamo.backends.debugging import eager
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -20,10 +21,10 @@ def _fresh_dynamo():
 
 
 class Counted:
-    """A backend: the pass, then aot_eager; it counts graphs."""
+    """A backend: the pass, then another; it counts graphs."""
 
-    def __init__(self):
-        self.counter = CompileCounterWithBackend("aot_eager")
+    def __init__(self, then="eager"):
+        self.counter = CompileCounterWithBackend(then)
 
     def __call__(self, gm, example_inputs):
         serve_marks(gm)
@@ -85,12 +86,14 @@ BY_RULE = [_causal, _two_dimensions, _three_dimensions, _lower, _not_above]
 def test_a_causal_mask_is_proven_and_left_out(make, dynamic):
     model, x = Masked(make), states()
     expected = model.attention(x)
-    torch.testing.assert_close(compiled(model, dynamic=dynamic)(x), expected)
+    torch.testing.assert_close(passed_alone(model, dynamic=dynamic)(x), expected)
 
 
-@pytest.mark.parametrize("make", BY_RULE)
-def test_a_mask_by_rule_is_served_at_every_size_by_one_graph(make):
-    model, backend = Masked(make), Counted()
+@pytest.mark.parametrize(
+    ("make", "then"), [*((make, "eager") for make in BY_RULE), (_causal, "aot_eager")]
+)
+def test_a_mask_by_rule_is_served_at_every_size_by_one_graph(make, then):
+    model, backend = Masked(make), Counted(then)
     run = torch.compile(model, backend=backend, fullgraph=True)
     for seq in (8, 12, 40, 23):
         torch.testing.assert_close(run(states(seq)), model.attention(states(seq)))
@@ -121,7 +124,7 @@ def test_a_mask_proven_at_a_size_is_compiled_again_at_another(make):
 @pytest.mark.parametrize("make", [_within_16, _chunks_of_16])
 def test_a_mask_that_hides_more_at_longer_sequences_is_refused_there(make, dynamic):
     model = Masked(make, window=(40, 3))
-    run = torch.compile(model, backend=Passed(), dynamic=dynamic)
+    run = torch.compile(model, backend=Passed(eager), dynamic=dynamic)
     for seq in (8, 12):
         torch.testing.assert_close(run(states(seq)), model.attention(states(seq)))
     assert "it hides other keys than those after the query" in refusal_in(lambda: run(states(40)))
@@ -134,7 +137,7 @@ def test_a_sliding_window_from_the_config_is_not_lost_at_longer_sequences(dynami
     kept = {name: sizes[name] for name in sizes if name not in ("model_type", "architectures")}
     model = MistralForCausalLM(MistralConfig(**{**kept, "sliding_window": 16})).eval()
     randomize(mark(attention(model, 1), window=(40, 3)))
-    run = torch.compile(model, backend=Passed(), dynamic=dynamic)
+    run = torch.compile(model, backend=Passed(eager), dynamic=dynamic)
     with torch.no_grad():
         for seq in (12, 13):
             torch.testing.assert_close(run(tokens(seq)).logits, model(tokens(seq)).logits)
@@ -149,19 +152,19 @@ def test_a_sliding_window_from_the_config_is_not_lost_at_longer_sequences(dynami
 def test_where_sizes_must_stay_symbolic_a_mask_known_at_one_size_is_refused():
     model, x = Masked(_additive), states()
     torch._dynamo.mark_dynamic(x, 1)
-    message = refusal_in(lambda: compiled(model)(x))
+    message = refusal_in(lambda: passed_alone(model)(x))
     assert "mark_dynamic forbids to make a constant" in message
     torch._dynamo.reset()
     x = states()
     torch._dynamo.maybe_mark_dynamic(x, 1)  # the remedy that it names
-    torch.testing.assert_close(compiled(model)(x), model.attention(x))
+    torch.testing.assert_close(passed_alone(model)(x), model.attention(x))
 
 
 @pytest.mark.parametrize("make", [*BY_RULE, _within_16])
 def test_where_sizes_must_stay_symbolic_a_mask_by_rule_is_served(make):
     model, x = Masked(make), states()
     torch._dynamo.mark_dynamic(x, 1)
-    torch.testing.assert_close(compiled(model)(x), model.attention(x))
+    torch.testing.assert_close(passed_alone(model)(x), model.attention(x))
 
 
 def _banded(x):
@@ -281,7 +284,7 @@ def test_a_mask_that_is_more_than_causal_is_refused(make, text):
 
 @pytest.mark.parametrize("make", [_dense, _written, _small, _one_row, _integers])
 def test_it_is_refused_under_dynamic_sizes_too(make):
-    run = compiled(Masked(make), dynamic=True)
+    run = passed_alone(Masked(make), dynamic=True)
     message = refusal_in(lambda: run(states()))
     assert "its attention mask is not known to be the causal one" in message
 
@@ -296,7 +299,7 @@ def test_proofs_leave_the_random_state_alone():
 def test_a_small_mask_is_refused_where_the_sizes_agree_by_chance():
     """A mask of 12 rows whatever the sequence is causal for 12 tokens alone."""
     model = Masked(lambda x: torch.ones(12, 12, dtype=torch.bool).tril())
-    run = torch.compile(model, backend=Passed(), dynamic=True)
+    run = torch.compile(model, backend=Passed(eager), dynamic=True)
     torch.testing.assert_close(run(states(12)), model.attention(states(12)))
     assert "it has 12 queries and 12 keys" in refusal_in(lambda: run(states(13)))
 
@@ -306,7 +309,7 @@ def test_a_mask_for_a_module_that_is_not_causal_is_refused_and_served_without():
     assert "it is not causal and was given an attention_mask" in refusal_of(model, states())
     torch._dynamo.reset()
     x = states()
-    torch.testing.assert_close(compiled(model.attention)(x), model.attention(x))
+    torch.testing.assert_close(passed_alone(model.attention)(x), model.attention(x))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -318,7 +321,7 @@ def test_padding_is_refused(checkpointed):
     assert "it depends on the input l_kwargs_attention_mask_" in message
     assert "leave both out (a tokenizer's mask of ones too)" in message
     torch._dynamo.reset()
-    torch.testing.assert_close(compiled(model)(ids).logits, model(ids).logits)
+    torch.testing.assert_close(passed_alone(model)(ids).logits, model(ids).logits)
 
 
 def test_packed_documents_are_refused():
@@ -341,7 +344,7 @@ def test_a_mask_carried_through_a_loop_is_not_taken_for_the_one_it_starts_as():
         return loop(lambda i, x, mask: i < 2, step, start)[1]
 
     with torch.no_grad(), pytest.raises(Exception, match="depends on the input") as caught:
-        torch.compile(run, backend=Passed(), fullgraph=True)(states())
+        torch.compile(run, backend=Passed(eager), fullgraph=True)(states())
     assert "UnservedMarkError" in str(caught.value)
 
 
@@ -367,6 +370,7 @@ def _rule(make, *shapes):
 
 
 CAUSAL = Claims(frozenset({Linear((1, -1))}))
+ON_2_11 = torch.__version__.startswith("2.11.")  # there one rule less is read: its size is sampled
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,7 @@ CAUSAL = Claims(frozenset({Linear((1, -1))}))
         (lambda x: _lower(x) & False, Claims(None)),
         (lambda x: torch.logical_or(_lower(x), torch.ones((), dtype=torch.bool)), Claims()),
         (lambda x: _windowed(16, x)[0, 0], Claims(CAUSAL.all_of | {Linear((-1, 1), 15)})),
-        (lambda x: _rows(x)[1:] == _rows(x)[:-1] + 1, Claims()),
+        (lambda x: _rows(x)[1:] == _rows(x)[:-1] + 1, None if ON_2_11 else Claims()),
         (lambda x: _rows(x).to(torch.int8) >= 0, None),  # 128 is -128 there
         (lambda x: _rows(x).float() >= 0, None),
         (lambda x: _rows(x)[_rows(x) - 1] >= 0, None),  # the first index counts from the end

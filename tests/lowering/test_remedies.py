@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from passed import Passed, compiled, refusal_in, refusal_of
+from passed import Passed, passed_alone, refusal_in, refusal_of
 from tiny_llama import (
     Attention,
     Residual,
@@ -17,6 +17,7 @@ from tiny_llama import (
     tokens,
 )
 from torch import nn
+from torch._dynamo.backends.debugging import eager
 from torch.utils.checkpoint import checkpoint
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -35,20 +36,20 @@ def test_a_graph_break_in_another_layer_is_named_and_layers_compiled_alone_are_s
     model.model.layers[0].mlp.register_forward_hook(
         lambda module, given, out: norms.append(out.norm().item())
     )
-    run = torch.compile(model, backend=Passed())
+    run = torch.compile(model, backend=Passed(eager))
     message = refusal_in(lambda: run(tokens()))
     assert f"{next(iter(marked_modules(model)))}: its attention mask" in message
     assert "a graph break before this attention" in message
     torch._dynamo.reset()
     expected = model(tokens()).logits
     for layer in model.model.layers:
-        layer.compile(backend=Passed())
+        layer.compile(backend=Passed(eager))
     torch.testing.assert_close(model(tokens()).logits, expected)
 
 
 def test_layers_compiled_alone_are_named_as_in_the_model():
     model = mark_layers(llama(attn_implementation="eager"), 1)
-    model.model.layers[1].compile(backend=Passed())
+    model.model.layers[1].compile(backend=Passed(eager))
     message = refusal_in(lambda: model(tokens()))
     assert "model.layers.1.self_attn: no scaled_dot_product_attention" in message
 
@@ -60,7 +61,7 @@ def test_another_implementation_is_named_and_sdpa_is_served():
     assert 'attn_implementation="sdpa"' in message
     torch._dynamo.reset()
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(compiled(model)(tokens()).logits, model(tokens()).logits)
+    torch.testing.assert_close(passed_alone(model)(tokens()).logits, model(tokens()).logits)
 
 
 def _checkpointed(q, k, v, **options):
@@ -128,7 +129,7 @@ def test_a_graph_that_the_pass_does_not_understand_is_refused_and_not_raised_fro
 
 def test_past_the_recompile_limit_a_marked_module_runs_2_simplicial_in_eager():
     module = randomize(mark(Attention(), window=(5, 3)))
-    run = torch.compile(module, backend=Passed(), dynamic=False)
+    run = torch.compile(module, backend=Passed(eager), dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
         for seq in (4, 5, 6, 7, 8):
             torch.testing.assert_close(run(states(seq)), module(states(seq)))
@@ -140,7 +141,7 @@ def test_dropout_is_served_once_it_is_zero_on_the_module():
     assert "module.attention_dropout = 0.0" in message
     torch._dynamo.reset()
     attention(model, 1).attention_dropout = 0.0
-    compiled(model)(tokens())
+    passed_alone(model)(tokens())
 
 
 def test_another_causality_is_served_once_marked_so():
@@ -150,7 +151,7 @@ def test_another_causality_is_served_once_marked_so():
     assert "mark it with is_causal=False" in refusal_of(mark(Attention(attend)), states())
     torch._dynamo.reset()
     module, x = randomize(mark(Attention(attend), is_causal=False, window=(5, 3))), states()
-    torch.testing.assert_close(compiled(module)(x), module(x))
+    torch.testing.assert_close(passed_alone(module)(x), module(x))
 
 
 @torch.no_grad()

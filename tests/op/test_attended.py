@@ -67,6 +67,16 @@ def test_pairs_of_different_length_end_at_the_same_position():
     assert (found.k < 4).all()
 
 
+@pytest.mark.parametrize("window", [None, (3, None), (2**31, None)])
+@pytest.mark.parametrize("start", [2**31 - 1, 2**30 + 5, -(2**31)])
+def test_q_start_at_the_ends_of_int32(start, window):
+    options = {"is_causal": False, "q_start": torch.tensor([start, 0], dtype=torch.int32)}
+    q, k1, k2 = _problem(n=6, m1=11, m2=11)
+    found = attended_pairs(q, k1, k2, window=window, top=3, **options)
+    expected = _weights(q, k1, k2, *(window or (None, None)), **options)
+    torch.testing.assert_close(found.weight, expected.flatten(3).topk(3).values)
+
+
 def test_a_query_that_sees_no_pair_has_none():
     nothing = torch.zeros(2, 21, 2, dtype=torch.int32)
     found = attended_pairs(*_problem(), window=(9, 4), kv_bounds=nothing, top=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simplex_ops import mark
-from tools.demo import corpus
+from tools.demo import corpus, two_hops
 from tools.demo.llama import CPU, build
 from tools.demo.train import Trainer
 
@@ -126,6 +126,20 @@ def test_completion_ends_with_the_line_and_keeps_the_prompt(
         assert "\n" not in line
 
 
+def test_two_hops_trains_and_draws_both_models_of_as_many_parameters(tmp_path: Path) -> None:
+    said: list[str] = []
+    task, device = replace(two_hops.TASK, nodes=4), torch.device("cpu")
+    arms = two_hops.train_both(device, said.append, task=task, steps=100)
+    assert set(arms) == {two_hops.ARM_2_SIMPLICIAL, two_hops.ARM_ORDINARY}
+    few, many = sorted(arm.parameters for arm in arms.values())
+    assert many < 1.05 * few
+    for name, arm in arms.items():
+        assert arm.accuracy > arm.curve[0][1]
+        assert any(f"one {name} layer, {arm.parameters:,} parameters" in line for line in said)
+    two_hops.plot(arms, tmp_path / "two.png", device=device, task=task)
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+
+
 def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tools.demo", *arguments],
@@ -147,7 +161,7 @@ def test_a_device_that_is_not_there_is_said_plainly() -> None:
 @pytest.mark.slow
 def test_demo_rewrites_trains_plots_and_generates(tmp_path: Path) -> None:
     plot = tmp_path / "figure" / "demo.png"
-    done = demo("--steps", "2", "--plot", plot, "--prompt", "import ")
+    done = demo("--part", "llama", "--steps", "2", "--plot", plot, "--prompt", "import ")
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
         "rewritten: 1\n  - model.layers.3.self_attn: trilinear, w1=64, w2=8\n",

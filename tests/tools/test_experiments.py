@@ -121,7 +121,7 @@ def _timeless(file):
 def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch):
     training = Training(4, batch=4, evaluate_every=2)
     rows = [(TOY, Shape((kind,), 8), training) for kind in ("ordinary", "2-simplicial")]
-    monkeypatch.setattr(hops, "_QUICK", {"quick": rows})
+    monkeypatch.setattr(hops, "_QUICK", {"quick": lambda: rows})
 
     def run(folder, *more):
         arguments = ["hops", "--quick", "--seeds", "2", "--results", str(folder), *more]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import simplex_ops  # noqa: F401  (registers the operators)
+from simplex_ops.devices.gpu import kernel_arguments
 from tools.bench import anchors
 from tools.bench.anchors import Job, NotRunError
 from tools.bench.peers import fbgemm, lucidrains
@@ -54,7 +55,8 @@ def ours(workload: Workload, direction: Direction, device: torch.device) -> Job:
     problem, w1, w2, options = inputs.problem, workload.w1, workload.w2, workload.options
     flops = nominal_flops(workload, direction)
     if direction == "forward":
-        return Job(lambda: torch.ops.simplex.attn(*problem, w1, w2, **options), flops)
+        note = _forward_served_by(workload, problem) if device.type == "cuda" else ""
+        return Job(lambda: torch.ops.simplex.attn(*problem, w1, w2, **options), flops, note)
     out, lse = torch.ops.simplex.attn(*problem, w1, w2, **options)
     return Job(
         lambda: torch.ops.simplex.attn_backward(
@@ -62,6 +64,15 @@ def ours(workload: Workload, direction: Direction, device: torch.device) -> Job:
         ),
         flops,
     )
+
+
+def _forward_served_by(workload: Workload, problem: tuple[torch.Tensor, ...]) -> str:
+    """Say which kernel serves a workload's forward, and why not a faster one."""
+    from csrc_free.attn import forward_served_by
+
+    arguments = kernel_arguments(workload.w1, workload.w2, problem[0], workload.options)
+    q, k1, k2, v1, v2 = problem
+    return forward_served_by(q, k1, k2, v1, v2, **arguments)
 
 
 def field_of(

@@ -1,11 +1,16 @@
-"""Train a small Llama on real text, as it is and with every fourth layer 2-simplicial.
+"""Two hops through a graph in one layer; then a small Llama with every fourth layer 2-simplicial.
 
     python -m tools.demo
-    python -m tools.demo --device cuda --minutes 10
+    python -m tools.demo --part two-hops
+    python -m tools.demo --part llama --device cuda --minutes 10
 
-Both runs start from the same weights, see the same bytes in the same order, and are compiled: the
-one by torch.compile's own backend, the other by backend="simplex", whose pass rewrites the
-attention of the marked modules. The text is the source of Python's standard library.
+Two hops: one 2-simplicial layer beside one ordinary layer of as many parameters, their accuracy
+while they train, and the pairs of edges that one query attends to.
+
+The Llama: trained on real text, as it is and marked. Both runs start from the same weights, see the
+same bytes in the same order, and are compiled: the one by torch.compile's own backend, the other by
+backend="simplex", whose pass rewrites the attention of the marked modules. The text is the source
+of Python's standard library.
 """
 
 import os
@@ -13,6 +18,7 @@ import shutil
 import sysconfig
 import time
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -32,9 +38,9 @@ import torch
 import lowering
 from simplex_ops import mark
 from simplex_ops.env import device_name
-from tools.demo import corpus
+from tools.demo import corpus, two_hops
 from tools.demo.curves import plot_curves
-from tools.demo.llama import CPU, CUDA, build, parameter_count
+from tools.demo.llama import CPU, CUDA, Setting, build, parameter_count
 from tools.demo.train import VALIDATION_BATCHES, Curve, Trainer
 
 PLAIN, MARKED = "as it is", "marked"
@@ -46,29 +52,57 @@ EVALUATIONS = 8
 _FEWEST_STEPS = 16
 
 
+class Part(StrEnum):
+    two_hops = "two-hops"
+    llama = "llama"
+    both = "both"
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
-    minutes: Annotated[float, typer.Option(help="about how long it may take in all")] = 2.5,
+    part: Annotated[Part, typer.Option(help="what to show")] = Part.both,
+    minutes: Annotated[float, typer.Option(help="about how long the Llama may take in all")] = 2.5,
     steps: Annotated[int | None, typer.Option(min=1, help="updates at most, of each model")] = None,
-    plot: Annotated[Path, typer.Option(help="the figure to write")] = Path("out/demo.png"),
+    plot: Annotated[Path, typer.Option(help="the Llama's figure")] = Path("out/demo.png"),
+    two_hops_plot: Annotated[Path, typer.Option(help="the figure of two hops")] = Path(
+        "out/two_hops.png"
+    ),
     prompt: Annotated[list[str] | None, typer.Option(help="a line to continue")] = None,
     seed: Annotated[int, typer.Option(help="of the weights and the order of the data")] = 0,
 ) -> None:
-    """Train a small Llama with and without 2-simplicial layers, compiled; compare, generate."""
-    deadline = time.monotonic() + 60 * minutes
+    """Show two hops in one layer; train a small Llama with and without 2-simplicial layers."""
     console = Console(highlight=False)
-    where = _device(device)
+    where = _device(device, compiles=part != Part.two_hops)
     setting = CUDA if where.type == "cuda" else CPU
     setting = replace(setting, steps=steps or setting.steps)
     prompts = (prompt or PROMPTS)[: setting.batch]
     if any(len(p.encode()) + LINE > setting.seq or not p for p in prompts):
         raise typer.BadParameter(f"a prompt must have 1 to {setting.seq - LINE} bytes")
+    _say(console, f"{device_name(where)}, torch {torch.__version__}")
+    if part != Part.llama:
+        arms = two_hops.train_both(where, lambda text: _say(console, text), seed=seed)
+        two_hops.plot(arms, two_hops_plot, device=where, seed=seed)
+        _say(console, f"plot: {two_hops_plot.resolve()}")
+    if part != Part.two_hops:
+        _show_llama(console, where, setting, prompts, minutes, plot, seed)
+
+
+def _show_llama(
+    console: Console,
+    where: torch.device,
+    setting: Setting,
+    prompts: list[str],
+    minutes: float,
+    plot: Path,
+    seed: int,
+) -> None:
+    deadline = time.monotonic() + 60 * minutes
     transformers.logging.set_verbosity_error()
     data = corpus.load()
     _say(
         console,
-        f"{device_name(where)}, torch {torch.__version__}, transformers {transformers.__version__}"
-        f"\ntext: Python's standard library, {data[0].numel() / 1e6:.1f} MB to train on, "
+        f"a Llama of transformers {transformers.__version__}, and Python's standard library: "
+        f"{data[0].numel() / 1e6:.1f} MB to train on, "
         f"{data[1].numel() / 1e6:.1f} MB in other files to validate",
     )
 
@@ -168,7 +202,7 @@ def _table(curves: dict[str, Curve]) -> Table:
     return table
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, *, compiles: bool) -> torch.device:
     """Return the device, or say what is missing there.
 
     Raises:
@@ -178,6 +212,8 @@ def _device(name: str) -> torch.device:
         raise typer.BadParameter(f"device must be cpu or cuda, got {name}")
     if name == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here: use --device cpu")
+    if not compiles:
+        return torch.device(name)
     compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
     if not any(map(shutil.which, compilers)):
         raise typer.BadParameter("torch.compile needs a C++ compiler: install g++, or set CXX")

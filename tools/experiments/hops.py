@@ -9,7 +9,7 @@ best doubles the power of f that a token knows; a 2-simplicial layer looks at tw
 best triples it. So L layers reach 2^L - 1 hops or 3^L - 1; mixed ones, the product less one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,7 +71,8 @@ def reach(layers: tuple[Kind, ...]) -> int:
 
 def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
     """Yield (part, setting) of every run: all first seeds of a part, then all second ones."""
-    for part, rows in (_QUICK if quick else _PARTS).items():
+    for part, make_rows in (_QUICK if quick else _PARTS).items():
+        rows = make_rows()
         for seed in range(seeds):
             for task, shape, training in rows:
                 yield part, Setting(task, shape, training, seed)
@@ -130,18 +131,19 @@ def _controls() -> list[Row]:
     ]
 
 
-_PARTS: dict[str, list[Row]] = {
-    "one-layer": [*_arms(Hops(1), 1, 2400), *_arms(Hops(2), 1, 2400)],
-    "two-layers": [*_arms(Hops(4), 2, 3600), *_arms(Hops(5), 2, 3600, heads=4)],
-    "functions": [
+# Made when they are asked for: to count parameters is to build some hundred models.
+_PARTS: dict[str, Callable[[], list[Row]]] = {
+    "one-layer": lambda: [*_arms(Hops(1), 1, 2400), *_arms(Hops(2), 1, 2400)],
+    "two-layers": lambda: [*_arms(Hops(4), 2, 3600), *_arms(Hops(5), 2, 3600, heads=4)],
+    "functions": lambda: [
         *_arms(Hops(2, graph="function"), 1, 2400),
         *_arms(Hops(4, graph="function"), 2, 3600),
     ],
-    "controls": _controls(),
-    "map": _map(),
+    "controls": _controls,
+    "map": _map,
 }
-_QUICK: dict[str, list[Row]] = {
-    "quick": [*_arms(Hops(1, nodes=6), 1, 400), *_arms(Hops(2, nodes=6), 1, 400)],
+_QUICK: dict[str, Callable[[], list[Row]]] = {
+    "quick": lambda: [*_arms(Hops(1, nodes=6), 1, 400), *_arms(Hops(2, nodes=6), 1, 400)],
 }
 PARTS = tuple(_PARTS)
 

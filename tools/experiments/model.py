@@ -1,5 +1,6 @@
 """The one model of the experiments: blocks of `SimplicialAttention` and an MLP, no positions."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -72,6 +73,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+@functools.cache
 def trained_parameters(shape: Shape, fields: tuple[int, ...], classes: int) -> int:
     """Count the parameters that training changes: the frozen ones are no part of the model."""
     with torch.device("meta"):

@@ -14,9 +14,6 @@ from torch import Tensor
 from simplex_ops.contract.windows import reach
 from simplex_ops.devices.blocked.host import can_look
 
-# Positions are int64 here: beyond any int32 q_start, so that unbounded windows reach back from it.
-UNBOUNDED = 2**40
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -56,7 +53,7 @@ class Extent:
 
 def extent(rows: int, window: int | None, is_causal: bool, seq: int) -> Extent:
     """Let the window slide where that looks at fewer columns than whole rows would."""
-    left, right = reach(window, is_causal, UNBOUNDED)
+    left, right = reach(window, is_causal)
     whole = rows - seq // 2 if is_causal and seq <= rows else rows
     slides = left + right + 1 < whole
     return Extent(rows, left, right, slides, left + right + 1 if slides else rows)
