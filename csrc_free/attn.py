@@ -3,8 +3,9 @@
 A launch takes the current device and its current stream: each entry makes them those of q.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from triton.runtime.errors import TritonError
 
 from csrc_free import problem, tracing
 from csrc_free.hopper import serve
+from csrc_free.hopper.within_int32 import within_int32
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
 
-__all__ = ["attn_backward", "attn_forward", "forward_served_by"]
+__all__ = ["attn_backward", "attn_forward", "forward_served_by", "portable_alone"]
 
 
 class PortableWarning(UserWarning):
@@ -41,7 +43,7 @@ def attn_forward(
     def on_hopper() -> None:
         from csrc_free.hopper import forward as hopper
 
-        hopper.compute(this, out, lse)
+        hopper.compute(within_int32(this), out, lse)
 
     with on_device_of(q):
         if _why_not_forward(this) is None:
@@ -66,6 +68,16 @@ def attn_backward(
         is_hopper = (device.backend, device.arch) == ("cuda", 90) and not _broken
         if not (is_hopper and _ran(on_hopper)):
             backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+
+
+@contextlib.contextmanager
+def portable_alone(reason: str = "they are out of use here") -> Iterator[None]:
+    """Run the portable kernels inside, in all threads, where others would be faster."""
+    _broken.append(reason)
+    try:
+        yield
+    finally:
+        _broken.remove(reason)
 
 
 def forward_served_by(

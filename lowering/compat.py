@@ -52,11 +52,15 @@ import torch
 TESTED = ("2.11", "2.13", "2.14", "2.15")
 
 
+def is_tested() -> bool:
+    """Say whether this torch is one of the releases that the plugin was tested on."""
+    return ".".join(torch.__version__.split(".")[:2]) in TESTED
+
+
 @functools.cache
 def warn_if_untested() -> None:
     """Warn, once, where this torch is none of the releases that the plugin was tested on."""
-    release = ".".join(torch.__version__.split(".")[:2])
-    if release not in TESTED:
+    if not is_tested():
         warnings.warn(
             f"the simplex plugin of torch.compile was tested on torch {', '.join(TESTED)}; "
             f"this is {torch.__version__}. It reads private names of Dynamo and Inductor: "
@@ -411,10 +415,16 @@ def _kernel_of(kernel: Any) -> Any:
 
 
 def is_rewritable(kernel: Any) -> bool:
-    """Say whether Inductor can write a kernel out: it knows plain Triton and no Gluon."""
+    """Say whether Inductor can write a kernel out as what it is in eager code.
+
+    It knows plain Triton and no Gluon, and cannot ask for fused multiply-adds, on which the kernels
+    count: they must be Triton's default.
+    """
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
-    return isinstance(kernel, JITFunction) and not kernel.is_gluon()
+    is_plain = isinstance(kernel, JITFunction) and not kernel.is_gluon()
+    return is_plain and getattr(knobs.language, "default_fp_fusion", True)
 
 
 def record_launch(

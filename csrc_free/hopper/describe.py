@@ -1,5 +1,7 @@
 """Tensors as the copy engine (TMA) is told of them."""
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -19,6 +21,11 @@ def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
 
 
+@functools.cache
+def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
+
+
 def matrix(dtype: torch.dtype, block: list[int]) -> gl.NVMMASharedLayout:
     """Return the layout of a block in shared memory that matrix products read."""
-    return gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[dtype])
+    return _layout(dtype, tuple(block))

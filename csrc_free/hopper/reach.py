@@ -43,11 +43,12 @@ def query_reach(view, batch, i, seq):
     end = gl.minimum(position + narrow_right + 1, keys)
     low, high = narrowed(kv_bounds, has_bounds, batch, i, seq, low, high)
     first, end = narrowed(kv_bounds, has_bounds, batch, i, seq, first, end)
+    sees_nothing = (low >= high) | (first >= end)  # asked first: bounds may be far outside
     low -= wide_first
     high -= wide_first
     first -= narrow_first
     end -= narrow_first
-    if (low >= high) | (first >= end):
+    if sees_nothing:
         low = 0
         high = 0
         first = 0

@@ -8,12 +8,17 @@ import functools
 import torch
 
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.within_int32 import why_not_int32
 from csrc_free.problem import Problem
 
 ROWS = 64  # of a warpgroup's matrix product
 _DTYPES = (torch.bfloat16, torch.float16)
 _FORMS = ("trilinear", "strassen")
 _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would be wasted work
+# Each tile of the wide pair meets so many narrow keys, or its way to shared memory is what counts:
+# 512 x 1 took 1.15 ms for the portable kernel's 0.92, 512 x 4 2.10 for 2.65 (B 4, N 4096, H 64;
+# H100, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25).
+_NARROW_FROM = 4
 _PROCESSORS = 132  # of an H100, where no device is at hand
 
 
@@ -40,15 +45,20 @@ def why_not(problem: Problem) -> str | None:
             )
     if problem.scale == 0.0:
         return "the scale is 0"
-    return None
+    return why_not_int32(problem)
 
 
 def why_not_forward(problem: Problem) -> str | None:
     """Return the first reason why the Hopper forward does not serve a problem, or None."""
     reason = why_not(problem)
-    if reason is None and problem.group % ROWS:
-        reason = f"a tile is {ROWS} heads of one query, and a key-value head has {problem.group}"
-    return reason
+    if reason is not None:
+        return reason
+    if problem.group % ROWS:
+        return f"a tile is {ROWS} heads of one query, and a key-value head has {problem.group}"
+    width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
+    if width < _NARROW_FROM:
+        return f"a narrow window of fewer than {_NARROW_FROM} keys is no faster, got {width}"
+    return None
 
 
 @functools.cache

@@ -35,7 +35,8 @@ def _inputs(
 
 def _arguments(w1=128, w2=16, scale=0.1, form="trilinear", **others):
     return {
-        "reach1": (w1 - 1, 0), "reach2": (w2 - 1, 0), "scale": scale, "form": form,
+        "reach1": (w1 - 1, 0), "reach2": (2**30 if w2 is None else w2 - 1, 0),
+        "scale": scale, "form": form,
         "k2_bias": 0.0, "v2_bias": 0.0, "kv_bounds": None, "q_start": None, **others,
     }  # fmt: skip
 
@@ -84,6 +85,8 @@ def test_serves(hopper, given, arguments):
         ({"group": 32}, {}, "a tile is 64 heads of one query, and a key-value head has 32"),
         ({"group": 96}, {}, "a tile is 64 heads of one query, and a key-value head has 96"),
         ({}, {"scale": 0.0}, "the scale is 0"),
+        ({}, {"w2": 3}, "a narrow window of fewer than 4 keys is no faster, got 3"),
+        ({}, {"w1": 2, "w2": None}, "a narrow window of fewer than 4 keys is no faster, got 2"),
     ],
 )
 def test_says_why_it_does_not_serve(hopper, given, arguments, reason):

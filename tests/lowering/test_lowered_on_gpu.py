@@ -146,7 +146,8 @@ def test_a_small_layer_takes_half_the_host_time_of_the_operator(monkeypatch):
     for name in ("lowered", "extern"):
         # Dynamo keeps what it compiled with the code, and each is compiled anew.
         code = attend.__code__.replace(co_name=name)
-        runs[name] = torch.compile(types.FunctionType(code, globals()), fullgraph=True)
+        function = types.FunctionType(code, globals(), argdefs=attend.__defaults__)
+        runs[name] = torch.compile(function, fullgraph=True)
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler.config, "cache_key_tag", name)
             if name == "extern":

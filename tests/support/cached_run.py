@@ -83,7 +83,7 @@ def step(mark: dict, device: str) -> None:
     simplex_ops.mark(model[mark["module"]], window=mark["window"], form=mark["form"])
     model.to(device)
     x = torch.randn(2, 12, 16, device=device)
-    torch.compile(model, backend="simplex", fullgraph=True)(x).sum().backward()
+    torch.compile(model, backend=lowering.simplex, fullgraph=True)(x).sum().backward()
 
 
 def main(device: str, *changes: str) -> None:

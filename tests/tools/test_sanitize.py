@@ -37,5 +37,8 @@ def test_the_small_problems_reach_every_kernel():
     tiled = ("forward", "backward_query", "backward_keys", "backward_pairs")
     assert reached == {
         *((f"{name}_kernel", how) for name in tiled for how in (True, False)),
-        *((f"{name}_kernel", None) for name in ("delta", "backward_wide", "sum_parts")),
+        *(
+            (f"{name}_kernel", None)
+            for name in ("delta", "backward_wide", "sum_parts", "hopper_forward")
+        ),
     }

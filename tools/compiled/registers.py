@@ -92,20 +92,25 @@ def workloads_of(target: str, *, is_quick: bool = False) -> tuple[Workload, ...]
 
 def launches(target: str, *, is_quick: bool = False) -> dict[str, "Launch"]:
     """Return every different launch that the workloads make on a target, by name."""
+    from csrc_free.attn import portable_alone
     from tools.compiled.launches import recorded
 
     found: dict[str, Launch] = {}
     for workload in workloads_of(target, is_quick=is_quick):
-        with (
-            recorded(device_of(target)) as noted,
-            mock.patch.object(gpu, "unserved", return_value=None),
-        ):
-            _run_on_meta(workload)
-        for launch in noted:
-            if launch not in found.values():
-                name = f"{launch.kernel.__name__} {workload.name}"
-                same = sum(key.split(" #")[0] == name for key in found)
-                found[name + (f" #{same + 1}" if same else "")] = launch
+        for is_portable in (False, True):  # the second adds nothing where none but these serve
+            with (
+                recorded(device_of(target)) as noted,
+                mock.patch.object(gpu, "unserved", return_value=None),
+                portable_alone() if is_portable else contextlib.nullcontext(),
+            ):
+                _run_on_meta(workload)
+            for launch in noted:
+                if launch not in found.values():
+                    name = f"{launch.kernel.__name__} {workload.name}"
+                    if launch.kernel.is_gluon():
+                        name = f"gluon {name}"
+                    same = sum(key.split(" #")[0] == name for key in found)
+                    found[name + (f" #{same + 1}" if same else "")] = launch
     return found
 
 
