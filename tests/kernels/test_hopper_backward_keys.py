@@ -28,10 +28,10 @@ GROUP8 = Workload("group8", 4, 64, 8, 2048, 128, 512, 32)
 
 def _problem(workload, device=HOPPER):
     inputs = meta_inputs(workload)
-    reaches = (reach(w, workload.is_causal) for w in (workload.w1, workload.w2))
+    reach1, reach2 = (reach(w, workload.is_causal) for w in (workload.w1, workload.w2))
     with mock.patch("csrc_free.problem.device_of", return_value=device):
         problem = problem_of(
-            *inputs.problem, *reaches, 1.0, workload.form, 0.0, 0.0, None, None
+            *inputs.problem, reach1, reach2, 1.0, workload.form, 0.0, 0.0, None, None
         )  # fmt: skip
     return problem, inputs.dout
 
