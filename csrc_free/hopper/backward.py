@@ -19,11 +19,16 @@ from csrc_free.hopper.backward_wide import backward_wide
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
 from csrc_free.hopper.serve import why_not
 from csrc_free.hopper.spans import spans_of
+from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
 from csrc_free.portable.gradients import PairGradients, complete
 from csrc_free.problem import Problem, problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.steps.parts import parts_of_wide_keys
+
+# Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
+# H100, 2026-11-25).
+_SLOWER_UP_TO = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +51,21 @@ class Choice:
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
+    reason = why_not_int32(problem)
+    if reason is not None:
+        return Choice(keys=reason, wide=reason, query=reason)
     traits = problem.traits(dout)
     config = query.choose(traits, problem.device)
     if config is None:
-        width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
-        config = narrow_side.choose(traits, problem.device, width)
+        config = narrow_side.choose(traits, problem.device, problem.narrow_width)
+    side = "for bfloat16, no determinants, and up to 64 heads" if config is None else config
+    if isinstance(side, query.Config) and problem.group <= _SLOWER_UP_TO:
+        side = f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     keys = plan_of(problem, dout)
     return Choice(
         keys=keys,
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query="for bfloat16, no determinants, and up to 64 heads" if config is None else config,
+        query=side,
     )
 
 
@@ -80,35 +90,36 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    run(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
+    write_gradients(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
 
 
-def run(
+def write_gradients(
     problem: Problem, statistics: Statistics, choice: Choice,
     dq: Tensor | None, wide: PairGradients, narrow: PairGradients,
 ) -> None:  # fmt: skip
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
+    near = within_int32(problem)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
-        _run_keys(problem, statistics, choice.keys, wide, narrow)
+        _run_keys(near, statistics, choice.keys, wide, narrow)
         wide, narrow = nothing, nothing
     elif choice.wide is None and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
-        backward_wide(problem, statistics, dk_wide, dv_wide, spans_of(problem, WIDE_KEYS))
+        backward_wide(near, statistics, dk_wide, dv_wide, spans_of(near, WIDE_KEYS))
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):
         to = torch.empty_like(problem.q) if dq is None else dq
-        found = narrow_side.backward_narrow(problem, statistics, to, choice.query)
+        found = narrow_side.backward_narrow(near, statistics, to, choice.query)
         if found is not None:
-            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
+            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), near)
             dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
-        query.backward_query(problem, statistics, dq, choice.query)
+        query.backward_query(near, statistics, dq, choice.query)
         dq = None
-    portable.run(problem, statistics, dq, wide, narrow)
+    portable.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 def _run_keys(

@@ -24,11 +24,16 @@ def test_spans_hold_what_is_seen_and_no_tile_more(case, device):
     """Against the visible pairs themselves."""
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1")
-    inputs, options = case.inputs(device), case.options(device)
+    q, k1, k2, v1, v2 = case.inputs(device)
+    options = case.options(device)
     kv_bounds, q_start = options["kv_bounds"], options["q_start"]
     reach1, reach2 = (reach(w, case.is_causal) for w in case.windows)
-    problem = problem_of(*inputs, reach1, reach2, 1.0, "trilinear", 0.0, 0.0, kv_bounds, q_start)
-    found = spans_of(problem, KEYS).cpu()
+    problem = problem_of(
+        q, k1, k2, v1, v2, reach1, reach2, 1.0, "trilinear", 0.0, 0.0, kv_bounds, q_start
+    )
+    spans = spans_of(problem, KEYS)
+    assert spans is not None
+    found = spans.cpu()
     keys = max(case.m1, case.m2)
     start = torch.full((case.batch,), keys - case.seq) if q_start is None else q_start.cpu()
     position = start[:, None] + torch.arange(case.seq)
