@@ -55,7 +55,9 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     return Choice(
         keys=keys,
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query="for bfloat16, no determinants, and up to 64 heads" if config is None else config,
+        query="for bfloat16, no determinants, and 1, 2 or 5 to 64 heads"
+        if config is None
+        else config,
     )
 
 
