@@ -104,6 +104,11 @@ class Problem:
         return torch.sym_max(self.k_wide.shape[2], self.k_narrow.shape[2])
 
     @property
+    def narrow_width(self) -> int:
+        """Return how many narrow keys a query sees at most."""
+        return min(sum(self.narrow_reach) + 1, self.k_narrow.shape[2])
+
+    @property
     def wide_first(self) -> int:
         """Return the key position of the wide pair's first row."""
         return self.keys - self.k_wide.shape[2]

@@ -9,6 +9,8 @@ the queries that see m:
 so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -26,14 +28,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
-from csrc_free.hopper.key_plan import KEYS, MULTIPROCESSORS, ROWS, Plan
-from csrc_free.launch import OPTIONS
+from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
+from csrc_free.hopper.serve import processors_of
+from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts
+from csrc_free.traits import Device, Traits
 
 _KEYS = gl.constexpr(KEYS)
 _ROWS = gl.constexpr(ROWS)
+_RESERVE = 1000  # bytes: barriers, and what the warps are told
 _NONE = gl.constexpr(-(2**30))  # before every query
 
 # Sizes that change from call to call: one compiled kernel serves them all.
@@ -634,7 +639,7 @@ def _hand_over(
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
-def backward_keys_kernel(
+def hopper_backward_keys_kernel(
     q, dout, delta, lse2, k_wide, v_wide,
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
@@ -725,6 +730,23 @@ def backward_keys_kernel(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Config:
+    """Two warpgroups and a warp that brings rows, STAGES tiles of them ahead."""
+
+    stages: int = 2
+    num_warps: int = 4
+    maxnreg: int = 168  # on average: 240 for the two warpgroups, 24 for the warp
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        columns = traits.block_d + traits.block_dv
+        tiles = (self.stages + 1 + 2) * 2 * KEYS * columns  # rows, keys, virtual keys of each
+        sums = 4 * KEYS * columns
+        rows = 2 * 4 * ROWS * self.stages + 4 * columns  # statistics, narrow rows
+        return tiles + sums + rows + _RESERVE
+
+
 def backward_keys(
     problem: Problem, statistics: Statistics, plan: Plan, parts: Parts,
     dk_wide: Tensor, dv_wide: Tensor, spans: Tensor | None,
@@ -740,7 +762,8 @@ def backward_keys(
         ]
     items = parts.dk.shape[0] * plan.splits * heads
     slots_of_rows = triton.next_power_of_2(problem.group)
-    backward_keys_kernel[(min(MULTIPROCESSORS, items),)](
+    launch(
+        hopper_backward_keys_kernel, min(processors_of(problem.q.device), items),
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
         *(_statistic(t, slots_of_rows) for t in (statistics.delta, statistics.lse2)),
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
@@ -752,14 +775,14 @@ def backward_keys(
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases(),
         HEADS=slots_of_rows, DO_ACCUMULATE=plan.tiles > 1, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
-        BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), STAGES=2,
+        BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim),
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()),
         IS_CAUSAL=problem.wide_reach[1] == problem.narrow_reach[1] == 0,
         IS_SQUARE=problem.q_start is None and problem.q.shape[2] == wide_rows
         and wide_rows == problem.k_narrow.shape[2],
         INDEX=problem.constants()["INDEX"],
-        num_warps=4, maxnreg=168, **OPTIONS,
+        config=Config(),
     )  # fmt: skip
     if plan.splits > 1:
         for grad, total in zip((dk_wide, dv_wide), sums, strict=True):

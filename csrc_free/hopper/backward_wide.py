@@ -8,6 +8,8 @@ so both sums stay in registers while all rows and offsets pass, and nothing is l
 offset. The narrow pair's gradients are another kernel's: here no sum of X is at hand.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -25,18 +27,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from csrc_free.hopper.assembly import pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
-from csrc_free.hopper.key_plan import MULTIPROCESSORS, ROWS
+from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
+from csrc_free.hopper.serve import processors_of
 from csrc_free.hopper.spans import FIELDS
-from csrc_free.launch import OPTIONS
+from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
+from csrc_free.traits import Device, Traits
 
 KEYS = 128  # of a program: 64 for each of two warpgroups
 _KEYS = gl.constexpr(KEYS)
 _HALF = gl.constexpr(KEYS // 2)
 _ROWS = gl.constexpr(ROWS)
 _FIELDS = gl.constexpr(FIELDS)
+_RESERVE = 1000  # bytes: barriers, and what the warps are told
 PANEL = 64
 _PANEL = gl.constexpr(PANEL)
 
@@ -391,7 +396,7 @@ def _sum_up(
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
-def backward_wide_kernel(
+def hopper_backward_wide_kernel(
     q, dout, k_wide, v_wide, k_narrow, v_narrow,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
@@ -454,6 +459,20 @@ def backward_wide_kernel(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Config:
+    """Two warpgroups and a warp that brings narrow rows, STAGES tiles of them ahead."""
+
+    stages: int = 4
+    num_warps: int = 4
+    maxnreg: int = 168  # on average: 240 for the two warpgroups, 24 for the warp
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound on the shared memory that the kernel needs."""
+        tiles = (self.stages + 2 + 1) * 2 * 2 * ROWS * traits.columns  # narrow rows, keys, rows
+        return tiles + 2 * 2 * 4 * ROWS + _RESERVE
+
+
 def backward_wide(
     problem: Problem, statistics: Statistics, dk_wide: Tensor, dv_wide: Tensor,
     spans: Tensor | None,
@@ -465,7 +484,8 @@ def backward_wide(
     heads = triton.next_power_of_2(problem.group)
     items = batch * kv_heads * triton.cdiv(wide_rows, KEYS)
     narrow = [1, 1, ROWS // heads, PANEL]
-    backward_wide_kernel[(min(MULTIPROCESSORS, items),)](
+    launch(
+        hopper_backward_wide_kernel, min(processors_of(problem.q.device), items),
         *(_rows(t, problem.group, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),
         *(describe(t, narrow) for t in (problem.k_narrow, problem.v_narrow)),
@@ -474,10 +494,10 @@ def backward_wide(
         *problem.sizes(), problem.group, items, batch * kv_heads,
         *dk_wide.stride()[:3], *dv_wide.stride()[:3],
         problem.scale, problem.log2_scale, *problem.biases()[2:],
-        HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns, STAGES=4,
+        HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()[2:]),
-        num_warps=4, maxnreg=168, **OPTIONS,
+        config=Config(),
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ from csrc_free.problem import Problem, block
 # A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
 ROWS = 64
+# Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
+# one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
+FEWEST_ROWS = 64
 MULTIPROCESSORS = 132  # of an H100 or H200 with all its power
 LIMIT_BYTES = 2**30
 # Small problems may take this much, whatever their gradients are: else few programs would share
@@ -40,6 +43,11 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     reason = _why_not(problem, dout)
     if reason is None and not 3 <= problem.group <= ROWS:
         reason = f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
+    if reason is None and problem.group * problem.narrow_width < FEWEST_ROWS:
+        reason = (
+            f"for {FEWEST_ROWS} rows or more that see a narrow key, "
+            f"got {problem.group * problem.narrow_width}"
+        )
     if reason is not None:
         return reason
     batch, kv_heads, rows, _ = problem.k_wide.shape
@@ -47,7 +55,7 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
-        2 * sum(t.numel() for t in problem.tensors),
+        2 * sum(t.numel() for t in problem.tensors), _bytes_of_statistics(problem),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
@@ -95,14 +103,22 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
     return None
 
 
+def _bytes_of_statistics(problem: Problem) -> int:
+    """Return the bytes of delta and lse2, and of those with a power of two of heads."""
+    batch, heads, seq, _ = problem.q.shape
+    group = problem.group
+    padded = triton.next_power_of_2(group)
+    return 2 * 4 * batch * seq * (heads + (heads // group * padded if padded > group else 0))
+
+
 @functools.cache
 def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
-    columns: int, gradient_bytes: int,
+    columns: int, gradient_bytes: int, statistics_bytes: int,
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
-    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES))
+    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES)) - statistics_bytes
     count = triton.cdiv(rows, KEYS)
     left, right = wide_reach
     weights = []  # of each tile: the queries that see it
@@ -119,7 +135,8 @@ def _division(
             parts = triton.cdiv(count, tiles)
             for splits in _SPLITS:
                 taken = 4 * columns * heads * parts * slots
-                taken += 4 * columns * heads * rows * splits if splits > 1 else 0
+                # The splits' sums, and the sum over them.
+                taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
                 if taken > limit:
                     continue
                 time = launches * _time(weights, heads, tiles, splits)

@@ -3,18 +3,34 @@
 So a document costs what its own pairs cost: tiles that nobody sees are not met.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free.device.tiles import key_ranges, positions
-from csrc_free.launch import OPTIONS
+from csrc_free.device.tiles import key_ranges, sizes_of, windows_of
+from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.traits import Device, Traits
 
 FIELDS = 6
 _FIELDS = tl.constexpr(FIELDS)
 _FAR = tl.constexpr(2**30)
+
+
+@dataclass(frozen=True)
+class Config:
+    """BLOCK queries at a time."""
+
+    block: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def shared_bytes(self, traits: Traits, device: Device) -> int:
+        """Return a bound: one number of every warp, in each of six reductions."""
+        return 6 * 4 * self.num_warps
 
 
 @triton.jit(do_not_specialize=[
@@ -34,12 +50,17 @@ def spans_kernel(
     """
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    keys = tl.maximum(wide_rows, narrow_rows)
-    key_first = keys - wide_rows + tile * KEYS
+    start = q_start_default
+    if HAS_Q_START:
+        start = tl.load(q_start + batch)
+    sizes = sizes_of(seq, wide_rows, narrow_rows)
+    windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
+    _seq, keys, wide_first, _narrow_first = sizes
+    wide_begin, wide_end, _narrow_begin, _narrow_end = windows
+    key_first = wide_first + tile * KEYS
     key_end = tl.minimum(key_first + KEYS, keys)
-    start = positions(q_start, batch, 0, q_start_default, HAS_Q_START)
-    begin = tl.maximum(key_first - wide_right - start, 0)
-    end = tl.minimum(key_end + wide_left - start, seq)
+    begin = tl.maximum(key_first - wide_end + 1, 0)
+    end = tl.minimum(key_end - wide_begin, seq)
     query_first = tl.full([BLOCK], _FAR, tl.int32)
     query_end = tl.zeros([BLOCK], tl.int32)
     narrow_first = tl.full([BLOCK], _FAR, tl.int32)
@@ -47,10 +68,10 @@ def spans_kernel(
     for first in range(begin, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         real = i < end
-        lo, hi, narrow_lo, narrow_hi = key_ranges(
-            kv_bounds, batch, i, real, start + i, wide_left, wide_right, narrow_left, narrow_right,
-            keys - wide_rows, keys - narrow_rows, seq, keys, True,
-        )  # fmt: skip
+        bound = kv_bounds + (batch * seq + i) * 2
+        bounds = (tl.load(bound, mask=real, other=0), tl.load(bound + 1, mask=real, other=0))
+        rows = (i, i, real)  # of no head
+        lo, hi, narrow_lo, narrow_hi = key_ranges(rows, bounds, windows, sizes, True)
         sees = real & (lo < key_end) & (hi > key_first) & (narrow_lo < narrow_hi)
         query_first = tl.minimum(query_first, tl.where(sees, i, _FAR))
         query_end = tl.maximum(query_end, tl.where(sees, i + 1, 0))
@@ -85,8 +106,9 @@ def spans_of(problem: Problem, keys: int) -> Tensor | None:
         return None
     batch, tiles = problem.q.shape[0], triton.cdiv(problem.k_wide.shape[2], keys)
     spans = torch.empty(batch, tiles, FIELDS, dtype=torch.int32, device=problem.q.device)
-    spans_kernel[(batch * tiles,)](
-        spans, problem.kv_bounds, problem.q_start, *problem.sizes(), tiles,
-        HAS_Q_START=problem.q_start is not None, KEYS=keys, BLOCK=128, num_warps=4, **OPTIONS,
+    launch(
+        spans_kernel, batch * tiles,
+        spans, problem.kv_bounds, problem.q_start, *problem.numbers(), tiles,
+        HAS_Q_START=problem.q_start is not None, KEYS=keys, config=Config(),
     )  # fmt: skip
     return spans

@@ -69,10 +69,10 @@ def attn_backward(
     dq, dk1, dk2, dv1, dv2 = grads
     wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)
-    run(problem, statistics, dq, wide_grads, narrow_grads)
+    write_gradients(problem, statistics, dq, wide_grads, narrow_grads)
 
 
-def run(
+def write_gradients(
     problem: Problem, statistics: Statistics, dq: Tensor | None,
     wide_pair: PairGradients, narrow_pair: PairGradients,
 ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.hopper import forward as hopper_forward
+from csrc_free.hopper import backward_keys, backward_wide
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
@@ -71,7 +71,8 @@ def test_the_first_that_fits_wins():
 
 KINDS = {
     "forward_kernel": forward.Config,
-    "hopper_forward_kernel": hopper_forward.Config,
+    "hopper_backward_keys_kernel": backward_keys.Config,
+    "hopper_backward_wide_kernel": backward_wide.Config,
     "backward_wide_kernel": wide.Config,
     "backward_query_kernel": query.Config,
     "backward_keys_kernel": keys.Config,
@@ -88,7 +89,8 @@ def _config_of(launch: Launch):
     config = kind(**{field.name: given[field.name.upper()] for field in dataclasses.fields(kind)
                      if field.name.upper() in given})  # fmt: skip
     dtype = torch.bfloat16 if constants.get("DOT_DTYPE") == tl.bfloat16 else torch.float32
-    block_d, block_dv = constants.get("BLOCK_D", 16), constants["BLOCK_DV"]
+    block_d = constants.get("BLOCK_D", 16)
+    block_dv = constants.get("BLOCK_DV", block_d)
     return config, Traits(1, block_d, block_dv, dtype, "trilinear", False, False)
 
 
