@@ -19,6 +19,7 @@ from csrc_free.hopper.backward_wide import backward_wide
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
 from csrc_free.hopper.serve import why_not
 from csrc_free.hopper.spans import spans_of
+from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
 from csrc_free.portable.gradients import PairGradients, complete
 from csrc_free.problem import Problem, problem_of
@@ -50,6 +51,9 @@ class Choice:
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
+    reason = why_not_int32(problem)
+    if reason is not None:
+        return Choice(keys=reason, wide=reason, query=reason)
     traits = problem.traits(dout)
     config = query.choose(traits, problem.device)
     if config is None:
@@ -95,24 +99,25 @@ def write_gradients(
 ) -> None:  # fmt: skip
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
+    near = within_int32(problem)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
-        _run_keys(problem, statistics, choice.keys, wide, narrow)
+        _run_keys(near, statistics, choice.keys, wide, narrow)
         wide, narrow = nothing, nothing
     elif choice.wide is None and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
-        backward_wide(problem, statistics, dk_wide, dv_wide, spans_of(problem, WIDE_KEYS))
+        backward_wide(near, statistics, dk_wide, dv_wide, spans_of(near, WIDE_KEYS))
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):
         to = torch.empty_like(problem.q) if dq is None else dq
-        found = narrow_side.backward_narrow(problem, statistics, to, choice.query)
+        found = narrow_side.backward_narrow(near, statistics, to, choice.query)
         if found is not None:
-            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), problem)
+            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), near)
             dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
-        query.backward_query(problem, statistics, dq, choice.query)
+        query.backward_query(near, statistics, dq, choice.query)
         dq = None
     portable.write_gradients(problem, statistics, dq, wide, narrow)
 

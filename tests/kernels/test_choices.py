@@ -13,6 +13,7 @@ import triton.language as tl
 
 from csrc_free import measured
 from csrc_free.hopper import backward_keys, backward_wide
+from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
@@ -71,6 +72,7 @@ def test_the_first_that_fits_wins():
 
 KINDS = {
     "forward_kernel": forward.Config,
+    "hopper_forward_kernel": hopper_forward.Config,
     "hopper_backward_keys_kernel": backward_keys.Config,
     "hopper_backward_wide_kernel": backward_wide.Config,
     "backward_wide_kernel": wide.Config,
