@@ -13,7 +13,10 @@ from simplex_ops.bounds import (
 from simplex_ops.devices.gpu import SlowPathWarning
 from simplex_ops.functional import simplicial_attention
 from simplex_ops.marking.call import UnservedMarkError
-from simplex_ops.marking.mark import mark, marked_modules, unmark
+from simplex_ops.marking.explaining import explain
+from simplex_ops.marking.families.known import register_family
+from simplex_ops.marking.mark import mark, unmark
+from simplex_ops.marking.models import mark_model, marked_modules, simplicial_parameters
 from simplex_ops.module import SimplicialAttention
 
 __all__ = [
@@ -22,12 +25,16 @@ __all__ = [
     "SlowPathWarning",
     "UnservedMarkError",
     "attended_pairs",
+    "explain",
     "kv_bounds_from_cu_seqlens",
     "kv_bounds_from_document_ids",
     "kv_bounds_from_padding_mask",
     "mark",
+    "mark_model",
     "marked_modules",
+    "register_family",
     "simplicial_attention",
+    "simplicial_parameters",
     "unmark",
 ]
 

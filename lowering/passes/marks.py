@@ -103,9 +103,9 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     rows = compat.example(k2)
     if not all(isinstance(t, Tensor) for t in (seen.query, seen.key, rows)):
         raise _Unserved("its graph holds no example tensors, so it is not Dynamo's own")
-    reason = refusal(seen, rows, is_causal)
+    reason = refusal(seen, rows, is_causal, mark.kwargs.get("without_dropout", False))
     if reason is not None:
-        raise _Unserved(reason)
+        raise _Unserved(str(reason))
     if mask is not None:
         _check_mask(mask, is_causal, seen, subgraphs)
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)

@@ -24,7 +24,7 @@ MARK = (
     "mark(Tensor x, Tensor k2, Tensor v2, Tensor? attn_mask=None, "
     "SymInt? w1=None, SymInt? w2=None, *, "
     'bool is_causal=True, str form="trilinear", '
-    "float k2_bias=0.0, float v2_bias=0.0) -> Tensor"
+    "float k2_bias=0.0, float v2_bias=0.0, bool without_dropout=False) -> Tensor"
 )
 
 # The dispatcher drops arguments that equal their default before it calls a Python kernel.

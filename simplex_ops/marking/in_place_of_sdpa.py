@@ -3,17 +3,22 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal
+from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
 from simplex_ops.marking.naming import running_as
 from simplex_ops.marking.recomputation import Surroundings, why_recomputed
 from simplex_ops.marking.setting import Mark
 
 
 class InPlaceOfSdpa(TorchFunctionMode):
-    """Runs simplex::attn where scaled_dot_product_attention is called, and counts the calls."""
+    """Runs simplex::attn where scaled_dot_product_attention is called, and counts the calls.
+
+    F.multi_head_attention_forward is spelled out, so that it makes one.
+    """
 
     def __init__(self, module: nn.Module, setting: Mark, k2: Tensor, v2: Tensor) -> None:
         super().__init__()
@@ -24,11 +29,17 @@ class InPlaceOfSdpa(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is F.multi_head_attention_forward:
+            refuse_unserved(named(*args, **(kwargs or {})), running_as(self.module))
+            with self:
+                return spelled_out(*args, **(kwargs or {}))
         if func is not SDPA:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         call, setting = SdpaCall.bind(args, kwargs or {}), self.setting
-        reason = refusal(call, self.k2, setting.is_causal) or why_recomputed(self.entry)
+        reason = refusal(
+            call, self.k2, setting.is_causal, setting.without_dropout
+        ) or why_recomputed(self.entry)
         if reason is not None:
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {reason}"

@@ -139,7 +139,8 @@ def test_a_state_dict_makes_another_marked_model_the_same():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, model(ids).logits)
     added = model.state_dict().keys() - llama().state_dict().keys()
-    assert sorted(added) == [f"model.layers.1.self_attn.simplex_{n}2.weight" for n in "kv"]
+    names = ("simplex_k2.weight", "simplex_ops.mark_like", "simplex_v2.weight")
+    assert sorted(added) == [f"model.layers.1.self_attn.{name}" for name in names]
 
 
 def test_unmark_gives_the_model_back():
@@ -277,8 +278,7 @@ def _with(**attributes) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        (nn.MultiheadAttention(8, 2), r"MultiheadAttention: it has no q_proj, k_proj, v_proj"),
-        (nn.Linear(8, 8), r"Linear: it has no q_proj, k_proj, v_proj, head_dim"),
+        (nn.Linear(8, 8), r"Linear: as Llama, it has no q_proj, k_proj, v_proj, head_dim; as GPT2"),
         (_taking(lambda self, hidden_states, key_value_states: None), r"cross attention"),
         (_taking(lambda self, x: None), r"first argument of its forward is not hidden_states"),
         (_taking(lambda self, hidden_states, *rest: None), r"forward takes \*args"),
@@ -300,7 +300,7 @@ def test_a_module_of_another_shape_is_refused(module, text):
         ({"window": (4, -1)}, r"w2 must be at least 1 .*, got -1"),
         ({"window": (4, 2.5)}, r"w2 must be an int of at least 1 .*, got 2\.5"),
         ({"form": "bilinear"}, r"form must be one of .*got 'bilinear'"),
-        ({"init": "zeros"}, r"init must be \"residual\" or \"random\", got 'zeros'"),
+        ({"init": "zeros"}, r"init must be \"residual\", \"copy\" or \"random\", got 'zeros'"),
         ({"form": "determinant"}, r"no k2 makes the determinant form ordinary attention"),
     ],
 )
