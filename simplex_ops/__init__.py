@@ -15,6 +15,7 @@ from simplex_ops.functional import simplicial_attention
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.explaining import explain
 from simplex_ops.marking.families.known import register_family
+from simplex_ops.marking.loading import from_pretrained, mark_like
 from simplex_ops.marking.mark import mark, unmark
 from simplex_ops.marking.models import mark_model, marked_modules, simplicial_parameters
 from simplex_ops.module import SimplicialAttention
@@ -26,10 +27,12 @@ __all__ = [
     "UnservedMarkError",
     "attended_pairs",
     "explain",
+    "from_pretrained",
     "kv_bounds_from_cu_seqlens",
     "kv_bounds_from_document_ids",
     "kv_bounds_from_padding_mask",
     "mark",
+    "mark_like",
     "mark_model",
     "marked_modules",
     "register_family",

@@ -103,7 +103,7 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     rows = compat.example(k2)
     if not all(isinstance(t, Tensor) for t in (seen.query, seen.key, rows)):
         raise _Unserved("its graph holds no example tensors, so it is not Dynamo's own")
-    reason = refusal(seen, rows, is_causal, mark.kwargs.get("without_dropout", False))
+    reason = refusal(seen, rows, is_causal, bool(mark.kwargs.get("without_dropout", False)))
     if reason is not None:
         raise _Unserved(str(reason))
     if mask is not None:

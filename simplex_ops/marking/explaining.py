@@ -146,8 +146,8 @@ class _Watched:
         reading = self.reading[1]
         if is_marked(self.module):
             mark = self.module.simplex_mark
-            heads = self.module.simplex_k2.out_features // mark.head_dim
-            sizes, is_causal, without = (heads, mark.head_dim), mark.is_causal, mark.without_dropout
+            sizes, is_causal = (mark.kv_heads, mark.head_dim), mark.is_causal
+            without = mark.without_dropout
         else:
             sizes = (reading.kv_heads, reading.head_dim)
             is_causal, without = bool(getattr(self.module, "is_causal", True)), False

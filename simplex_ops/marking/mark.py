@@ -115,6 +115,7 @@ def mark(
         found.v_head_dim,
         _drops(attention_dropout),
         init,
+        found.kv_heads,
     )
     return mark_as(module, setting, family, found, dtype)
 

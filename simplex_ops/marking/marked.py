@@ -92,7 +92,7 @@ class Marked(nn.Module):
                 f"{described(self)} is marked, and as a {value.__name__} it would pass the mark "
                 "by: unmark() it, change its class, then mark it again"
             )
-        if name == "simplex_mark" and "simplex_ops" in self._modules:
+        if isinstance(value, Mark) and name == "simplex_mark" and "simplex_ops" in self._modules:
             self.simplex_ops.hold(value)
             config_entry.note(self, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]

@@ -44,8 +44,8 @@ def mark_model(
     Raises:
         ValueError: `every` or an argument of `mark` is wrong. No module is then marked.
     """
-    by_number = isinstance(every, int) and not isinstance(every, bool)
-    if (by_number and every < 1) or (not by_number and not callable(every)):
+    whole = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+    if not whole and not callable(every):
         raise ValueError(
             "every must be an int of at least 1, or a function of (name, module) that says whether "
             f"to mark it, got {every!r}"

@@ -21,7 +21,7 @@ SUFFIX = f".{CHILD}.{KEY}"
 _FORMS = ("trilinear", "determinant", "strassen")  # their order is stored: add at the end
 _VERSION = 1
 _BASE = 2**20  # a digit is exact in float32 too, in which some average integers
-_LENGTH = 19
+_LENGTH = 20
 
 
 class SavedMark(nn.Module):
@@ -83,12 +83,7 @@ class SavedMark(nn.Module):
         loaded = state_dict.get(prefix + KEY)
         if loaded is None:
             if strict:
-                error_msgs.append(
-                    f"the state dict has no {prefix}{KEY}, so it is of a model whose "
-                    f"{prefix.removesuffix(CHILD + '.').removesuffix('.')} was not marked: load it "
-                    "before simplex_ops.mark(), or with strict=False, which leaves k2 and v2 as "
-                    "they are"
-                )
+                missing_keys.append(prefix + KEY)
             return
         text = difference(self.mark, loaded)
         if text is not None:
@@ -108,7 +103,7 @@ class SavedMark(nn.Module):
 
 
 def encoded(mark: Mark, device: torch.device) -> Tensor:
-    """Return a mark as integers [19]; `decoded` is the inverse."""
+    """Return a mark as integers [20]; `decoded` is the inverse."""
     numbers = [
         _VERSION,
         INITS.index(mark.init),
@@ -117,6 +112,7 @@ def encoded(mark: Mark, device: torch.device) -> Tensor:
         int(mark.without_dropout),
         mark.head_dim,
         mark.v_head_dim,
+        mark.kv_heads,
     ]
     for window in (mark.w1, mark.w2):
         numbers += divmod(0 if window is None else window, _BASE)
@@ -138,14 +134,16 @@ def decoded(saved: Tensor) -> Mark:
             f"got shape {tuple(saved.shape)} and version {numbers[:1]}: was it saved by a later "
             "release of simplex-ops, or written over?"
         )
-    _, init, form, is_causal, without_dropout, head_dim, v_head_dim, *rest = map(int, numbers)
+    _, init, form, is_causal, without_dropout, head_dim, v_head_dim, kv_heads, *rest = map(
+        int, numbers
+    )
     w1, w2 = (high * _BASE + low or None for high, low in (rest[:2], rest[2:4]))
     k2_bias, v2_bias = (
         struct.unpack("<d", struct.pack("<4H", *digits))[0] for digits in (rest[4:8], rest[8:12])
     )
     return Mark(
         w1, w2, _FORMS[form], k2_bias, v2_bias, bool(is_causal), head_dim, v_head_dim,
-        bool(without_dropout), INITS[init],
+        bool(without_dropout), INITS[init], kv_heads,
     )  # fmt: skip
 
 

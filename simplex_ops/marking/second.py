@@ -25,8 +25,16 @@ from torch import Tensor, nn
 class Starting(nn.Module):
     """A layer that comes back to its start when it is initialised."""
 
-    _is_hf_initialized = True  # transformers then leaves the layer to itself
     starts_at_zero = False
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return True  # transformers then leaves the layer to itself
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, initialized: bool) -> None:
+        if not initialized:  # whoever asks for a new start gets it
+            self.start()
 
     def start(self) -> None:
         """Write the start into the parameters."""
@@ -57,10 +65,12 @@ class Starting(nn.Module):
             self.start()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Any, **kwargs: Any
+    ) -> None:
         self.__dict__["_loading"] = True
         try:
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(*args, **kwargs)
         finally:
             del self.__dict__["_loading"]
 

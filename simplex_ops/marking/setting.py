@@ -27,6 +27,7 @@ class Mark:
     v_head_dim: int
     without_dropout: bool = False  # the module's attention dropout, in training, is dropped
     init: str = "random"  # how k2 and v2 began
+    kv_heads: int = 0  # of k2 and v2
 
     def __post_init__(self) -> None:
         for name in ("w1", "w2"):

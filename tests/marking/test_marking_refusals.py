@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from one_rank import one_rank
 from tiny_llama import (
     Attention,
     attention,
@@ -18,7 +18,6 @@ from tiny_llama import (
     train_step,
 )
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -155,10 +154,8 @@ def test_a_name_that_is_taken_leaves_the_module_as_it_was():
 
 @pytest.fixture
 def ranks(tmp_path):
-    store = dist.FileStore(str(tmp_path / "ranks"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with one_rank(tmp_path) as mesh:
+        yield mesh
 
 
 def marked_alone() -> tuple[Any, dict[str, torch.Tensor]]:
