@@ -3,13 +3,19 @@
 Eager code and the compiler's pass ask the same question here, with real and with fake tensors.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SDPA = F.scaled_dot_product_attention  # torch._C._nn's own, as Dynamo's graphs hold it
+
+RANGES_REMEDY = (
+    "a mark serves masks that show each query one range of keys, the same to all heads (causal, "
+    "padding, packed documents, windows, chunks): give such a mask, or unmark() the module"
+)
 
 
 class UnservedMarkError(RuntimeError):
@@ -57,14 +63,6 @@ def refusal(
             "none",
             "mark it with attention_dropout=0.0, which drops the dropout, or call model.eval()",
         )
-    if call.attn_mask is not None:
-        return Refusal(
-            "scaled_dot_product_attention was given an attn_mask, which a window cannot express",
-            "where it comes from an attention_mask or position_ids and nothing is padded or "
-            "packed, leave both out; where it is a window or chunk of the model's own, take that "
-            "away (sliding_window=None in its config) and give mark() the window; where it is "
-            "causality, say so by is_causal=True",
-        )
     if q.dim() != 4 or k.dim() != 4:
         return Refusal(
             f"query and key must have 4 dimensions, got {q.dim()} and {k.dim()}",
@@ -93,6 +91,14 @@ def refusal(
             f"query and key have head_dim {q.shape[3]} and k2 has {k2.shape[3]}",
             f"mark it with head_dim={q.shape[3]}",
         )
+    if call.attn_mask is not None:
+        # A mask of the call says all, causality too; its values are looked at when it runs.
+        reason = why_no_ranges(call.attn_mask, q.shape[2], k.shape[2], q.shape[0], q.shape[1])
+        return (
+            None
+            if reason is None
+            else Refusal(f"its attention mask is not served: {reason}", RANGES_REMEDY)
+        )
     alone = q.shape[2] == 1  # one query at one key is causal and not
     if not alone and bool(call.is_causal) != is_causal:
         return Refusal(
@@ -100,4 +106,41 @@ def refusal(
             f"the module was marked with is_causal={is_causal}",
             f"mark it with is_causal={bool(call.is_causal)}",
         )
+    return None
+
+
+def with_mask(call: SdpaCall, mask: Any) -> tuple[SdpaCall, Refusal | None]:
+    """Return a call with the mask that its module was given and a mark took over, if any."""
+    if mask is None:
+        return call, None
+    if call.attn_mask is None:
+        return replace(call, attn_mask=mask), None
+    return call, Refusal(
+        "it was given an attention mask, and its forward attends with another of its own making",
+        "leave the attention mask out",
+    )
+
+
+def why_no_ranges(mask: Any, queries: Any, keys: Any, batch: Any, heads: Any) -> str | None:
+    """Return why a mask's shape or kind rules out that it is ranges; None where it does not."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return (
+            f"it is of {mask.dtype}, and scaled_dot_product_attention takes truth values or floats"
+        )
+    if mask.requires_grad:
+        return "it is an additive bias that is trained"
+    if mask.dim() not in (2, 3, 4):
+        return (
+            f"it has {mask.dim()} dimensions, and a mask [{queries}, {keys}] or one with heads and "
+            "batch before that is wanted"
+        )
+    if mask.shape[-2] not in (1, queries) or mask.shape[-1] not in (1, keys):
+        return (
+            f"it has {mask.shape[-2]} queries and {mask.shape[-1]} keys, and the attention "
+            f"{queries} and {keys}"
+        )
+    for size, wanted in zip(reversed(mask.shape[:-2]), (heads, batch), strict=False):
+        if size not in (1, wanted):
+            shape = list(mask.shape)
+            return f"it is of shape {shape}, and the query has {batch} rows of {heads} heads"
     return None

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal
+from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal, with_mask
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.families.known import family_of
 from simplex_ops.marking.marked import is_marked
 from simplex_ops.marking.models import attention_modules
 from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
+from simplex_ops.marking.ranges import RANGES_OP
 from simplex_ops.marking.watching import watch
 
 
@@ -83,6 +84,7 @@ class _Watched:
         self.module, self.said, self.reading = module, said, reading
         self.depth = self.runs = self.calls = 0
         self.rows: tuple[int, int] = (0, 0)  # batch and tokens of its input
+        self.mask: Any = None  # of the call that runs, which a mark takes over
         self.refused: tuple[str, str] | None = None
 
     @classmethod
@@ -104,10 +106,10 @@ class _Watched:
     def running(self) -> Iterator[None]:
         """Note when the module runs."""
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self.depth += 1
             self.runs += 1
-            self._bind(args, kwargs)
+            return self._bind(args, kwargs)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self.depth -= 1
@@ -122,15 +124,18 @@ class _Watched:
             for hook in hooks:
                 hook.remove()
 
-    def _bind(self, args: Any, kwargs: Any) -> None:
+    def _bind(self, args: Any, kwargs: Any) -> Any:
+        """Look at a call's arguments, and return them without the mask, as a mark would."""
+        self.mask = None
         family: Family = self.reading[0]
         try:
-            bound = family.bind(_Named(self.module), args, kwargs)  # pyright: ignore[reportArgumentType]
+            own = _Named(self.module)
+            bound = family.bind(own, args, kwargs)  # pyright: ignore[reportArgumentType]
         except UnservedMarkError as error:
             self._refuse(*_split(str(error).partition("cannot run: ")[2] or str(error)))
-            return
+            return None
         except TypeError:
-            return  # the module's own forward will say so
+            return None  # the module's own forward will say so
         x = bound.arguments[bound.x]
         self.rows = (x.shape[0], x.shape[1])
         cache = bound.arguments.get(bound.cache)
@@ -139,10 +144,16 @@ class _Watched:
                 "its key-value cache holds keys already, and does not hold their k2 and v2",
                 "call the model with use_cache=False, or with a new cache for each sequence",
             )
+        by_name = set(bound.arguments) <= {*own.simplex_arguments, *kwargs}
+        if not by_name or bound.arguments.get(bound.mask) is None:
+            return None
+        self.mask = bound.arguments[bound.mask]
+        return (), {**bound.arguments, bound.mask: None}
 
     def look_at(self, call: SdpaCall) -> None:
         """Ask of a call of attention inside the module whether a mark can take it over."""
         self.calls += 1
+        call, found = with_mask(call, self.mask)
         reading = self.reading[1]
         if is_marked(self.module):
             mark = self.module.simplex_mark
@@ -153,9 +164,15 @@ class _Watched:
             is_causal, without = bool(getattr(self.module, "is_causal", True)), False
         batch, tokens = self.rows
         k2 = torch.empty((batch, sizes[0], tokens, sizes[1]), device="meta")
-        found = refusal(call, k2, is_causal, without)
+        found = found or refusal(call, k2, is_causal, without)
         if found is not None:
             self._refuse(*found)
+        elif call.attn_mask is not None:
+            q, keys = call.query, call.key.shape[2]
+            try:
+                RANGES_OP(call.attn_mask, q.shape[0], q.shape[2], keys, is_causal=is_causal)
+            except UnservedMarkError as error:
+                self._refuse(*_split(str(error)))
 
     def _refuse(self, why: str, remedy: str) -> None:
         self.refused = self.refused or (why, remedy)

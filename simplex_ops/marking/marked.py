@@ -54,11 +54,10 @@ class Marked(nn.Module):
         refuse_filled_cache(self, given.get(cache_name))
         k2, v2 = self.simplex_second_pair(x)
         setting, run = self.simplex_mark, self.simplex_family.run
+        # The mark takes the mask over: modules attend in other ways where they are given one.
+        if mask is not None:
+            given[mask_name] = None
         if torch.compiler.is_compiling():
-            # A compiled model may materialise the causal mask that eager code leaves out; the mark
-            # carries it to the pass, which proves that it is no more than causal, or refuses.
-            if mask is not None:
-                given[mask_name] = None
             given[x_name] = MARK_OP(
                 x, k2, v2, mask, setting.w1, setting.w2,
                 is_causal=setting.is_causal, form=setting.form,
@@ -67,7 +66,7 @@ class Marked(nn.Module):
             )  # fmt: skip
             return run(self, super().forward, given)
         self.simplex_ops.notice()
-        with InPlaceOfSdpa(self, setting, k2, v2) as taken:
+        with InPlaceOfSdpa(self, setting, k2, v2, mask) as taken:
             result = run(self, super().forward, given)
         if taken.calls != 1:
             raise UnservedMarkError(

@@ -32,11 +32,6 @@ def refuse_unserved(given: dict[str, Any], name: str) -> None:
             "query, key and value are not the same tensor, and a mark serves self-attention alone: "
             "pass one tensor as all three, or unmark() it"
         )
-    elif given.get("key_padding_mask") is not None:
-        reason = (
-            "it was given a key_padding_mask, which a window cannot express: where nothing is "
-            "padded leave it out (src_key_padding_mask of nn.TransformerEncoder)"
-        )
     elif given["query"].is_nested:
         reason = (
             "it was given a nested tensor: make nn.TransformerEncoder with "
@@ -68,6 +63,7 @@ def _attend(
     dropout_p: float,
     training: bool,
     attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
     is_causal: bool,
     use_separate_proj_weight: bool,
     q_proj_weight: Tensor | None,
@@ -76,23 +72,49 @@ def _attend(
     **_: Any,
 ) -> Tensor:
     x = (query if query.dim() == 3 else query[:, None]).transpose(0, 1)  # [B, N, E]
-    return (
-        attend_batch_first(
-            x,
-            num_heads,
-            in_proj_weight
-            if not use_separate_proj_weight
-            else (q_proj_weight, k_proj_weight, v_proj_weight),
-            in_proj_bias,
-            dropout_p if training else 0.0,
-            None if is_causal else attn_mask,
-            is_causal,
-            out_proj_weight,
-            out_proj_bias,
-        )
-        .transpose(0, 1)
-        .reshape(query.shape)
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+    mask, is_causal = mask_of(attn_mask, key_padding_mask, is_causal, num_heads)
+    out = attend_batch_first(
+        x,
+        num_heads,
+        weights if use_separate_proj_weight else in_proj_weight,
+        in_proj_bias,
+        dropout_p if training else 0.0,
+        mask,
+        is_causal,
+        out_proj_weight,
+        out_proj_bias,
     )
+    return out.transpose(0, 1).reshape(query.shape)
+
+
+def mask_of(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, num_heads: int
+) -> tuple[Tensor | None, bool]:
+    """Return the two masks as one of scaled_dot_product_attention, and whether it is causal.
+
+    Here True hides, there it shows. `is_causal` says that attn_mask is causal, which then need not
+    be looked at, unless there is padding besides.
+    """
+    if key_padding_mask is None and is_causal:
+        return None, True
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.unflatten(0, (-1, num_heads)) if attn_mask.dim() == 3 else attn_mask)
+    if key_padding_mask is not None:
+        padding = key_padding_mask if key_padding_mask.dim() == 2 else key_padding_mask[None]
+        masks.append(padding[:, None, None])
+    if not masks:
+        return None, False
+    if all(mask.dtype == torch.bool for mask in masks):
+        return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1]), False
+    added = [
+        torch.zeros(mask.shape, device=mask.device).masked_fill(mask, float("-inf"))
+        if mask.dtype == torch.bool
+        else mask
+        for mask in masks
+    ]
+    return (added[0] if len(added) == 1 else added[0] + added[1]), False
 
 
 def attend_batch_first(
@@ -106,18 +128,16 @@ def attend_batch_first(
     out_weight: Tensor,
     out_bias: Tensor | None,
 ) -> Tensor:
-    """Attend within x [B, N, E]; weights are [3E, E], or three of [E, E]; bias is [3E]."""
+    """Attend within x [B, N, E]; weights are [3E, E], or three of [E, E]; bias is [3E].
+
+    The mask is one of scaled_dot_product_attention.
+    """
     if isinstance(weights, Tensor):
         made = F.linear(x, weights, bias).chunk(3, -1)
     else:
         biases = (None, None, None) if bias is None else bias.chunk(3)
         made = tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in made)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = ~mask  # here True hides, in scaled_dot_product_attention it shows
-        if mask.dim() == 3:
-            mask = mask.unflatten(0, (-1, num_heads))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
     )

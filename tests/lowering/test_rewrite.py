@@ -17,7 +17,6 @@ from tiny_llama import (
     Residual,
     assert_same,
     attention,
-    band,
     llama,
     mark_layers,
     matrix_products,
@@ -247,10 +246,6 @@ def test_a_refusal_names_those_that_were_served():
         ),
         (lambda q, k, v, **o: sdpa(q, k, v, dropout_p=0.25, **o), "its attention dropout is 0.25"),
         (
-            lambda q, k, v, **_: sdpa(q, k, v, attn_mask=band(12, 4)),
-            "was given an attn_mask",
-        ),
-        (
             lambda q, k, v, **_: sdpa(q, k, v, is_causal=False),
             "called with is_causal=False and the module was marked with is_causal=True",
         ),
@@ -265,7 +260,7 @@ def test_a_refusal_names_those_that_were_served():
             "12 queries and 24 keys but 12 rows of k2",
         ),
     ],
-    ids=["twice", "dropout", "mask", "not causal", "repeated heads", "cache"],
+    ids=["twice", "dropout", "not causal", "repeated heads", "cache"],
 )
 def test_a_call_that_a_mark_cannot_take_over_is_refused(attend, text):
     assert text in refusal_of(mark(Attention(attend)), states())

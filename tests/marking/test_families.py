@@ -263,10 +263,9 @@ def test_the_fast_path_is_off_while_a_mark_stands_and_a_copy_keeps_it_so():
     [
         ({}, r"need_weights=True.*pass need_weights=False"),
         (
-            {"need_weights": False, "key_padding_mask": torch.zeros(2, 12).bool()},
-            r"key_padding_mask",
+            {"need_weights": False, "attn_mask": torch.randn(12, 12)},
+            r"adds numbers other than 0 and the smallest",
         ),
-        ({"need_weights": False, "attn_mask": CAUSAL}, r"given an attn_mask.*by is_causal=True"),
         ({"need_weights": False}, r"is_causal=False and the module was marked with is_causal=True"),
     ],
 )
@@ -291,6 +290,35 @@ def test_what_multi_head_attention_cannot_serve_is_refused(given, text):
 def test_multi_head_attention_of_another_kind_is_refused(module, text):
     with pytest.raises(TypeError, match=text.replace("its own", "its class has a forward")):
         mark(module)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attn_mask": CAUSAL},
+        {"attn_mask": CAUSAL.isinf()},
+        {"attn_mask": CAUSAL.isinf().expand(8, -1, -1)},
+        {"key_padding_mask": torch.arange(12).expand(2, -1) >= 9},
+        {"key_padding_mask": torch.arange(12).expand(2, -1) >= 9, "attn_mask": CAUSAL},
+        {
+            "key_padding_mask": torch.arange(12).expand(2, -1) >= 9,
+            "attn_mask": CAUSAL.isinf(),
+            "is_causal": True,
+        },
+    ],
+)
+def test_masks_of_multi_head_attention_mean_what_they_do_without_a_mark(given):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, x = nn.MultiheadAttention(32, 4, batch_first=True), states()
+    given = {"need_weights": False, **given}
+    expected, _ = module(x, x, x, **given)
+    mark(module, is_causal=False)
+    got, _ = module(x, x, x, **given)
+    torch.testing.assert_close(got, expected)
+    randomize(module)
+    run = torch.compile(module, backend=passed, fullgraph=True)
+    torch.testing.assert_close(run(x, x, x, **given)[0], module(x, x, x, **given)[0])
 
 
 def test_cross_attention_is_refused():

@@ -202,12 +202,22 @@ def test_generation_with_a_cache_is_refused():
         model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
 
 
-def test_padding_is_refused():
-    model, ids = mark_layers(llama(), 0), tokens()
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with pytest.raises(UnservedMarkError, match=r"was given an attn_mask"):
-        model(ids, attention_mask=mask)
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_row_is_the_row_alone(left):
+    model, ids = mark_layers(llama(), 0, 1, window=(6, 3)), tokens()
+    shown = slice(5, None) if left else slice(0, 19)
+    mask = torch.zeros_like(ids)
+    mask[:, shown] = 1
+    got = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
+    torch.testing.assert_close(got[:, shown], model(ids[:, shown]).logits)
+
+
+def test_packed_documents_are_each_alone():
+    model, ids = mark_layers(llama(), 0, 1, window=(6, 3)), tokens(batch=1)
+    got = model(ids, position_ids=torch.arange(24).remainder(8)[None]).logits
+    for start in (0, 8, 16):
+        alone = model(ids[:, start : start + 8]).logits
+        torch.testing.assert_close(got[:, start : start + 8], alone)
 
 
 def test_dropout_is_refused():

@@ -171,6 +171,7 @@ def test_what_explain_says_is_what_happens():
     for how, given in (
         ({"attn_implementation": "eager"}, {}),
         ({"attention_dropout": 0.1}, {}),
+        ({}, {"attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([3]), 0)}),
         ({}, {"attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)}),
         ({}, {"past_key_values": "filled"}),
         ({}, {}),
@@ -180,9 +181,9 @@ def test_what_explain_says_is_what_happens():
             given = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
             llama(seed=1)(ids, **given)
         row = next(r for r in explain(model, ids, **given).rows if r.marked)
-        if not how and not given:
+        if not how and (not given or ("attention_mask" in given and given["attention_mask"][0, 3])):
             assert row.served
-            model(ids)
+            model(ids, **given)
             continue
         assert row.served is False
         if "past_key_values" in given:

@@ -26,6 +26,10 @@ SCHEMAS = {
         'str form="trilinear", float k2_bias=0., float v2_bias=0., '
         "bool without_dropout=False) -> Tensor"
     ),
+    "ranges_of_mask": (
+        "simplex::ranges_of_mask(Tensor attn_mask, SymInt batch, SymInt queries, SymInt keys, "
+        "bool is_causal=True) -> Tensor"
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from simplex_ops.marking.families.arguments import by_name
 from simplex_ops.marking.families.family import Bound, Copied, Projections
-from simplex_ops.marking.multi_head import attend_batch_first, refuse_unserved
+from simplex_ops.marking.multi_head import attend_batch_first, mask_of, refuse_unserved
 from simplex_ops.marking.naming import running_as
 
 
@@ -17,8 +17,8 @@ class MultiHead:
     """nn.MultiheadAttention, batch first or not, with packed or separate projections.
 
     Its own forward ends in C++ or in functions that take everything at once, so it is computed here
-    by scaled_dot_product_attention, eager and compiled alike. A `key_padding_mask`,
-    `need_weights=True` (PyTorch's default) and cross attention are refused when called.
+    by scaled_dot_product_attention, eager and compiled alike. `need_weights=True` (PyTorch's
+    default) and cross attention are refused when called.
     """
 
     def read(self, module: nn.Module) -> Projections | str:
@@ -55,19 +55,20 @@ class MultiHead:
         given.setdefault("key", None)
         given.setdefault("value", None)
         refuse_unserved(given, running_as(module))
-        x, own = given["query"], module
+        x: Tensor = given["query"]
+        own: Any = module
         batched = x.dim() == 3
         if not batched:
             x = x[None]
         elif not own.batch_first:
             x = x.transpose(0, 1)
-        hidden = bool(given.get("is_causal"))  # then attn_mask says the same, says PyTorch
-        arguments = {
-            "x": x,
-            "batched": batched,
-            "is_causal": hidden,
-            "attn_mask": None if hidden else given.get("attn_mask"),
-        }
+        mask, is_causal = mask_of(
+            given.get("attn_mask"),
+            given.get("key_padding_mask"),
+            bool(given.get("is_causal")),
+            own.num_heads,
+        )
+        arguments = {"x": x, "batched": batched, "is_causal": is_causal, "attn_mask": mask}
         return Bound(arguments, "x", "attn_mask")
 
     def run(self, module: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
