@@ -10,6 +10,7 @@ from simplex_ops.bounds import (
     kv_bounds_from_document_ids,
     kv_bounds_from_padding_mask,
 )
+from simplex_ops.compiling import disable, enable, last_report
 from simplex_ops.devices.gpu import SlowPathWarning
 from simplex_ops.functional import simplicial_attention
 from simplex_ops.marking.call import UnservedMarkError
@@ -26,11 +27,14 @@ __all__ = [
     "SlowPathWarning",
     "UnservedMarkError",
     "attended_pairs",
+    "disable",
+    "enable",
     "explain",
     "from_pretrained",
     "kv_bounds_from_cu_seqlens",
     "kv_bounds_from_document_ids",
     "kv_bounds_from_padding_mask",
+    "last_report",
     "mark",
     "mark_like",
     "mark_model",

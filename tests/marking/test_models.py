@@ -19,6 +19,7 @@ from tiny_llama import (
 from torch import nn
 from transformers import DynamicCache
 
+import simplex_ops
 from simplex_ops import (
     SimplicialAttention,
     UnservedMarkError,
@@ -200,3 +201,16 @@ def test_a_replaced_mark_is_noted_in_the_config():
     module.simplex_mark = dataclasses.replace(module.simplex_mark, w1=9)
     noted = model.config.to_dict()["simplex_ops"]["marks"]
     assert noted["LlamaAttention of layer 1"]["window"] == [9, 3]
+
+
+def test_the_plugin_is_reached_from_the_one_package():
+    torch._dynamo.reset()
+    module = mark(Attention(), window=(6, 3))
+    with simplex_ops.enable():
+        torch.compile(module)(states())
+    assert [r.w1 for r in simplex_ops.last_report().rewritten] == [6]
+    simplex_ops.enable()
+    simplex_ops.disable()
+    torch._dynamo.reset()
+    with pytest.raises(UnservedMarkError, match=r"compiled without the pass"):
+        torch.compile(module)(states())
