@@ -262,7 +262,7 @@ def test_a_mask_that_is_not_proven_causal_is_served_or_refused_as_in_eager(make,
         expected = model(states())
     except UnservedMarkError as error:
         reason = str(error).partition("cannot run: ")[2].partition(":")[0]
-        with pytest.raises(UnservedMarkError, match=reason):
+        with pytest.raises(UnservedMarkError, match=re.escape(reason)):
             run(states())
         return
     torch.testing.assert_close(run(states()), expected)
@@ -379,8 +379,10 @@ def test_a_mask_carried_through_a_loop_is_not_taken_for_the_one_it_starts_as():
         return loop(lambda i, x, mask: i < 2, step, start)[1]
 
     with torch.no_grad():
-        expected = run(states())
         got = torch.compile(run, backend=Passed(), fullgraph=True)(states())
+        expected, mask = states(), _causal(states()).expand(2, -1, -1, -1)
+        for turn in range(2):
+            _, expected, mask = step(turn, expected, mask)
     torch.testing.assert_close(got, expected)
 
 
