@@ -160,7 +160,8 @@ def _bounds(
     given: SdpaCall, call: fx.Node, is_causal: bool, seen: SdpaCall, subgraphs: Subgraphs
 ) -> fx.Node | None:
     """Return what makes kv_bounds of a mask, before a call; None where the mask says nothing."""
-    mask, graph, options = given.attn_mask, call.graph, {"is_causal": is_causal}
+    mask, graph = given.attn_mask, call.graph
+    options: dict[str, Any] = {"is_causal": is_causal}
     if mask is None:
         return None
     if is_causal:

@@ -15,7 +15,7 @@ from simplex_ops.marking.naming import described
 from simplex_ops.marking.saved import CHILD, SavedMark
 from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark, check_init, pair_of
-from simplex_ops.marking.windows_in_graphs import make_windows_dynamic
+from simplex_ops.marking.windows_in_graphs import count_windows
 from simplex_ops.marking.wrapped import refuse_wrapped
 
 # (k2_bias, v2_bias) under which zero projections leave ordinary attention through w1.
@@ -155,7 +155,7 @@ def mark_as(
     module.simplex_mark = setting  # pyright: ignore[reportArgumentType]
     put_inside(module, base.forward, made.forward)
     fast_path.turn_off(module)
-    make_windows_dynamic()
+    count_windows(setting)
     return module
 
 

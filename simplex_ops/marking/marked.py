@@ -19,6 +19,7 @@ from simplex_ops.marking.saved import SavedMark
 from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark
 from simplex_ops.marking.watching import watching
+from simplex_ops.marking.windows_in_graphs import compare_windows
 
 
 class Marked(nn.Module):
@@ -92,6 +93,7 @@ class Marked(nn.Module):
                 "by: unmark() it, change its class, then mark it again"
             )
         if isinstance(value, Mark) and name == "simplex_mark" and "simplex_ops" in self._modules:
+            compare_windows(self.simplex_ops.mark, value)
             self.simplex_ops.hold(value)
             config_entry.note(self, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
