@@ -55,6 +55,10 @@ def mark(
     off). Of any other module whose forward takes [B, N, E] first, give `kv_heads` and `head_dim`,
     or describe its kind by `register_family`.
 
+    A mask that the module is given becomes a range of keys for each query, for both pairs of keys:
+    padding, packed documents, windows and chunks, as truth values or as additive 0 and the dtype's
+    smallest number. What is no such range raises when it runs.
+
     Rotary embeddings stay where the module puts them, on q and k (k1); k2 and v2 get none. The
     trilinear and strassen forms are not invariant under a rotation of all three, and with k2 = 1
     the rotated q and k1 leave the model's own attention. Where the module norms its keys over

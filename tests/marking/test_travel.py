@@ -379,3 +379,15 @@ def test_whole_layers_train_beside_adapters(tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(marked(), tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, expected)
+
+
+@pytest.mark.parametrize("init", ["residual", "copy"])
+def test_adapters_that_divide_by_norms_leave_out_what_starts_at_zero(init):
+    peft = pytest.importorskip("peft")
+    model, names = llama(), ["simplex_k2", "simplex_v2"]
+    mark(attention(model, 1), init=init)
+    apart = {"exclude_modules": names, "modules_to_save": names} if init == "residual" else {}
+    how = peft.LoraConfig(target_modules="all-linear", use_dora=True, **apart)
+    adapted = peft.get_peft_model(model, how)
+    assert adapted(tokens()).logits.isfinite().all()
+    assert any(p.requires_grad for n, p in adapted.named_parameters() if "simplex_k2" in n)
