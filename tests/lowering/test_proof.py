@@ -106,7 +106,8 @@ def test_a_window_wider_than_the_sequence_is_guarded_and_not_compiled_for_each_s
     for seq in (8, 12, 14, 10, 16):
         torch.testing.assert_close(run(states(seq)), model.attention(states(seq)))
     assert backend.graphs == 2
-    assert "it hides other keys than those after the query" in refusal_in(lambda: run(states(17)))
+    torch.testing.assert_close(run(states(17)), model(states(17)))
+    assert backend.graphs == 3
 
 
 @pytest.mark.parametrize("make", [_additive, _chunks_of_16])
@@ -117,7 +118,7 @@ def test_a_mask_proven_at_a_size_is_compiled_again_at_another(make):
         torch.testing.assert_close(run(states(seq)), model.attention(states(seq)))
     assert backend.graphs == 3
     if make is _chunks_of_16:
-        assert "it hides other keys" in refusal_in(lambda: run(states(40)))
+        torch.testing.assert_close(run(states(40)), model(states(40)))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
