@@ -235,6 +235,7 @@ def module_stack(node: torch.fx.Node) -> dict[str, str]:
 def _readable(path: str) -> str:
     # L['self']._modules['layers']._modules['0'] and L['self'].layers[0] are both layers.0
     path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\.?__dict__\['_modules'\]", "", path)  # as peft reaches its base model
     path = re.sub(r"\._modules\['(\w+)'\]|\['(\w+)'\]|\[(\d+)\]", r".\1\2\3", path)
     return path.strip(".") or "the compiled module"
 

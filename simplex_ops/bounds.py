@@ -81,9 +81,9 @@ def kv_bounds_from_document_ids(document_ids: Tensor) -> Tensor:
     token = torch.arange(seq, dtype=torch.int32, device=document_ids.device).expand(batch, seq)
     if seq == 0:
         return torch.stack((token, token), dim=-1)
-    changes = document_ids[:, 1:] != document_ids[:, :-1]  # between a token and the one before
-    edge = changes.new_ones(batch, 1)
-    first, final = torch.cat((edge, changes), 1), torch.cat((changes, edge), 1)
+    # By rolls, since slices of one token less are traced with a guard against two tokens.
+    first = (document_ids != document_ids.roll(1, 1)) | (token == 0)
+    final = first.roll(-1, 1)  # before the first token of the next run; the last one too
     start = torch.where(first, token, 0).cummax(1).values
     end = torch.where(final, token + 1, seq).flip(1).cummin(1).values.flip(1)
     real = document_ids >= 0

@@ -11,12 +11,20 @@ After:
     q   = f(h);  k = g(h);  v = h(h)
     out = simplex::attn(q, k, k2, v, v2, w1, w2, scale=s, is_causal=..., form=..., ...)[0]
 
+A mask that is proven to be causal, whatever the sizes, is left out. Of any other
+
+    kv_bounds = simplex::ranges_of_mask(attn_mask, ...)
+
+makes what simplex::attn takes, once for all attention with that mask, and raises when run where the
+mask is no such.
+
 A mark pairs with the one attention whose query comes from it. Every mark that pairs with none, or
 with several, or whose module attends elsewhere too, or with a call that says what a window cannot,
 stays in the graph and is refused with its reason; it would raise when run, and the backend raises
 before that.
 """
 
+import contextlib
 import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -28,11 +36,13 @@ from lowering.graphs.causal_proof import prove_causal
 from lowering.graphs.names import name_in_model, path_of
 from lowering.graphs.not_proven import NotProven
 from lowering.graphs.subgraphs import Subgraphs
+from lowering.graphs.writes import writer_into
 from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
-from simplex_ops.marking.call import SDPA, SdpaCall, refusal
+from simplex_ops.marking.call import SDPA, SdpaCall, refusal, with_mask
 from simplex_ops.marking.mark_op import MARK_OP
+from simplex_ops.marking.ranges import RANGES_OP
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
 
@@ -97,17 +107,16 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     x, k2, v2, mask, w1, w2 = _positional(mark)
     options = {name: _constant(mark.kwargs[name]) for name in _OPTIONS if name in mark.kwargs}
     is_causal = options.get("is_causal", True)
-    given = SdpaCall.bind(call.args, call.kwargs)
+    given, found = with_mask(SdpaCall.bind(call.args, call.kwargs), mask)
     seen = SdpaCall(*(compat.example(getattr(given, f.name)) for f in fields(SdpaCall)))
     seen = replace(seen, dropout_p=_constant(given.dropout_p), scale=_constant(given.scale))
+    without_dropout = bool(mark.kwargs.get("without_dropout", False))
     rows = compat.example(k2)
     if not all(isinstance(t, Tensor) for t in (seen.query, seen.key, rows)):
         raise _Unserved("its graph holds no example tensors, so it is not Dynamo's own")
-    reason = refusal(seen, rows, is_causal)
+    reason = found or refusal(seen, rows, is_causal, without_dropout)
     if reason is not None:
-        raise _Unserved(reason)
-    if mask is not None:
-        _check_mask(mask, is_causal, seen, subgraphs)
+        raise _Unserved(str(reason))
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)
     done = Rewritten(
         path_of(mark),
@@ -115,6 +124,9 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
         compat.hint(compat.example(w2)),
         options.get("form", "trilinear"),
     )
+    bounds = _bounds(given, call, is_causal, seen, subgraphs)
+    if bounds is not None:
+        options["kv_bounds"] = bounds
     _put(call, inputs, {"scale": seen.scale, **options})
     mark.replace_all_uses_with(x)
     mark.graph.erase_node(mark)
@@ -144,32 +156,30 @@ def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
     return calls[0]
 
 
-def _check_mask(mask: fx.Node, is_causal: bool, seen: SdpaCall, subgraphs: Subgraphs) -> None:
-    if not is_causal:
-        raise _Unserved("it is not causal and was given an attention_mask: leave the mask out")
-    try:
-        prove_causal(mask, seen.query, seen.key, subgraphs)
-    except NotProven as reason:
-        raise _Unserved(
-            f"its attention mask is not known to be the causal one: {reason}. {_remedy(reason)}"
-        ) from reason
-
-
-def _remedy(reason: NotProven) -> str:
-    if reason.source is None:
-        return (
-            "A marked module is causal without a mask: where you made this one, leave "
-            "attention_mask out; where it is a window or chunk of the model's own, take that away "
-            "(sliding_window=None in its config) and give mark() the window, or call the model "
-            "with no more tokens than it holds"
-        )
-    return (
-        "Where this is an attention_mask or position_ids of yours and nothing is padded or packed, "
-        "leave both out (a tokenizer's mask of ones too). Where you gave none, a graph break "
-        "before this attention parts it from what made its mask "
-        "(torch.compile(fullgraph=True) shows where): take the break away, or compile layer by "
-        'layer (layer.compile(backend="simplex")), since eager code makes no mask'
-    )
+def _bounds(
+    given: SdpaCall, call: fx.Node, is_causal: bool, seen: SdpaCall, subgraphs: Subgraphs
+) -> fx.Node | None:
+    """Return what makes kv_bounds of a mask, before a call; None where the mask says nothing."""
+    mask, graph = given.attn_mask, call.graph
+    options: dict[str, Any] = {"is_causal": is_causal}
+    if mask is None:
+        return None
+    if is_causal:
+        with contextlib.suppress(NotProven):
+            prove_causal(mask, seen.query, seen.key, subgraphs)
+            return None
+    for node in graph.nodes:  # layers share a mask; what is written into it may come between them
+        if node is call:
+            break
+        same = node.target is RANGES_OP and node.args[0] is mask and node.kwargs == options
+        if same and writer_into(graph, {mask: None}) is None:
+            return node
+    with graph.inserting_before(call):
+        sizes = [
+            graph.call_method("size", (of, dim))
+            for of, dim in ((given.query, 0), (given.query, 2), (given.key, 2))
+        ]
+        return graph.call_function(RANGES_OP, (mask, *sizes), options)
 
 
 def _put(call: fx.Node, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:

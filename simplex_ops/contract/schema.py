@@ -24,7 +24,11 @@ MARK = (
     "mark(Tensor x, Tensor k2, Tensor v2, Tensor? attn_mask=None, "
     "SymInt? w1=None, SymInt? w2=None, *, "
     'bool is_causal=True, str form="trilinear", '
-    "float k2_bias=0.0, float v2_bias=0.0) -> Tensor"
+    "float k2_bias=0.0, float v2_bias=0.0, bool without_dropout=False) -> Tensor"
+)
+RANGES_OF_MASK = (
+    "ranges_of_mask(Tensor attn_mask, SymInt batch, SymInt queries, SymInt keys, "
+    "bool is_causal=True) -> Tensor"
 )
 
 # The dispatcher drops arguments that equal their default before it calls a Python kernel.
@@ -45,7 +49,7 @@ LIBRARY = torch.library.Library("simplex", "DEF")
 # graph hands over the strides that eager code had.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-for _schema in (ATTN, ATTN_BACKWARD, MARK):
+for _schema in (ATTN, ATTN_BACKWARD, MARK, RANGES_OF_MASK):
     LIBRARY.define(_schema, tags=_TAGS)
 
 ATTN_OP = torch.ops.simplex.attn.default

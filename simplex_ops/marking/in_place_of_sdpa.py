@@ -3,32 +3,50 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal
+from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal, with_mask
+from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
 from simplex_ops.marking.naming import running_as
+from simplex_ops.marking.ranges import RANGES_OP
 from simplex_ops.marking.recomputation import Surroundings, why_recomputed
 from simplex_ops.marking.setting import Mark
 
 
 class InPlaceOfSdpa(TorchFunctionMode):
-    """Runs simplex::attn where scaled_dot_product_attention is called, and counts the calls."""
+    """Runs simplex::attn where scaled_dot_product_attention is called, and counts the calls.
 
-    def __init__(self, module: nn.Module, setting: Mark, k2: Tensor, v2: Tensor) -> None:
+    F.multi_head_attention_forward is spelled out, so that it makes one.
+    """
+
+    def __init__(
+        self, module: nn.Module, setting: Mark, k2: Tensor, v2: Tensor, mask: Tensor | None
+    ) -> None:
         super().__init__()
         self.module, self.setting, self.k2, self.v2 = module, setting, k2, v2
+        self.mask = mask  # given to the module, and taken over by the mark
         self.entry = Surroundings.here()
         self.calls = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is F.multi_head_attention_forward:
+            refuse_unserved(named(*args, **(kwargs or {})), running_as(self.module))
+            with self:
+                return spelled_out(*args, **(kwargs or {}))
         if func is not SDPA:
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        call, setting = SdpaCall.bind(args, kwargs or {}), self.setting
-        reason = refusal(call, self.k2, setting.is_causal) or why_recomputed(self.entry)
+        setting = self.setting
+        call, found = with_mask(SdpaCall.bind(args, kwargs or {}), self.mask)
+        reason = (
+            found
+            or refusal(call, self.k2, setting.is_causal, setting.without_dropout)
+            or why_recomputed(self.entry)
+        )
         if reason is not None:
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {reason}"
@@ -36,6 +54,19 @@ class InPlaceOfSdpa(TorchFunctionMode):
         out, _ = torch.ops.simplex.attn(
             call.query, call.key, self.k2, call.value, self.v2, setting.w1, setting.w2,
             scale=call.scale, is_causal=setting.is_causal, form=setting.form,
-            k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
+            k2_bias=setting.k2_bias, v2_bias=setting.v2_bias, kv_bounds=self._bounds(call),
         )  # fmt: skip
         return out
+
+    def _bounds(self, call: SdpaCall) -> Tensor | None:
+        if call.attn_mask is None:
+            return None
+        q, keys = call.query, call.key.shape[2]
+        try:
+            return RANGES_OP(
+                call.attn_mask, q.shape[0], q.shape[2], keys, is_causal=self.setting.is_causal
+            )
+        except UnservedMarkError as error:
+            raise UnservedMarkError(
+                f"a marked module, {running_as(self.module)}, cannot run: {error}"
+            ) from None

@@ -36,8 +36,16 @@ def put_inside(module: nn.Module, old: Any, new: Any) -> None:
     """Replace the forward `old` of a class by `new`, where the instance holds it."""
     if _is_method(vars(module).get("forward"), module, old):
         del module.forward  # says no more than the class
+        vars(module)["simplex_had_forward"] = True
     if _is_method(vars(module).get("_old_forward"), module, old):
         module._old_forward = MethodType(new, module)  # pyright: ignore[reportArgumentType]
+
+
+def put_back(module: nn.Module, marked: Any, old: Any) -> None:
+    """Undo `put_inside`."""
+    put_inside(module, marked, old)
+    if vars(module).pop("simplex_had_forward", False) and "forward" not in vars(module):
+        vars(module)["forward"] = MethodType(old, module)
 
 
 def call_watched(

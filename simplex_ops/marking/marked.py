@@ -5,8 +5,9 @@ import inspect
 from typing import Any, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from simplex_ops.marking import config_entry
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.filled_cache import refuse_filled_cache
@@ -14,7 +15,11 @@ from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
 from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
 from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.naming import described, running_as
+from simplex_ops.marking.saved import SavedMark
+from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark
+from simplex_ops.marking.watching import watching
+from simplex_ops.marking.windows_in_graphs import compare_windows
 
 
 class Marked(nn.Module):
@@ -24,8 +29,10 @@ class Marked(nn.Module):
     simplex_family: Family
     simplex_arguments: tuple[str, ...]  # of the base's forward, those that positions can give
     simplex_mark: Mark
-    simplex_k2: nn.Linear
-    simplex_v2: nn.Linear
+    simplex_k2: SecondProjection
+    simplex_v2: SecondProjection
+    simplex_k2_norm: SecondNorm | None  # where the module norms its keys
+    simplex_ops: SavedMark
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Marked):  # torch.compile(module) holds this method beyond unmark()
@@ -39,32 +46,45 @@ class Marked(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         marked_forward_runs(self)
+        if (
+            not torch.compiler.is_compiling() and watching()
+        ):  # explain() asks what the module would call
+            return super().forward(*args, **kwargs)
         given, x_name, mask_name, cache_name = self.simplex_family.bind(self, args, kwargs)
         x, mask = given[x_name], given.get(mask_name)
         refuse_filled_cache(self, given.get(cache_name))
-        setting = self.simplex_mark
-        k2 = self.simplex_k2(x).unflatten(-1, (-1, setting.head_dim)).transpose(1, 2)
-        v2 = self.simplex_v2(x).unflatten(-1, (-1, setting.v_head_dim)).transpose(1, 2)
+        k2, v2 = self.simplex_second_pair(x)
+        setting, run = self.simplex_mark, self.simplex_family.run
+        # The mark takes the mask over: modules attend in other ways where they are given one.
+        if mask is not None:
+            given[mask_name] = None
         if torch.compiler.is_compiling() and not _is_run_to_export():
-            # A compiled model may materialise the causal mask that eager code leaves out; the mark
-            # carries it to the pass, which proves that it is no more than causal, or refuses.
-            if mask is not None:
-                given[mask_name] = None
             given[x_name] = MARK_OP(
                 x, k2, v2, mask, setting.w1, setting.w2,
                 is_causal=setting.is_causal, form=setting.form,
                 k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
+                without_dropout=setting.without_dropout,
             )  # fmt: skip
-            return super().forward(**given)
-        with InPlaceOfSdpa(self, setting, k2, v2) as taken:
-            result = super().forward(**given)
+            return run(self, super().forward, given)
+        self.simplex_ops.notice()
+        with InPlaceOfSdpa(self, setting, k2, v2, mask) as taken:
+            result = run(self, super().forward, given)
         if taken.calls != 1:
             raise UnservedMarkError(
                 f"a marked module, {running_as(self)}, called scaled_dot_product_attention "
                 f"{taken.calls} times in one forward, and a mark takes over exactly one call: "
-                'load the model with attn_implementation="sdpa"'
+                'load the model with attn_implementation="sdpa", or compile it'
             )
         return result
+
+    def simplex_second_pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return k2 [B, Hkv, N, D] and v2 [B, Hkv, N, Dv] of an input [B, N, E]."""
+        setting = self.simplex_mark
+        k2 = self.simplex_k2(x).unflatten(-1, (-1, setting.head_dim))
+        if self.simplex_k2_norm is not None:
+            k2 = self.simplex_k2_norm(k2)
+        v2 = self.simplex_v2(x).unflatten(-1, (-1, setting.v_head_dim))
+        return k2.transpose(1, 2), v2.transpose(1, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and not issubclass(value, Marked):
@@ -72,6 +92,10 @@ class Marked(nn.Module):
                 f"{described(self)} is marked, and as a {value.__name__} it would pass the mark "
                 "by: unmark() it, change its class, then mark it again"
             )
+        if isinstance(value, Mark) and name == "simplex_mark" and "simplex_ops" in self._modules:
+            compare_windows(self.simplex_ops.mark, value)
+            self.simplex_ops.hold(value)
+            config_entry.note(self, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from simplex_ops.contract.checks import check_form, check_window
 
+INITS = ("residual", "copy", "random")
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -23,11 +25,21 @@ class Mark:
     is_causal: bool
     head_dim: int
     v_head_dim: int
+    without_dropout: bool = False  # the module's attention dropout, in training, is dropped
+    init: str = "random"  # how k2 and v2 began
+    kv_heads: int = 0  # of k2 and v2
 
     def __post_init__(self) -> None:
         for name in ("w1", "w2"):
             object.__setattr__(self, name, _int_or_none(name, getattr(self, name)))
         check_form(self.form)
+        check_init(self.init)
+
+
+def check_init(init: str) -> None:
+    """Raise ValueError where `init` is no way to start k2 and v2."""
+    if init not in INITS:
+        raise ValueError(f'init must be "residual", "copy" or "random", got {init!r}')
 
 
 def pair_of(window: Any) -> tuple[Any, Any]:

@@ -14,14 +14,14 @@ from torch import nn
 from simplex_ops.marking.naming import described
 
 
-def refuse_wrapped(module: nn.Module, name: str, projection: Any) -> None:
+def refuse_wrapped(module: nn.Module, name: str, weight: Any) -> None:
     """Raise where a module is sharded, or a part of a wrapped model.
 
     Raises:
         ValueError: it is; the message names what wrapped it.
     """
     tensors = sys.modules.get("torch.distributed.tensor")
-    if tensors is not None and isinstance(projection.weight, tensors.DTensor):
+    if tensors is not None and isinstance(weight, tensors.DTensor):
         raise ValueError(
             f"the weight of {described(module)}'s {name} is a DTensor: the model was sharded "
             "already, and k2 and v2 would be left out. Mark the model before fully_shard or "

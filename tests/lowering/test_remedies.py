@@ -19,9 +19,8 @@ from tiny_llama import (
 from torch import nn
 from torch._dynamo.backends.debugging import eager
 from torch.utils.checkpoint import checkpoint
-from transformers import MistralConfig, MistralForCausalLM
 
-from simplex_ops import mark, marked_modules
+from simplex_ops import mark, unmark
 from simplex_ops.marking.call import UnservedMarkError
 
 
@@ -31,17 +30,16 @@ def _fresh_dynamo():
 
 
 @torch.no_grad()
-def test_a_graph_break_in_another_layer_is_named_and_layers_compiled_alone_are_served():
+def test_a_graph_break_in_another_layer_is_no_matter_nor_are_layers_compiled_alone():
     model, norms = mark_layers(llama(), 1, window=(6, 3)), []
     model.model.layers[0].mlp.register_forward_hook(
         lambda module, given, out: norms.append(out.norm().item())
     )
     run = torch.compile(model, backend=Passed(eager))
-    message = refusal_in(lambda: run(tokens()))
-    assert f"{next(iter(marked_modules(model)))}: its attention mask" in message
-    assert "a graph break before this attention" in message
-    torch._dynamo.reset()
     expected = model(tokens()).logits
+    torch.testing.assert_close(run(tokens()).logits, expected)
+    assert norms
+    torch._dynamo.reset()
     for layer in model.model.layers:
         layer.compile(backend=Passed(eager))
     torch.testing.assert_close(model(tokens()).logits, expected)
@@ -77,7 +75,7 @@ def test_attention_checkpointed_inside_its_module_is_refused_and_around_it_serve
     def around(x):
         return checkpoint(module, x, use_reentrant=False)
 
-    got = torch.compile(around, backend=Passed(), fullgraph=True)(x)
+    got = torch.compile(around, backend=Passed(eager), fullgraph=True)(x)
     (gradient,) = torch.autograd.grad(got.square().sum(), x)
     (expected,) = torch.autograd.grad(module(x).square().sum(), x)
     torch.testing.assert_close(gradient, expected)
@@ -135,12 +133,13 @@ def test_past_the_recompile_limit_a_marked_module_runs_2_simplicial_in_eager():
             torch.testing.assert_close(run(states(seq)), module(states(seq)))
 
 
-def test_dropout_is_served_once_it_is_zero_on_the_module():
+def test_dropout_is_served_once_the_mark_drops_it():
     model = mark_layers(llama(attention_dropout=0.1), 1).train()
     message = refusal_of(model, tokens())
-    assert "module.attention_dropout = 0.0" in message
+    assert "mark it with attention_dropout=0.0" in message
     torch._dynamo.reset()
-    attention(model, 1).attention_dropout = 0.0
+    unmark(attention(model, 1))
+    mark_layers(model, 1, attention_dropout=0.0)
     passed_alone(model)(tokens())
 
 
@@ -152,15 +151,3 @@ def test_another_causality_is_served_once_marked_so():
     torch._dynamo.reset()
     module, x = randomize(mark(Attention(attend), is_causal=False, window=(5, 3))), states()
     torch.testing.assert_close(passed_alone(module)(x), module(x))
-
-
-@torch.no_grad()
-def test_a_window_of_the_models_own_is_served_in_eager_once_taken_away():
-    sizes = llama().config.to_dict()
-    kept = {name: sizes[name] for name in sizes if name not in ("model_type", "architectures")}
-    model = MistralForCausalLM(MistralConfig(**{**kept, "sliding_window": 16})).eval()
-    mark(attention(model, 1), window=(40, 3))
-    with pytest.raises(UnservedMarkError, match="sliding_window=None in its config"):
-        model(tokens(24))
-    model.config.sliding_window = None
-    model(tokens(24))

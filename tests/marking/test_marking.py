@@ -139,7 +139,8 @@ def test_a_state_dict_makes_another_marked_model_the_same():
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(ids).logits, model(ids).logits)
     added = model.state_dict().keys() - llama().state_dict().keys()
-    assert sorted(added) == [f"model.layers.1.self_attn.simplex_{n}2.weight" for n in "kv"]
+    names = ("simplex_k2.weight", "simplex_ops.mark_like", "simplex_v2.weight")
+    assert sorted(added) == [f"model.layers.1.self_attn.{name}" for name in names]
 
 
 def test_unmark_gives_the_model_back():
@@ -201,12 +202,22 @@ def test_generation_with_a_cache_is_refused():
         model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
 
 
-def test_padding_is_refused():
-    model, ids = mark_layers(llama(), 0), tokens()
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with pytest.raises(UnservedMarkError, match=r"was given an attn_mask"):
-        model(ids, attention_mask=mask)
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_row_is_the_row_alone(left):
+    model, ids = mark_layers(llama(), 0, 1, window=(6, 3)), tokens()
+    shown = slice(5, None) if left else slice(0, 19)
+    mask = torch.zeros_like(ids)
+    mask[:, shown] = 1
+    got = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits
+    torch.testing.assert_close(got[:, shown], model(ids[:, shown]).logits)
+
+
+def test_packed_documents_are_each_alone():
+    model, ids = mark_layers(llama(), 0, 1, window=(6, 3)), tokens(batch=1)
+    got = model(ids, position_ids=torch.arange(24).remainder(8)[None]).logits
+    for start in (0, 8, 16):
+        alone = model(ids[:, start : start + 8]).logits
+        torch.testing.assert_close(got[:, start : start + 8], alone)
 
 
 def test_dropout_is_refused():
@@ -277,8 +288,7 @@ def _with(**attributes) -> nn.Module:
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        (nn.MultiheadAttention(8, 2), r"MultiheadAttention: it has no q_proj, k_proj, v_proj"),
-        (nn.Linear(8, 8), r"Linear: it has no q_proj, k_proj, v_proj, head_dim"),
+        (nn.Linear(8, 8), r"Linear: as Llama, it has no q_proj, k_proj, v_proj, head_dim; as GPT2"),
         (_taking(lambda self, hidden_states, key_value_states: None), r"cross attention"),
         (_taking(lambda self, x: None), r"first argument of its forward is not hidden_states"),
         (_taking(lambda self, hidden_states, *rest: None), r"forward takes \*args"),
@@ -300,7 +310,7 @@ def test_a_module_of_another_shape_is_refused(module, text):
         ({"window": (4, -1)}, r"w2 must be at least 1 .*, got -1"),
         ({"window": (4, 2.5)}, r"w2 must be an int of at least 1 .*, got 2\.5"),
         ({"form": "bilinear"}, r"form must be one of .*got 'bilinear'"),
-        ({"init": "zeros"}, r"init must be \"residual\" or \"random\", got 'zeros'"),
+        ({"init": "zeros"}, r"init must be \"residual\", \"copy\" or \"random\", got 'zeros'"),
         ({"form": "determinant"}, r"no k2 makes the determinant form ordinary attention"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from one_rank import one_rank
 from tiny_llama import (
     Attention,
     attention,
@@ -18,13 +18,12 @@ from tiny_llama import (
     train_step,
 )
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import StaticCache
 
-from simplex_ops import UnservedMarkError, mark
+from simplex_ops import UnservedMarkError, mark, unmark
 from simplex_ops.marking.mark import is_marked
 
 
@@ -61,28 +60,66 @@ def unchanged(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("weight", QUANTISED.values(), ids=QUANTISED.keys())
-def test_a_quantised_projection_is_refused_by_name_and_goes_with_its_remedy(weight):
+def test_a_quantised_projection_is_refused_by_name_and_goes_with_its_remedies(weight):
     module: Any = Attention()
     linear = module.k_proj
     module.k_proj = Quantised(linear, weight)
     state = module.state_dict()
-    text = r"its k_proj, a Quantised, has .*: mark the model before it is quantised"
+    text = (
+        r"k_proj of Attention is quantised and .*: give mark\(\) the dtype=.*before it is quantised"
+    )
     with pytest.raises(TypeError, match=text):
         mark(module)
     unchanged(module, state)
-
-    module.k_proj = linear
-    randomize(mark(module, window=(6, 3)))
+    mark(module, window=(6, 3), dtype=torch.float32)
+    randomize(module)
     expected = module(states())
+
+    k2 = module.simplex_k2.state_dict(), module.simplex_v2.state_dict()
+    unmark(module)
+    module.k_proj = linear
+    mark(module, window=(6, 3))
+    for name, given in zip(("simplex_k2", "simplex_v2"), k2, strict=True):
+        getattr(module, name).load_state_dict(given)
+    assert torch.equal(module(states()), expected)
     module.k_proj = Quantised(linear, weight)
     assert torch.equal(module(states()), expected)
 
 
+@pytest.mark.parametrize("says", ["compute_dtype", "config"])
+def test_a_quantised_projection_gets_k2_in_the_dtype_it_computes_in(says):
+    module: Any = Attention()
+    module.k_proj = Quantised(module.k_proj, QUANTISED["four bits in bytes"])
+    if says == "config":
+        module.config = type("Config", (), {"dtype": torch.bfloat16})()
+    else:
+        module.k_proj.compute_dtype = torch.bfloat16
+    mark(module)
+    assert module.simplex_k2.weight.dtype == module.simplex_v2.weight.dtype == torch.bfloat16
+    unmark(module)
+    with pytest.raises(TypeError, match=r"its k_proj, a Quantised, has no matrix of floats"):
+        mark(module, init="copy")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_dynamically_quantised_model_is_refused():
+def test_a_dynamically_quantised_model_is_refused_until_it_is_given_a_dtype():
     model = torch.ao.quantization.quantize_dynamic(llama(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(TypeError, match=r"its k_proj, a Linear, has no tensor as its weight"):
+    with pytest.raises(TypeError, match=r"k_proj of LlamaAttention of layer 0 is quantised"):
         mark(attention(model, 0))
+    expected = model(tokens()).logits
+    mark(attention(model, 0), dtype=torch.float32)
+    torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_wrapped_projections_are_served():
+    peft = pytest.importorskip("peft")
+    module: Any = Attention()
+    plain = module.k_proj
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["k_proj"]), module)
+    assert module.k_proj is not plain
+    mark(module, init="copy")
+    assert torch.equal(module.simplex_k2.weight, plain.weight)
+    assert module.simplex_k2.in_features == 32
 
 
 def test_a_projection_without_a_width_is_refused():
@@ -117,10 +154,8 @@ def test_a_name_that_is_taken_leaves_the_module_as_it_was():
 
 @pytest.fixture
 def ranks(tmp_path):
-    store = dist.FileStore(str(tmp_path / "ranks"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with one_rank(tmp_path) as mesh:
+        yield mesh
 
 
 def marked_alone() -> tuple[Any, dict[str, torch.Tensor]]:

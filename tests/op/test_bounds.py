@@ -137,3 +137,15 @@ def test_both_ways_of_saying_documents_agree(device):
 def test_bad_input_is_named(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_helpers_export_from_two_tokens_up():
+    class Ids(torch.nn.Module):
+        def forward(self, ids):
+            return kv_bounds_from_document_ids(ids)
+
+    ids = torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, 2, 3, 3]])
+    shapes = ({1: torch.export.Dim("n", min=2)},)
+    program = torch.export.export(Ids(), (ids,), dynamic_shapes=shapes)
+    for n in (2, 3, 6):
+        assert torch.equal(program.module()(ids[:, :n]), kv_bounds_from_document_ids(ids[:, :n]))

@@ -23,7 +23,12 @@ SCHEMAS = {
     "mark": (
         "simplex::mark(Tensor x, Tensor k2, Tensor v2, Tensor? attn_mask=None, "
         "SymInt? w1=None, SymInt? w2=None, *, bool is_causal=True, "
-        'str form="trilinear", float k2_bias=0., float v2_bias=0.) -> Tensor'
+        'str form="trilinear", float k2_bias=0., float v2_bias=0., '
+        "bool without_dropout=False) -> Tensor"
+    ),
+    "ranges_of_mask": (
+        "simplex::ranges_of_mask(Tensor attn_mask, SymInt batch, SymInt queries, SymInt keys, "
+        "bool is_causal=True) -> Tensor"
     ),
 }
 

@@ -1,13 +1,21 @@
 """Modules shaped as Hugging Face's LlamaAttention."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from simplex_ops.marking.families.family import Bound, Projections
-from simplex_ops.marking.families.linear import why_not_linear
+from simplex_ops.marking.families.arguments import by_name
+from simplex_ops.marking.families.family import Bound, Copied, Projections
+from simplex_ops.marking.families.linear import (
+    device_of,
+    dtype_of,
+    has_bias,
+    is_plain,
+    why_not_linear,
+)
 
 _WANTED = ("q_proj", "k_proj", "v_proj", "head_dim")
 
@@ -16,7 +24,8 @@ _WANTED = ("q_proj", "k_proj", "v_proj", "head_dim")
 class Llama:
     """`forward(hidden_states, ...)`, linear q_proj, k_proj and v_proj, and head_dim.
 
-    That is LlamaAttention, and those made after it: Mistral's, Qwen's and many others.
+    That is LlamaAttention, and those made after it: Mistral's, Qwen's and many others. A k_norm, as
+    Qwen3's, gives k2 a norm of its own: `Projections.norm_eps`.
     """
 
     def read(self, module: nn.Module) -> Projections | str:
@@ -46,19 +55,40 @@ class Llama:
         if not isinstance(head_dim, int) or keys % head_dim:
             return f"its k_proj makes {keys} features, no multiple of head_dim {head_dim}"
         kv_heads = keys // head_dim
-        return Projections(own.k_proj, "k_proj", kv_heads, head_dim, values // kv_heads)
+        return Projections(
+            weight=getattr(own.k_proj, "weight", None),
+            weight_name="k_proj",
+            in_features=own.k_proj.in_features,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            v_head_dim=values // kv_heads,
+            bias=has_bias(own.k_proj),
+            device=device_of(module, own.k_proj),
+            dtype=dtype_of(module, own.k_proj),
+            norm_eps=_norm_eps(getattr(module, "k_norm", None)),
+            copied=lambda: _copied(own),
+        )
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """Find hidden_states, attention_mask and past_key_values."""
-        names: Any = module.simplex_arguments
-        if len(args) > len(names):
-            raise TypeError(
-                f"forward of a marked module takes {len(names)} positional arguments "
-                f"({', '.join(names)}), got {len(args)}"
-            )
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(arguments) != len(args) + len(kwargs):
-            raise TypeError("forward of a marked module got an argument by position and by name")
-        if "hidden_states" not in arguments:
-            raise TypeError("forward of a marked module was not given hidden_states")
+        arguments = by_name(module, args, kwargs, "hidden_states")
         return Bound(arguments, "hidden_states", "attention_mask", "past_key_values")
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run its own forward."""
+        return forward(**arguments)
+
+
+def _copied(module: Any) -> Copied | str:
+    k, v = module.k_proj, module.v_proj
+    for name, layer in (("k_proj", k), ("v_proj", v)):
+        if not is_plain(layer):
+            return f"its {name}, a {type(layer).__name__}, has no matrix of floats as its weight"
+    return Copied(k.weight, k.bias, v.weight, v.bias)
+
+
+def _norm_eps(norm: Any) -> float | None:
+    if not isinstance(norm, nn.Module) or isinstance(norm, nn.Identity):
+        return None
+    told = [getattr(norm, name, None) for name in ("variance_epsilon", "eps")]
+    return float(next((eps for eps in told if isinstance(eps, float)), 1e-6))
