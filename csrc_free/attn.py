@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 
-from csrc_free import problem, tracing
+from csrc_free import tracing
 from csrc_free.hopper import serve
 from csrc_free.hopper.within_int32 import within_int32
 from csrc_free.launch import on_device_of
@@ -27,6 +27,7 @@ class PortableWarning(UserWarning):
     """The kernels for this device cannot be compiled here, so the portable ones run."""
 
 
+_IS_GLUON = "the Hopper kernels are of Gluon, which Inductor cannot write out"
 # Why the Hopper kernels are out of use in this process, once one could not be compiled.
 _broken: list[str] = []
 
@@ -36,7 +37,7 @@ def attn_forward(
     out: Tensor, lse: Tensor, **arguments: Any,
 ) -> None:  # fmt: skip
     """Write out and lse; see `portable.forward.attn_forward` for the arguments."""
-    if out.numel() == 0:
+    if tracing.holds(out.numel() == 0):
         return
     this = problem_of(q, k1, k2, v1, v2, **arguments)
 
@@ -47,27 +48,31 @@ def attn_forward(
 
     with on_device_of(q):
         if _why_not_forward(this) is None:
-            tracing.leave("the Hopper kernels are of Gluon")
+            tracing.leave(_IS_GLUON)
             if _ran(on_hopper):
                 return
         forward.attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **arguments)
 
 
 def attn_backward(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, *inputs: Tensor, **arguments: Any
-) -> None:
-    """Write the wanted gradients; see `portable.backward.attn_backward`."""
+    dout: Tensor | None, dlse: Tensor | None,
+    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, out: Tensor, lse: Tensor, *,
+    grads: tuple[Tensor | None, ...], **arguments: Any,
+) -> None:  # fmt: skip
+    """Write the wanted gradients; see `portable.backward.attn_backward` for the arguments."""
+    given = (dout, dlse, q, k1, k2, v1, v2, out, lse)
 
     def on_hopper() -> None:
         from csrc_free.hopper import backward as hopper
 
-        hopper.attn_backward(dout, dlse, q, *inputs, **arguments)
+        hopper.attn_backward(*given, grads=grads, **arguments)
 
-    device = problem.device_of(q.device)
     with on_device_of(q):
-        is_hopper = (device.backend, device.arch) == ("cuda", 90) and not _broken
-        if not (is_hopper and _ran(on_hopper)):
-            backward.attn_backward(dout, dlse, q, *inputs, **arguments)
+        if not _broken and serve.why_not(problem_of(q, k1, k2, v1, v2, **arguments)) is None:
+            tracing.leave(_IS_GLUON)
+            if _ran(on_hopper):
+                return
+        backward.attn_backward(*given, grads=grads, **arguments)
 
 
 @contextlib.contextmanager

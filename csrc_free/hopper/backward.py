@@ -10,14 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from csrc_free import tracing
 from csrc_free.hopper import backward_narrow as narrow_side
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
-from csrc_free.hopper.serve import why_not
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
@@ -85,8 +83,6 @@ def attn_backward(
     problem = problem_of(
         q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
     )
-    if why_not(problem) is None:
-        tracing.leave("the Hopper kernels are of Gluon")
     dq, dk1, dk2, dv1, dv2 = grads
     wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
     statistics = statistics_of(problem, dout, dlse, out, lse)

@@ -32,7 +32,7 @@ from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
 from csrc_free.hopper.query_items import UNIT, place, seen_only, spread, to_float32
 from csrc_free.hopper.serve import processors_of
-from csrc_free.launch import OPTIONS
+from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
@@ -456,7 +456,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
-def backward_narrow_kernel(
+def hopper_backward_narrow_kernel(
     q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, dk_parts, dv_parts,
     kv_bounds, q_start, items, chunks, steps, tiles,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
@@ -576,7 +576,8 @@ def backward_narrow(
         "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
         "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
-    backward_narrow_kernel[(min(items, processors),)](
+    launch(
+        hopper_backward_narrow_kernel, min(items, processors),
         problem.q,
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
@@ -587,8 +588,7 @@ def backward_narrow(
         problem.scale, problem.log2_scale, *problem.biases()[2:],
         **{name: constants[name] for name in names},
         PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
-        KEYS=config.keys, BLOCK_N=config.block_n, SLOTS=config.slots, TAIL=config.tail,
-        num_warps=config.num_warps, maxnreg=config.maxnreg, **OPTIONS,
+        config=config,
     )  # fmt: skip
     return parts
 

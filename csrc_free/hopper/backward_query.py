@@ -31,7 +31,7 @@ from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
 from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
 from csrc_free.hopper.serve import processors_of
-from csrc_free.launch import OPTIONS
+from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
@@ -586,7 +586,7 @@ def _store_half(
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
-def backward_query_kernel(
+def hopper_backward_query_kernel(
     q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, kv_bounds, q_start,
     items, tiles, kv_heads, seq, wide_rows, narrow_rows,
     wide_left, wide_right, narrow_left, narrow_right, q_start_default,
@@ -691,7 +691,8 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
         "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_WIDE_BIAS", "HAS_NARROW_BIAS",
         "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
-    backward_query_kernel[(min(items, processors_of(problem.q.device)),)](
+    launch(
+        hopper_backward_query_kernel, min(items, processors_of(problem.q.device)),
         describe(problem.q.transpose(1, 2), [1, positions, config.heads, block_d]),
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
@@ -702,6 +703,5 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
         *(stride // UNIT for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
         problem.scale, problem.log2_scale, *problem.biases(),
         **{name: constants[name] for name in names},
-        HEADS=config.heads, BLOCK_N=config.block_n, SLOTS=config.slots, TAIL=config.tail,
-        num_warps=config.num_warps, maxnreg=config.maxnreg, **OPTIONS,
+        config=config,
     )  # fmt: skip

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.hopper import backward_keys, backward_wide
+from csrc_free.hopper import backward_keys, backward_narrow, backward_wide
+from csrc_free.hopper import backward_query as hopper_backward_query
 from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
 from csrc_free.steps import delta, parts_sum
@@ -75,6 +76,8 @@ KINDS = {
     "hopper_forward_kernel": hopper_forward.Config,
     "hopper_backward_keys_kernel": backward_keys.Config,
     "hopper_backward_wide_kernel": backward_wide.Config,
+    "hopper_backward_query_kernel": hopper_backward_query.Config,
+    "hopper_backward_narrow_kernel": backward_narrow.Config,
     "backward_wide_kernel": wide.Config,
     "backward_query_kernel": query.Config,
     "backward_keys_kernel": keys.Config,
