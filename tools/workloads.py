@@ -161,6 +161,11 @@ WORKLOADS = _by_name([
     Workload("llama-mqa", 4, 64, 1, 4096, 128, 512, 32),
     Workload("gqa8", 4, 64, 8, 4096, 128, 512, 32, directions=("forward",)),
     Workload("gqa8-2k", 4, 64, 8, 2048, 128, 512, 32, directions=("backward",)),
+    Workload("gqa4", 4, 32, 8, 4096, 128, 512, 32, directions=("forward",)),
+    Workload("gqa4-2k", 4, 32, 8, 2048, 128, 512, 32, directions=("backward",)),
+    Workload("mha16", 4, 16, 16, 4096, 128, 512, 32, directions=("forward",)),
+    Workload("mha16-2k", 4, 16, 16, 2048, 128, 512, 32, directions=("backward",)),
+    Workload("mqa-b1", 1, 64, 1, 2048, 128, 512, 32),
     Workload("mha", 1, 8, 8, 2048, 128, 512, 32),
     Workload("mha-d64", 1, 8, 8, 2048, 64, 512, 32),  # all that `simplicial-attention` can run
     Workload("gqa4-d64", 2, 32, 8, 4096, 64, 512, 32),
