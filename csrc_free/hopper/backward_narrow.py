@@ -419,7 +419,8 @@ def _consume(
 
                 base = slot_base(item % chunks, part_rows, GROUP, part_shift)
                 if PARTS_FOLLOW_QUERIES:
-                    base += p0 - i0
+                    begin = gl.minimum(gl.maximum(p0 - i0 - narrow_left, -seq), keys)
+                    base += begin - narrow_first
                 to = narrow_key - narrow_first - base
                 heads = (items // chunks).to(gl.int64)
                 part = ((item % chunks) * heads + bh) * slots

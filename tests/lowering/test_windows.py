@@ -55,11 +55,12 @@ def test_many_layers_with_windows_of_their_own_share_graphs():
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_marked_module_is_traced_for_export(strict):
+@pytest.mark.parametrize(("strict", "name", "place"), [(True, "mark", 4), (False, "attn", 5)])
+def test_a_marked_module_is_traced_for_export(strict, name, place):
     module = mark(Attention(), window=(6, 3))
     program = torch.export.export(module, (states(),), strict=strict)
-    assert [n.args[4:] for n in program.graph.nodes if "simplex.mark" in str(n.target)] == [(6, 3)]
+    nodes = [n for n in program.graph.nodes if str(n.target) == f"simplex.{name}.default"]
+    assert [n.args[place : place + 2] for n in nodes] == [(6, 3)]
 
 
 def test_a_module_reached_past_its_attributes_is_named_as_in_its_model():
