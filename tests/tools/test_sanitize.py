@@ -16,16 +16,20 @@ def _launches(case):
     from tools.compiled.launches import recorded
 
     problem = Problem.of(case)
-    with (
-        recorded(DEVICES["sm_90"]) as noted,
-        mock.patch.object(gpu, "unserved", return_value=None),
-    ):
-        out, lse = gpu.attn(*problem.inputs, *problem.windows, **problem.options)
-        gpu.attn_backward(
-            problem.dout, problem.dlse, *problem.inputs, out, lse, *problem.windows,
-            **problem.options,
-        )  # fmt: skip
-    return noted
+    found = []
+    for implementation in sanitize.implementations():
+        with (
+            recorded(DEVICES["sm_90"]) as noted,
+            mock.patch.object(gpu, "unserved", return_value=None),
+            implementation,
+        ):
+            out, lse = gpu.attn(*problem.inputs, *problem.windows, **problem.options)
+            gpu.attn_backward(
+                problem.dout, problem.dlse, *problem.inputs, out, lse, *problem.windows,
+                **problem.options,
+            )  # fmt: skip
+        found += noted
+    return found
 
 
 def test_the_small_problems_reach_every_kernel():
@@ -37,8 +41,9 @@ def test_the_small_problems_reach_every_kernel():
     tiled = ("forward", "backward_query", "backward_keys", "backward_pairs")
     assert reached == {
         *((f"{name}_kernel", how) for name in tiled for how in (True, False)),
+        *((f"{name}_kernel", None) for name in ("delta", "backward_wide", "sum_parts", "spans")),
         *(
-            (f"{name}_kernel", None)
-            for name in ("delta", "backward_wide", "sum_parts", "hopper_forward")
+            (f"hopper_{name}_kernel", None)
+            for name in ("forward", "backward_keys", "backward_wide", "backward_query")
         ),
     }

@@ -7,6 +7,7 @@ It needs compute-sanitizer on the PATH, runs it on `python -m tools.compiled.san
 is the small problems alone, and ends with exit code 1 where it found an error or a hazard.
 """
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ BF16 = {"dtype": torch.bfloat16, "layout": "transposed", "through": "both"}
 # Every kernel on Hopper, reading by descriptors and by pointers, at each dtype and form.
 CASES = (
     Case(2, 2, 1, 70, head_dim=128, w1=40, w2=5, **BF16),
+    Case(4, 17, 1, 40, head_dim=64, w1=20, w2=4, **BF16),
     Case(2, 2, 8, 70, head_dim=128, w1=40, w2=5, **BF16),
     Case(1, 1, 64, 40, head_dim=128, w1=36, w2=4, **BF16),
     Case(1, 1, 32, 40, head_dim=64, value_dim=128, w1=36, w2=4, bounds="padding", **BF16),
@@ -40,9 +42,18 @@ CASES = (
 def run_cases() -> None:
     """Run the operator forward and backward on each case, and wait for it."""
     for case in CASES:
-        found = run_attn(torch.ops.simplex.attn, Problem.of(case, "cuda"))
-        torch.cuda.synchronize()
-        print(f"ran {case!r}: {', '.join(found)}", flush=True)  # noqa: T201
+        for implementation in implementations():
+            with implementation:
+                found = run_attn(torch.ops.simplex.attn, Problem.of(case, "cuda"))
+            torch.cuda.synchronize()
+            print(f"ran {case!r}: {', '.join(found)}", flush=True)  # noqa: T201
+
+
+def implementations() -> tuple[contextlib.AbstractContextManager[None], ...]:
+    """Return contexts for the kernels that serve best, and for the portable ones alone."""
+    from csrc_free.attn import portable_alone
+
+    return contextlib.nullcontext(), portable_alone()
 
 
 def main(
