@@ -19,6 +19,7 @@ from csrc_free.hopper.within_int32 import within_int32
 from csrc_free.launch import on_device_of
 from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
+from csrc_free.steps.delta import statistics_of
 
 __all__ = ["attn_backward", "attn_forward", "forward_served_by", "portable_alone"]
 
@@ -36,43 +37,53 @@ def attn_forward(
     q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, *,
     out: Tensor, lse: Tensor, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Write out and lse; see `portable.forward.attn_forward` for the arguments."""
+    """Write out [B, H, N, Dv] and lse [B, H, N]; see `problem_of` for the arguments."""
     if tracing.holds(out.numel() == 0):
         return
-    this = problem_of(q, k1, k2, v1, v2, **arguments)
-
-    def on_hopper() -> None:
-        from csrc_free.hopper import forward as hopper
-
-        hopper.compute(within_int32(this), out, lse)
-
     with on_device_of(q):
-        if _why_not_forward(this) is None:
+        problem = problem_of(q, k1, k2, v1, v2, **arguments)
+
+        def on_hopper() -> None:
+            from csrc_free.hopper import forward as hopper
+
+            hopper.compute(within_int32(problem), out, lse)
+
+        if _why_not_forward(problem) is None:
             tracing.leave(_IS_GLUON)
             if _ran(on_hopper):
                 return
-        forward.attn_forward(q, k1, k2, v1, v2, out=out, lse=lse, **arguments)
+        forward.compute(problem, out, lse)
 
 
 def attn_backward(
     dout: Tensor | None, dlse: Tensor | None,
     q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, out: Tensor, lse: Tensor, *,
-    grads: tuple[Tensor | None, ...], **arguments: Any,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    **arguments: Any,
 ) -> None:  # fmt: skip
-    """Write the wanted gradients; see `portable.backward.attn_backward` for the arguments."""
-    given = (dout, dlse, q, k1, k2, v1, v2, out, lse)
-
-    def on_hopper() -> None:
-        from csrc_free.hopper import backward as hopper
-
-        hopper.attn_backward(*given, grads=grads, **arguments)
-
+    """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
+    if any(tracing.holds(t.numel() == 0) for t in (q, k1, k2)):
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    dq, dk1, dk2, dv1, dv2 = grads
     with on_device_of(q):
-        if not _broken and serve.why_not(problem_of(q, k1, k2, v1, v2, **arguments)) is None:
+        problem = problem_of(q, k1, k2, v1, v2, **arguments)
+        is_for_hopper = _why_not(problem) is None
+        if is_for_hopper:
             tracing.leave(_IS_GLUON)
-            if _ran(on_hopper):
-                return
-        backward.attn_backward(*given, grads=grads, **arguments)
+        wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
+        statistics = statistics_of(problem, dout, dlse, out, lse)
+
+        def on_hopper() -> None:
+            from csrc_free.hopper import backward as hopper
+
+            choice = hopper.choose(problem, statistics.dout)
+            hopper.write_gradients(problem, statistics, choice, dq, wide, narrow)
+
+        if not (is_for_hopper and _ran(on_hopper)):
+            backward.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 @contextlib.contextmanager
@@ -91,6 +102,10 @@ def forward_served_by(
     """Say which implementation `attn_forward` runs, and why not a faster one."""
     reason = _why_not_forward(problem_of(q, k1, k2, v1, v2, **arguments))
     return "hopper" if reason is None else f"portable: {reason}"
+
+
+def _why_not(problem: Problem) -> str | None:
+    return _broken[0] if _broken else serve.why_not(problem)
 
 
 def _why_not_forward(problem: Problem) -> str | None:

@@ -177,7 +177,10 @@ def problem_of(
     scale: float, form: str, k2_bias: float, v2_bias: float,
     kv_bounds: Tensor | None, q_start: Tensor | None,
 ) -> Problem:  # fmt: skip
-    """Give each pair its role, and copy only what no kernel can read in place."""
+    """Give each pair its role, and copy only what no kernel can read in place.
+
+    A reach is the (left, right) of a window: how many keys before the query and after it.
+    """
     q, k1, k2, v1, v2 = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k1, k2, v1, v2))
     is_exchanged = _is_narrower(reach1, reach2, k1.shape[2], k2.shape[2])
     wide, narrow = by_role(is_exchanged, (k1, v1, reach1), (k2, v2, reach2))

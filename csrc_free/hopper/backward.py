@@ -20,8 +20,8 @@ from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
 from csrc_free.portable.gradients import PairGradients, complete
-from csrc_free.problem import Problem, problem_of
-from csrc_free.steps.delta import Statistics, statistics_of
+from csrc_free.problem import Problem
+from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_wide_keys
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
@@ -68,28 +68,6 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
         query=side,
     )
-
-
-def attn_backward(
-    dout: Tensor | None, dlse: Tensor | None,
-    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, out: Tensor, lse: Tensor, *,
-    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
-    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> None:  # fmt: skip
-    """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
-    if any(t.numel() == 0 for t in (q, k1, k2)):
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
-    problem = problem_of(
-        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
-    )
-    dq, dk1, dk2, dv1, dv2 = grads
-    wide, narrow = problem.by_role((dk1, dv1), (dk2, dv2))
-    statistics = statistics_of(problem, dout, dlse, out, lse)
-    write_gradients(problem, statistics, choose(problem, statistics.dout), dq, wide, narrow)
 
 
 def write_gradients(

@@ -29,7 +29,6 @@ from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
-from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
@@ -763,7 +762,7 @@ def backward_keys(
     items = parts.dk.shape[0] * plan.splits * heads
     slots_of_rows = triton.next_power_of_2(problem.group)
     launch(
-        hopper_backward_keys_kernel, min(processors_of(problem.q.device), items),
+        hopper_backward_keys_kernel, min(problem.device.multiprocessors, items),
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
         *(_statistic(t, slots_of_rows) for t in (statistics.delta, statistics.lse2)),
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),

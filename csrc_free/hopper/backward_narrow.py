@@ -31,7 +31,6 @@ from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
 from csrc_free.hopper.query_items import UNIT, place, seen_only, spread, to_float32
-from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
@@ -565,7 +564,7 @@ def backward_narrow(
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    group, entries, processors = problem.group, ROWS // config.keys, processors_of(problem.q.device)
+    group, entries, processors = problem.group, ROWS // config.keys, problem.device.multiprocessors
     tiles = triton.cdiv(seq * group, 2 * entries)
     steps, chunks = _division(tiles, batch * kv_heads, processors)
     parts = parts_of_queries(problem, group, steps * 2 * entries)

@@ -30,7 +30,6 @@ from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
 from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
-from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
@@ -692,7 +691,7 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
         "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
     launch(
-        hopper_backward_query_kernel, min(items, processors_of(problem.q.device)),
+        hopper_backward_query_kernel, min(items, problem.device.multiprocessors),
         describe(problem.q.transpose(1, 2), [1, positions, config.heads, block_d]),
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),

@@ -29,7 +29,6 @@ from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
-from csrc_free.hopper.serve import processors_of
 from csrc_free.hopper.spans import FIELDS
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
@@ -485,7 +484,7 @@ def backward_wide(
     items = batch * kv_heads * triton.cdiv(wide_rows, KEYS)
     narrow = [1, 1, ROWS // heads, PANEL]
     launch(
-        hopper_backward_wide_kernel, min(processors_of(problem.q.device), items),
+        hopper_backward_wide_kernel, min(problem.device.multiprocessors, items),
         *(_rows(t, problem.group, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),
         *(describe(t, narrow) for t in (problem.k_narrow, problem.v_narrow)),

@@ -29,7 +29,6 @@ from csrc_free.hopper.bring import ROWS, ROWS_AT_ONCE, bring, bring_narrow
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe, matrix
 from csrc_free.hopper.layouts import bytes_of, kept_dtype, permuted_rows, plain
-from csrc_free.hopper.serve import processors_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
 from csrc_free.traits import Device, Traits
@@ -191,7 +190,7 @@ def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     sides = (64, block_d), (config.block_n, block_d), (config.block_n, block_dv)
     q_layout, k_layout, v_layout = (matrix(problem.q.dtype, [*side]) for side in sides)
     launch(
-        hopper_forward_kernel, min(processors_of(problem.q.device), items),
+        hopper_forward_kernel, min(problem.device.multiprocessors, items),
         *described, problem.k_narrow, problem.v_narrow, out, lse,
         *_given_or(problem.kv_bounds, lse), *_given_or(problem.q_start, lse),
         items, seq, per_query, kv_heads, problem.group // 64,

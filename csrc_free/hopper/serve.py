@@ -3,8 +3,6 @@
 What is not served here runs on the portable kernels.
 """
 
-import functools
-
 import torch
 
 from csrc_free.device.descriptors import can_describe
@@ -19,7 +17,6 @@ _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would 
 # 512 x 1 took 1.15 ms for the portable kernel's 0.92, 512 x 4 2.10 for 2.65 (B 4, N 4096, H 64;
 # H100, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25).
 _NARROW_FROM = 4
-_PROCESSORS = 132  # of an H100, where no device is at hand
 
 
 def why_not(problem: Problem) -> str | None:
@@ -55,15 +52,9 @@ def why_not_forward(problem: Problem) -> str | None:
         return reason
     if problem.group % ROWS:
         return f"a tile is {ROWS} heads of one query, and a key-value head has {problem.group}"
-    width = min(sum(problem.narrow_reach) + 1, problem.k_narrow.shape[2])
-    if width < _NARROW_FROM:
-        return f"a narrow window of fewer than {_NARROW_FROM} keys is no faster, got {width}"
+    if problem.narrow_width < _NARROW_FROM:
+        return (
+            f"a narrow window of fewer than {_NARROW_FROM} keys is no faster, "
+            f"got {problem.narrow_width}"
+        )
     return None
-
-
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    """Return how many multiprocessors a device has."""
-    if device.type != "cuda":
-        return _PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,11 +10,10 @@ import functools
 import torch
 from torch import Tensor
 
-from csrc_free import tracing
 from csrc_free.portable import keys, pairs, query, wide
 from csrc_free.portable.gradients import PairGradients
-from csrc_free.problem import Problem, problem_of
-from csrc_free.steps.delta import Statistics, statistics_of
+from csrc_free.problem import Problem
+from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Config, Device, Traits
 
 
@@ -48,28 +47,6 @@ def choose(traits: Traits, device: Device) -> Choice:
         query_with_parts=query.choose_with_parts(traits, device),
         pairs=pairs.choose(traits, device),
     )
-
-
-def attn_backward(
-    dout: Tensor | None, dlse: Tensor | None,
-    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, out: Tensor, lse: Tensor, *,
-    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
-    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> None:  # fmt: skip
-    """Write the gradients of q, k1, k2, v1 and v2, each where `grads` has a tensor for it."""
-    if any(tracing.holds(t.numel() == 0) for t in (q, k1, k2)):
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return
-    problem = problem_of(
-        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
-    )
-    dq, dk1, dk2, dv1, dv2 = grads
-    wide_grads, narrow_grads = problem.by_role((dk1, dv1), (dk2, dv2))
-    statistics = statistics_of(problem, dout, dlse, out, lse)
-    write_gradients(problem, statistics, dq, wide_grads, narrow_grads)
 
 
 def write_gradients(

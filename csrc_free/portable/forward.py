@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free import measured, tracing
+from csrc_free import measured
 from csrc_free.device.forms import STRASSEN, load_for_form, virtual_query
 from csrc_free.device.pair import (
     biases_of,
@@ -25,7 +25,7 @@ from csrc_free.device.pair import (
 from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
 from csrc_free.launch import is_small, launch
 from csrc_free.portable.shared_memory import forward_bytes
-from csrc_free.problem import NOT_SPECIALIZED, problem_of
+from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.traits import Device, Traits, first_that_fits
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -284,21 +284,12 @@ def forward_kernel(
     tl.store(lse + lse_offs, (top + logarithm) * LN_2, mask=mask)
 
 
-def attn_forward(
-    q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, *,
-    reach1: tuple[int, int], reach2: tuple[int, int], scale: float, form: str,
-    k2_bias: float, v2_bias: float, kv_bounds: Tensor | None, q_start: Tensor | None,
-    out: Tensor, lse: Tensor,
-) -> None:  # fmt: skip
-    """Write out [B, H, N, Dv] and lse [B, H, N]; a reach is the (left, right) of a window."""
-    problem = problem_of(
-        q, k1, k2, v1, v2, reach1, reach2, scale, form, k2_bias, v2_bias, kv_bounds, q_start
-    )
-    if tracing.holds(out.numel() == 0):
-        return
+def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    """Write out [B, H, N, Dv] and lse [B, H, N]."""
     config = choose(problem.traits(), problem.device)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
-    programs = triton.cdiv(q.shape[2] * problem.group, config.block_q) * q.shape[0] * k1.shape[1]
+    batch, kv_heads = problem.k_wide.shape[:2]
+    programs = triton.cdiv(out.shape[2] * problem.group, config.block_q) * batch * kv_heads
     launch(
         forward_kernel, programs,
         *sources, out, lse, problem.kv_bounds, problem.q_start, *problem.numbers(),

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
-from csrc_free.portable.backward import attn_backward
+from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
@@ -159,14 +159,10 @@ def _run(given: Problem, *, portable: bool = False) -> dict[str, torch.Tensor]:
     out, lse = torch.ops.simplex.attn(*given.inputs, *given.windows, **given.options)
     problem = _problem_of(given)
     dq = torch.full_like(given.inputs[0], torch.nan)
-    if portable:
-        arguments = gpu.kernel_arguments(*given.windows, given.inputs[0], given.options)
-        attn_backward(
-            given.dout, given.dlse, *given.inputs, out, lse, **arguments,
-            grads=(dq, None, None, None, None),
-        )  # fmt: skip
-        return {"dq": dq}
     statistics = statistics_of(problem, given.dout, given.dlse, out, lse)
+    if portable:
+        portable_backward.write_gradients(problem, statistics, dq, (None, None), (None, None))
+        return {"dq": dq}
     config, small = _choice(problem, statistics)
     if config is not None:
         query.backward_query(problem, statistics, dq, config)
