@@ -164,19 +164,19 @@ def test_what_can_change_a_choice_joins_the_compile_caches_keys(monkeypatch, tmp
     read = cache_key.sources.__wrapped__
     monkeypatch.setattr(measured, "ROOT", tmp_path)
 
-    def digests() -> tuple[str, str]:
+    def digest() -> str:
         (tmp_path / "sm_90.json").write_text(json.dumps(table))
-        return read(), registers.digest()
+        return read()
 
-    before = digests()
+    before = digest()
     table["date"], table["figures"][0]["value"] = "2027-01-01", 500
     table["versions"]["triton"] = "4.0"
-    assert digests() == before
+    assert digest() == before
     table["lines"]["forward"][0]["config"]["num_stages"] = 3
-    after = digests()
-    assert all(new != old for new, old in zip(after, before, strict=True))
+    after = digest()
+    assert after != before
     table["serves"]["columns_to"] = 64
-    assert all(new != old for new, old in zip(digests(), after, strict=True))
+    assert digest() not in (before, after)
 
 
 def test_large_tiles_of_float32_are_small_enough_for_every_device():

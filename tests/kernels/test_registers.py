@@ -1,6 +1,6 @@
 """The table of registers and spills: its rules, and that the kernels keep within it."""
 
-import json
+import importlib.util
 import os
 import re
 import subprocess
@@ -59,46 +59,119 @@ def test_quick_asks_for_a_part_of_the_table():
 def test_updating_keeps_other_versions_and_targets(tmp_path, monkeypatch):
     monkeypatch.setattr(registers, "TABLE", tmp_path / "registers.json")
     old, new = Usage(1, 2, 3), Usage(4, 5, 6)
-    registers.write_table("3.6", "same", {"sm_80": {"k": old}, "sm_90": {"k": old}})
-    registers.write_table("3.7", "same", {"sm_80": {"k": old}})
-    registers.write_table("3.6", "same", {"sm_90": {"k": new}})
+    programs = {target: {"k": f"of {target}"} for target in ("sm_80", "sm_90")}
+    registers.write_table("3.6", {"sm_80": {"k": old}, "sm_90": {"k": old}}, programs)
+    registers.write_table("3.7", {"sm_80": {"k": old}}, programs)
+    registers.write_table("3.6", {"sm_90": {"k": new}}, {"sm_90": {"k": "another"}})
     assert registers.read_table("3.6") == {"sm_80": {"k": old}, "sm_90": {"k": new}}
     assert registers.read_table("3.7") == {"sm_80": {"k": old}}
     assert registers.read_table("3.8") is None
+    assert registers.read_fingerprints("3.6") == {
+        "sm_80": {"k": "of sm_80"}, "sm_90": {"k": "another"},
+    }  # fmt: skip
+    assert '"k": {"program": "another", "registers": 4, ' in registers.TABLE.read_text()
 
 
-def test_updating_after_a_change_drops_what_was_compiled_before_it(tmp_path, monkeypatch):
+def test_what_is_in_the_table_or_was_compiled_before_is_not_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setattr(registers, "TABLE", tmp_path / "registers.json")
-    registers.write_table("3.6", "before", {"sm_80": {"k": Usage(1, 2, 3)}})
-    registers.write_table("3.6", "after", {"sm_90": {"k": Usage(4, 5, 6)}})
-    assert registers.read_table("3.6") == {"sm_90": {"k": Usage(4, 5, 6)}}
-    assert registers.read_digest("3.6") == "after"
-
-
-def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path):
     journal = tmp_path / "out" / "journal.jsonl"
-    every = {name: Usage(1, 2, 3) for name in registers.launches("sm_80")}
-    for name, usage in every.items():
-        registers._append_to_journal(journal, "sm_80", name, usage)
-    registers._append_to_journal(journal, "sm_80", "gone", Usage(1, 2, 3))
-    assert registers.measure(["sm_80"], journal=journal) == ({"sm_80": every}, [])
+    programs = registers.fingerprints("sm_80")
+    every = {name: Usage(number, 2, 3) for number, name in enumerate(programs)}
+    first, *others = programs
+    registers.write_table("3.6", {"sm_80": {first: every[first]}}, {"sm_80": programs})
+    for name in others:
+        registers._append(journal, "sm_80", programs[name], every[name])
+    registers._append(journal, "sm_80", "a program that is gone", Usage(1, 2, 3))
+    known = registers.known_of("3.6", journal)
+    assert registers.measure(["sm_80"], known=known) == ({"sm_80": every}, [])
 
 
-def _sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
-    (tmp_path / "kernel.py").write_text(text)
-    monkeypatch.setattr(registers, "SOURCES", tmp_path)
-    return registers.digest()
+KERNEL = """
+import triton
+import triton.language as tl
+
+STEP = tl.constexpr(1)
 
 
-def test_the_digest_sees_code_and_no_comments(tmp_path, monkeypatch):
-    before = _sources(tmp_path, monkeypatch, "def f(x):\n    return x + 1\n")
-    commented = "# a reason\ndef f(x):\n\n    return x + 1  # another\n"
-    assert _sources(tmp_path, monkeypatch, commented) == before
-    assert _sources(tmp_path, monkeypatch, "def f(x):\n    return x + 2\n") != before
-    # Triton's own key does not see the order of a NamedTuple's fields.
-    pair = "class Pair(NamedTuple):\n    {}: tl.tensor\n    {}: tl.tensor\n"
-    ordered = _sources(tmp_path, monkeypatch, pair.format("a", "b"))
-    assert _sources(tmp_path, monkeypatch, pair.format("b", "a")) != ordered
+@triton.jit
+def inner(x):
+    return x + STEP
+
+
+def on_the_host():
+    return 1
+
+
+@triton.jit
+def kernel(pointer, SIZE: tl.constexpr):
+    tl.store(pointer, inner(tl.load(pointer)) * SIZE)
+"""
+
+
+def _fingerprint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str = KERNEL, **others: object
+) -> str:
+    """Return the fingerprint of a launch of `kernel` in a module of ours with this text."""
+    fingerprint = pytest.importorskip("tools.compiled.fingerprint")
+    launches = pytest.importorskip("tools.compiled.launches")
+    path = folder / str(len(list(folder.iterdir()))) / "kernel_of_a_test.py"
+    path.parent.mkdir()
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(fingerprint, "_OURS", (path.stem,))
+    launch = {
+        "signature": {"pointer": "*fp32", "SIZE": "constexpr"}, "constants": {"SIZE": 4},
+        "divisible": (), "options": {"num_warps": 4},
+    }  # fmt: skip
+    return fingerprint.fingerprint(launches.Launch(module.kernel, **launch | others))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("* SIZE", "* SIZE * 2"),
+        ("x + STEP", "x - STEP"),
+        ("tl.constexpr(1)", "tl.constexpr(2)"),
+        ("    return x + STEP", "    if x > 0:\n        x = x * 2\n    return x + STEP"),
+    ],
+)
+def test_another_program_has_another_fingerprint(tmp_path, monkeypatch, before, after):
+    assert before in KERNEL
+    changed = KERNEL.replace(before, after)
+    assert _fingerprint(tmp_path, monkeypatch, changed) != _fingerprint(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"constants": {"SIZE": 8}},
+        {"divisible": ("pointer",)},
+        {"options": {"num_warps": 8}},
+        {"signature": {"pointer": "*bf16", "SIZE": "constexpr"}},
+    ],
+    ids=str,
+)
+def test_what_a_launch_specialises_is_part_of_the_fingerprint(tmp_path, monkeypatch, others):
+    plain = _fingerprint(tmp_path, monkeypatch)
+    assert _fingerprint(tmp_path, monkeypatch, **others) != plain
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("    return x + STEP", "    # a reason\n    return x + STEP  # another"),
+        ("    return 1", "    return 2"),
+        ("(tl.load(pointer))", "(\n        tl.load(pointer)\n    )"),
+    ],
+)
+def test_comments_spacing_and_the_host_are_no_part_of_it(tmp_path, monkeypatch, before, after):
+    assert before in KERNEL
+    changed = KERNEL.replace(before, after)
+    assert _fingerprint(tmp_path, monkeypatch, changed) == _fingerprint(tmp_path, monkeypatch)
 
 
 def _pinned_triton() -> str:
@@ -121,18 +194,13 @@ def test_the_table_has_the_pinned_triton_and_those_that_figures_are_quoted_for()
 
 
 def test_the_table_was_compiled_from_these_sources():
-    for version in json.loads(registers.TABLE.read_text()):
-        assert registers.read_digest(version) == registers.digest(), (
-            f"triton {version}: run python -m tools.compiled.registers --update"
-        )
-
-
-def test_the_table_has_every_kernel_that_the_workloads_reach_on_every_target():
+    """Every kernel that the workloads reach on every target is there, and no other."""
     pytest.importorskip("triton")
-    for target in registers.TARGETS:
-        found = registers.read_table(_pinned_triton())
-        assert found is not None
-        assert set(found[target]) == set(registers.launches(target)), target
+    for version in registers.versions():
+        for target, programs in registers.read_fingerprints(version).items():
+            assert programs == registers.fingerprints(target), (
+                f"{target}, triton {version}: run python -m tools.compiled.registers --update"
+            )
 
 
 @pytest.mark.slow

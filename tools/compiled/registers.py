@@ -6,25 +6,24 @@
     python -m tools.compiled.registers --check --quick    # what CI compiles
 
 It needs triton and no GPU: the launchers run on meta tensors, with the launch choices of each
-target, and every kernel that they would launch is compiled instead, on all cores. A run that was
-cut short goes on where it stopped. The table is kept for each triton version, since a compiler
-release moves every figure: for the pinned one, and for the one that a device's figures are quoted
-for. Its digest says which sources were compiled.
+target, and every kernel that they would launch is compiled instead, on all cores. The table is kept
+for each triton version, since a compiler release moves every figure: for the pinned one, and for
+the one that a device's figures are quoted for. Each line has the fingerprint of the program that
+was compiled: what is still the same is compiled by --check alone, and a run that was cut short goes
+on where it stopped.
 """
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import multiprocessing
 import os
 import re
-import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +43,6 @@ if TYPE_CHECKING:  # it imports triton, and triton.jit looks at TRITON_INTERPRET
     from tools.compiled.launches import Launch
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ROOT / "csrc_free"
 TABLE = Path(__file__).with_suffix(".json")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 QUICK = ("sm_80", "sm_90", "gfx942")
@@ -72,6 +70,7 @@ class Usage:
 
 
 Usages = dict[str, dict[str, Usage]]  # by target, by kernel and workload
+Known = dict[tuple[str, str], Usage]  # by target and fingerprint
 
 
 def device_of(target: str) -> "Device":
@@ -157,21 +156,34 @@ def read_amdgcn(assembly: str) -> tuple[int, int]:
     return max(map(int, registers)), 4 * sum(map(int, spills))
 
 
+def fingerprints(target: str) -> dict[str, str]:
+    """Return which program each launch on a target is, by its name in the table."""
+    from tools.compiled.fingerprint import fingerprint
+
+    return {name: fingerprint(launch) for name, launch in _launches(target).items()}
+
+
 def measure(
-    targets: Iterable[str], *, is_quick: bool = False, journal: Path | None = None
-) -> tuple[Usages, list[str]]:
+    targets: Iterable[str], *, is_quick: bool = False, known: Known | None = None,
+    journal: Path | None = None,
+) -> tuple[Usages, list[str]]:  # fmt: skip
     """Compile every launch for each target; return what they need, and what did not compile.
 
     Each compiles in a worker process: a compiler that aborts takes no more than its pool with it.
-    What the journal holds is not compiled again, and what is compiled is written there.
+    What is known is not compiled again, and what is compiled is written to the journal.
     """
     # Under the interpreter triton.jit makes functions that cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    names = {target: list(launches(target, is_quick=is_quick)) for target in targets}
-    usages: Usages = {target: {} for target in names}
-    for target, name, usage in _read_journal(journal):
-        if name in names.get(target, ()):
-            usages[target][name] = usage
+    usages: Usages = {}
+    to_compile: list[tuple[str, str]] = []
+    for target in targets:
+        usages[target] = {}
+        for name in launches(target, is_quick=is_quick):
+            found = known.get((target, fingerprints(target)[name])) if known else None
+            if found is not None:
+                usages[target][name] = found
+            else:
+                to_compile.append((target, name))
     failures: list[str] = []
     context = multiprocessing.get_context("spawn")
     with (
@@ -179,10 +191,7 @@ def measure(
         Progress(console=Console(stderr=True)) as progress,
     ):
         jobs: dict[Future[Usage], tuple[str, str]] = {
-            pool.submit(_compile, target, name): (target, name)
-            for target in names
-            for name in names[target]
-            if name not in usages[target]
+            pool.submit(_compile, target, name): (target, name) for target, name in to_compile
         }
         task = progress.add_task("compiling", total=len(jobs))
         for job in as_completed(jobs):
@@ -190,7 +199,8 @@ def measure(
             error = job.exception()
             if error is None:
                 usages[target][name] = job.result()
-                _append_to_journal(journal, target, name, job.result())
+                if journal is not None:
+                    _append(journal, target, fingerprints(target)[name], job.result())
             elif isinstance(error, BrokenProcessPool):
                 failures.append(f"{target} {name}: not compiled: a compiler process died")
             else:
@@ -199,41 +209,23 @@ def measure(
     return usages, failures
 
 
-def _read_journal(journal: Path | None) -> Iterator[tuple[str, str, Usage]]:
-    if journal is not None and journal.exists():
-        for line in journal.read_text().splitlines():
-            target, name, usage = json.loads(line)
-            yield target, name, Usage(**usage)
+def _append(journal: Path, target: str, program: str, usage: Usage) -> None:
+    journal.parent.mkdir(exist_ok=True)
+    with journal.open("a") as file:
+        file.write(json.dumps([target, program, asdict(usage)]) + "\n")
 
 
-def _append_to_journal(journal: Path | None, target: str, name: str, usage: Usage) -> None:
-    if journal is not None:
-        journal.parent.mkdir(exist_ok=True)
-        with journal.open("a") as file:
-            file.write(json.dumps([target, name, asdict(usage)]) + "\n")
-
-
-def digest() -> str:
-    """Return sixteen hexadecimal digits that change with what decides how a kernel is compiled.
-
-    That is the kernels' package without its comments and spacing, and of the measured tables what
-    can change a choice.
-    """
-    from csrc_free.measured import ROOT as MEASURED
-    from csrc_free.measured import read_choosing
-
-    found = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*.py")):
-        found.update(f"\0{path.relative_to(SOURCES).as_posix()}\0".encode())
-        with path.open("rb") as file:
-            for token in tokenize.tokenize(file.readline):
-                if token.type in (tokenize.INDENT, tokenize.DEDENT):
-                    found.update(bytes([token.type]))
-                elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
-                    found.update(token.string.encode())
-    for path in sorted(MEASURED.glob("*.json")):
-        found.update(f"\0{path.name}\0{read_choosing(path.read_text())}".encode())
-    return found.hexdigest()[:16]
+def known_of(version: str, journal: Path) -> Known:
+    """Return what a version's table and its journal say, by target and fingerprint."""
+    found: Known = {}
+    for target, kernels in _tables().get(version, {}).items():
+        for line in kernels.values():
+            found[target, line["program"]] = _usage_in(line)
+    if journal.exists():
+        for text in journal.read_text().splitlines():
+            target, program, usage = json.loads(text)
+            found[target, program] = Usage(**usage)
+    return found
 
 
 def complaints(
@@ -267,39 +259,46 @@ def versions() -> list[str]:
     return sorted(_tables())
 
 
-def read_table(version: str) -> dict[str, dict[str, Usage]] | None:
+def read_table(version: str) -> Usages | None:
     """Return the committed table of a triton version, or None where there is none."""
     tables = _tables()
     if version not in tables:
         return None
     return {
-        target: {name: Usage(**usage) for name, usage in kernels.items()}
-        for target, kernels in tables[version]["targets"].items()
+        target: {name: _usage_in(line) for name, line in rows.items()}
+        for target, rows in tables[version].items()
     }
 
 
-def read_digest(version: str) -> str:
-    """Return the digest of the sources that a version's table was compiled from."""
-    return _tables()[version]["digest"]
+def _usage_in(line: Mapping[str, Any]) -> Usage:
+    return Usage(**{field.name: line[field.name] for field in fields(Usage)})
 
 
-def write_table(version: str, sources: str, usages: Usages) -> None:
-    """Replace the table of a triton version, and of the targets measured.
+def read_fingerprints(version: str) -> dict[str, dict[str, str]]:
+    """Return which programs a version's table was compiled from, by target and name."""
+    return {
+        target: {name: line["program"] for name, line in rows.items()}
+        for target, rows in _tables()[version].items()
+    }
 
-    Other targets stay where they were compiled from the same sources, by their digest.
-    """
+
+def write_table(version: str, usages: Usages, programs: Mapping[str, Mapping[str, str]]) -> None:
+    """Replace the lines of a triton version for the targets measured; others stay."""
     tables = _tables()
-    before = tables.get(version)
-    kept = before["targets"] if before is not None and before["digest"] == sources else {}
+    kept = tables.setdefault(version, {})
     for target, kernels in usages.items():
-        kept[target] = {name: asdict(usage) for name, usage in sorted(kernels.items())}
-    tables[version] = {"digest": sources, "targets": kept}
+        kept[target] = {
+            name: asdict(usage) | {"program": programs[target][name]}
+            for name, usage in sorted(kernels.items())
+        }
     text = json.dumps(tables, indent=1, sort_keys=True)
     # A kernel a line: a change of the table then reads as a table.
-    text = re.sub(
-        r'\{\s+("registers": \d+),\s+("shared": \d+),\s+("spills": \d+)\s+\}', r"{\1, \2, \3}", text
-    )
+    text = re.sub(r"\{\s+(\"program\"[^{}]*?)\s+\}", _on_one_line, text)
     TABLE.write_text(text + "\n")
+
+
+def _on_one_line(line: re.Match[str]) -> str:
+    return "{" + re.sub(r",\s+", ", ", line[1]) + "}"
 
 
 def _tables() -> dict[str, Any]:
@@ -335,21 +334,21 @@ def main(
     if check and before is None:
         console.print(f"{TABLE.name} has no table for triton {version}: run --update")
         raise typer.Exit(2)
-    sources = digest()
-    # A check compiles anew, so that it sees what the installed assembler does.
-    journal = None if check else ROOT / "out" / f"registers-{version}-{sources}.jsonl"
+    journal = ROOT / "out" / f"registers-{version}.jsonl"
     chosen = target or (QUICK if quick else TARGETS)
-    usages, failures = measure(chosen, is_quick=quick, journal=journal)
+    # A check compiles anew, so that it sees what the installed assembler does.
+    known = None if check else known_of(version, journal)
+    usages, failures = measure(
+        chosen, is_quick=quick, known=known, journal=None if check else journal
+    )
     console.print(_rich_table(usages, before or {}, version))
     wrong = failures
     if check and before is not None:
         wrong += complaints(usages, before, is_quick=quick)
-        if read_digest(version) != sources:
-            wrong.append(f"{TABLE.name} was compiled from other sources: run --update")
     for line in wrong:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     if update and not failures:
-        write_table(version, sources, usages)
+        write_table(version, usages, {name: fingerprints(name) for name in usages})
         console.print(f"wrote {TABLE.name} for triton {version}")
     if wrong:
         raise typer.Exit(1)
