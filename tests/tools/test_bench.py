@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tools.bench import __main__ as bench
 from tools.bench.anchors import Job, NotRunError, einsum
-from tools.bench.contest import OURS, Result, Row, field_of, measure
+from tools.bench.contest import COMPILED, OURS, Result, Row, field_of, measure
 from tools.bench.peers import agreement, fbgemm, lucidrains
 from tools.bench.timing import Times, time_in_turn
 from tools.workloads import WORKLOADS
@@ -124,16 +124,49 @@ def test_a_ratio_is_of_rates_not_of_times():
     assert row.of(OURS, "einsum") is None
 
 
+def _row(name, rate, anchor=None):
+    row = Row(WORKLOADS[name], "forward")
+    row.results = {OURS: Result(flops=rate, times=Times((1e3,)))}
+    if anchor is not None:
+        row.results["cudnn fwd"] = Result(flops=anchor, times=Times((1e3,)))
+    return row
+
+
+def test_an_aim_is_of_an_anchor_or_of_another_row():
+    first, second = _row("llama-mqa", 9.0, 10.0), _row("mqa-fp16", 8.5)
+    rows = [first, second]
+    assert bench.aim_of(first, rows) == bench.Aim(1.0, "cudnn fwd", 0.9)
+    assert bench.aim_of(first, rows).verdict == "1.00 of cudnn fwd, 0.90: NO"
+    assert bench.aim_of(second, rows).verdict == "0.90 of llama-mqa, 0.94: yes"
+    assert bench.aim_of(second, [second]).verdict == "0.90 of llama-mqa: ?"
+    assert bench.aim_of(_row("mha", 1.0), rows) is None
+
+
+def test_the_compiled_call_is_timed_where_it_is_asked_for(tmp_path):
+    lines = tmp_path / "figures.jsonl"
+    result = run(
+        "--device", "cpu", "--quick", "--workload", "cpu-short", "--compiled", "--json", str(lines)
+    )
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    compiled = [r for r in records if r["contestant"] == COMPILED]
+    assert [r["direction"] for r in compiled] == ["forward", "backward"]
+    assert all(r["ms"] > 0 for r in compiled), [r["note"] for r in compiled]
+
+
 def test_runs_take_turns():
     order = []
     times = time_in_turn(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
         CPU,
         seconds=0.0,
-        least_runs=3,
+        least_runs=10,
     )
-    assert order == ["a", "b"] * 5  # two warm-up rounds
-    assert [len(t.ms) for t in times.values()] == [3, 3]
+    rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert len(rounds) == 10 + 2  # of warm-up
+    assert all(sorted(round_) == ["a", "b"] for round_ in rounds)
+    assert len({tuple(round_) for round_ in rounds}) == 2  # nobody always comes first
+    assert [len(t.ms) for t in times.values()] == [10, 10]
 
 
 def test_einsum_refuses_what_does_not_fit():
@@ -144,6 +177,8 @@ def test_einsum_refuses_what_does_not_fit():
 def test_aims_and_peers_name_rows_that_exist():
     rows = {(w.name, d) for w in WORKLOADS.values() for d in w.directions}
     assert set(bench.AIMS) <= rows
+    for name, (other, *_least) in bench.RELATIVE_AIMS.items():
+        assert WORKLOADS[name].directions == WORKLOADS[other].directions
     assert set(fbgemm.ROSTER) | set(lucidrains.ROSTER) <= rows
 
 

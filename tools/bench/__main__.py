@@ -6,12 +6,13 @@
 Every figure of a row is measured in turn with the others of that row. Rates are nominal FLOPs
 (4·B·H·N·D·w1·w2, backward 2.5 times that) over the time: the median on a GPU, the best on a CPU.
 Useful rates count the pairs that a query really sees. The aims are fractions of cuDNN's forward
-rate on a GPU, of torch.mm's on a CPU.
+rate on a GPU, of torch.mm's on a CPU, or of our own rate on another workload.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +29,74 @@ from tools.bench.plot import Bar, plot_rates
 from tools.workloads import WORKLOADS, Direction, useful_flops
 
 YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}
+# The least fraction of the yardstick's rate.
 AIMS: dict[tuple[str, Direction], float] = {
-    ("llama-mqa", "forward"): 0.53,
-    ("gqa8", "forward"): 0.42,
-    ("mha", "forward"): 0.39,
-    ("llama-mqa", "backward"): 0.36,
-    ("gqa8-2k", "backward"): 0.29,
-    ("mha", "backward"): 0.23,
+    ("llama-mqa", "forward"): 1.0,
+    ("gqa8", "forward"): 0.82,
+    ("gqa4", "forward"): 0.75,
+    ("mha16", "forward"): 0.68,
+    ("llama-mqa", "backward"): 0.62,
+    ("gqa8-2k", "backward"): 0.48,
+    ("gqa4-2k", "backward"): 0.44,
+    ("mha16-2k", "backward"): 0.38,
+    ("mqa-d64", "forward"): 0.85,
+    ("gqa4-d64", "forward"): 0.75,
+    ("mqa-d64", "backward"): 0.5,
+    ("gqa4-d64", "backward"): 0.45,
     ("cpu", "forward"): 0.40,
     ("cpu", "backward"): 0.25,
 }
+# The least fraction of our rate on another workload, in the same direction: (forward, backward).
+RELATIVE_AIMS: dict[str, tuple[str, float, float]] = {
+    "mqa-1024x32": ("llama-mqa", 0.85, 0.85),
+    "mqa-256x64": ("llama-mqa", 0.85, 0.85),
+    "mqa-128x128": ("llama-mqa", 0.85, 0.85),
+    "mqa-512x16": ("llama-mqa", 0.85, 0.85),
+    "mqa-32x512": ("llama-mqa", 0.85, 0.85),
+    "mqa-fp16": ("llama-mqa", 0.9, 0.9),
+    "gqa4-b1": ("gqa4", 0.6, 0.6),
+    "gqa5-odd": ("gqa5", 0.6, 0.6),
+    "odd": ("gqa3-d96", 0.6, 0.6),
+    "determinant": ("trilinear", 0.7, 0.6),
+    "strassen": ("trilinear", 0.85, 0.75),
+    "n32k": ("n4k", 0.95, 0.95),
+    "n128k": ("n4k", 0.95, 0.95),
+}
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How much of which rate we aim at, and how much of it was reached, where both ran."""
+
+    least: float
+    of: str
+    reached: float | None
+
+    @property
+    def verdict(self) -> str:
+        answer = "?" if self.reached is None else "yes" if self.reached >= self.least else "NO"
+        ratio = "" if self.reached is None else f", {self.reached:.2f}"
+        return f"{self.least:.2f} of {self.of}{ratio}: {answer}"
+
+
+def aim_of(row: Row, rows: Iterable[Row]) -> Aim | None:
+    """Return what is aimed at in a row, given the others of the run."""
+    name, direction = row.workload.name, row.direction
+    if (name, direction) in AIMS:
+        yardstick = YARDSTICK[row.workload.device]
+        return Aim(AIMS[name, direction], yardstick, row.of(OURS, yardstick))
+    if name not in RELATIVE_AIMS:
+        return None
+    other, *least = RELATIVE_AIMS[name]
+    mine = row.results.get(OURS, Result()).rate
+    theirs = [
+        rate
+        for r in rows
+        if (r.workload.name, r.direction) == (other, direction)
+        and (rate := r.results.get(OURS, Result()).rate) is not None
+    ]
+    reached = mine / theirs[0] if mine is not None and theirs else None
+    return Aim(least[direction == "backward"], other, reached)
 
 
 def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]]:
@@ -74,7 +133,7 @@ def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]
                 for anchor in ANCHORS
                 if anchor != name and (ratio := row.of(name, anchor)) is not None
             },
-            "aim": AIMS.get((workload.name, row.direction)) if name == OURS else None,
+            "workspace_bytes": result.workspace,
             "note": result.note,
             **facts,
         }
@@ -98,7 +157,8 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
     for anchor in columns:
         table.add_column(anchor, justify="right", no_wrap=True)
         table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("aim", justify="right", no_wrap=True)
+    table.add_column("MiB", justify="right", no_wrap=True)
+    table.add_column("aim", no_wrap=True)
     table.add_column("note", overflow="fold")
     for row in rows:
         for name, result in row.results.items():
@@ -119,7 +179,8 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
                     for rate, ratio in zip(rates, ratios, strict=True)
                     for text in (_number(rate, 0, scale), _number(ratio, 2))
                 ),
-                _verdict(row, device) if name == OURS else "",
+                _number(result.workspace, 0, 2**20),
+                aim.verdict if name == OURS and (aim := aim_of(row, rows)) else "",
                 "; ".join(_notes(row, name, columns)),
             )
     return table
@@ -132,14 +193,6 @@ def _notes(row: Row, name: str, columns: list[str]) -> Iterator[str]:
         for anchor in columns:
             if anchor in row.results and row.results[anchor].note:
                 yield f"{anchor} {row.results[anchor].note}"
-
-
-def _verdict(row: Row, device: torch.device) -> str:
-    aim = AIMS.get((row.workload.name, row.direction))
-    if aim is None:
-        return ""
-    ratio = row.of(OURS, YARDSTICK[device.type])
-    return f"{aim:.2f} {'?' if ratio is None else 'yes' if ratio >= aim else 'NO'}"
 
 
 def _useful(row: Row, name: str, result: Result) -> float | None:
@@ -178,6 +231,9 @@ def main(
     seconds: Annotated[float, typer.Option(help="timed seconds a row, at most about")] = 2.0,
     max_seconds: Annotated[float, typer.Option(help="start no row after this long")] = 230.0,
     quick: Annotated[bool, typer.Option("--quick", help="three runs of the first rows")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="time ours through torch.compile as well")
+    ] = False,
 ) -> None:
     """Measure the operator on the named workloads, beside anchors and peers, in one run."""
     console = Console()
@@ -202,7 +258,7 @@ def main(
         for row in rows:
             name = f"{row.workload.name} {row.direction}"
             progress.update(task, description=name)
-            builds = field_of(row.workload, row.direction, where, fbgemm)
+            builds = field_of(row.workload, row.direction, where, fbgemm, is_compiled_too=compiled)
             if time.monotonic() - started > max_seconds:
                 reason = f"not run: --max-seconds {max_seconds:.0f} is spent"
                 row.results = {who: Result(note=reason) for who in builds}

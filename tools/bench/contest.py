@@ -18,6 +18,7 @@ from tools.workloads import Direction, Workload, make_inputs, nominal_flops
 Build = Callable[[Workload, Direction, torch.device], Job]
 
 OURS = "simplex"
+COMPILED = "simplex compiled"
 ANCHORS = ("cudnn fwd", "cudnn bwd", "matmul", "einsum")
 
 
@@ -28,6 +29,7 @@ class Result:
     flops: float = 0.0
     times: Times | None = None
     note: str = ""
+    workspace: int | None = None  # bytes on a GPU, beyond what it was given and what it returns
 
     @property
     def rate(self) -> float | None:
@@ -75,11 +77,40 @@ def _forward_served_by(workload: Workload, problem: tuple[torch.Tensor, ...]) ->
     return forward_served_by(q, k1, k2, v1, v2, **arguments)
 
 
+def ours_compiled(workload: Workload, direction: Direction, device: torch.device) -> Job:
+    """Build the same call inside a compiled function."""
+    inputs = make_inputs(workload, device)
+    problem, windows, options = inputs.problem, (workload.w1, workload.w2), workload.options
+    flops = nominal_flops(workload, direction)
+    operators = torch.ops.simplex
+
+    def forward(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return operators.attn(*given, *windows, **options)
+
+    def backward(*given: torch.Tensor) -> list[torch.Tensor]:
+        return operators.attn_backward(
+            given[0], None, *given[1:], *windows, **options, grad_mask=[True] * 5
+        )
+
+    function, given = forward, problem
+    if direction == "backward":
+        function, given = backward, (inputs.dout, *problem, *forward(*problem))
+    compiled = torch.compile(function, backend="simplex", fullgraph=True, dynamic=False)
+    return Job(lambda: compiled(*given), flops)
+
+
 def field_of(
-    workload: Workload, direction: Direction, device: torch.device, fbgemm_path: Path | None
+    workload: Workload,
+    direction: Direction,
+    device: torch.device,
+    fbgemm_path: Path | None,
+    *,
+    is_compiled_too: bool = False,
 ) -> dict[str, Build]:
     """Return everyone who takes part in a row; ours is first, anchors are next, peers are last."""
     builds: dict[str, Build] = {OURS: ours, "matmul": anchors.matmul}
+    if is_compiled_too:
+        builds[COMPILED] = ours_compiled
     if device.type == "cuda":
         builds["cudnn fwd"] = anchors.cudnn_forward
         if direction == "backward":
@@ -99,10 +130,12 @@ def measure(
     """Time everyone who can run, in turn; the results of the others are the reasons why not."""
     jobs: dict[str, Job] = {}
     for name, build in builds.items():
-        job = _prepare(build, row, device)
-        if isinstance(job, Job):
-            jobs[name] = job
-        row.results[name] = Result(note="" if isinstance(job, Job) else f"not run: {job}")
+        found = _prepare(build, row, device)
+        if isinstance(found, str):
+            row.results[name] = Result(note=f"not run: {found}")
+        else:
+            jobs[name], workspace = found
+            row.results[name] = Result(jobs[name].flops, note=jobs[name].note, workspace=workspace)
     with torch.set_grad_enabled(row.direction == "backward"):
         times = time_in_turn(
             {name: job.run for name, job in jobs.items()},
@@ -110,21 +143,31 @@ def measure(
             seconds=seconds,
             least_runs=least_runs,
         )
-    for name, job in jobs.items():
-        row.results[name] = Result(job.flops, times[name], job.note)
+    for name in jobs:
+        row.results[name].times = times[name]
 
 
-def _prepare(build: Build, row: Row, device: torch.device) -> Job | str:
-    """Build a job and run it once; or return why it cannot run."""
+def _prepare(build: Build, row: Row, device: torch.device) -> tuple[Job, int | None] | str:
+    """Build a job and run it; return it and its workspace, or why it cannot run."""
     try:
         with torch.set_grad_enabled(row.direction == "backward"):
             job = build(row.workload, row.direction, device)
             job.run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            workspace = _workspace(job, device) if device.type == "cuda" else None
     except NotRunError as reason:
         return str(reason)
     except Exception as error:  # noqa: BLE001  (a peer may fail in any way: the row says how)
         text = str(error).strip().splitlines()
         return f"{type(error).__name__}: {text[0][:160] if text else 'no message'}"
-    return job
+    return job, workspace
+
+
+def _workspace(job: Job, device: torch.device) -> int:
+    """Run a job once more; return how much memory it held beyond what it returns."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    returned = job.run()
+    torch.cuda.synchronize(device)
+    workspace = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    del returned  # it was among what is allocated
+    return workspace

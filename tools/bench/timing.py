@@ -1,8 +1,9 @@
 """Timing: several functions in turn, so that all of them meet the same clocks and neighbours."""
 
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,9 +49,10 @@ def time_in_turn(
     least_runs: int = 10,
     most_runs: int = 100,
 ) -> dict[str, Times]:
-    """Time the functions round robin: one run of each, then the next round.
+    """Time the functions in rounds: one run of each, in another order every round.
 
-    Clocks and power move by tens of percent within minutes, so only runs made side by side compare.
+    Clocks and power move by tens of percent within minutes, so only runs made side by side compare;
+    and what runs right after a heavy one finds the power cap reached, so nobody always does.
     Two warm-up rounds come first and the second sets the number of rounds: as many as fit in
     `seconds`, at least `least_runs`. On a GPU the cache is overwritten before every run, runs are
     timed with events, never by the host, and the median stands for them; on a CPU the best.
@@ -70,16 +72,15 @@ def _cuda_round(
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            # The host queues `function` while the flush runs: launch costs stay out of the time.
-            flush.zero_()
-            start.record()
-            function()
-            end.record()
-            events[name].append((start, end))
+    for name in _in_shuffled_rounds(functions, rounds):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        # The host queues the function while the flush runs: launch costs stay out of the time.
+        flush.zero_()
+        start.record()
+        functions[name]()
+        end.record()
+        events[name].append((start, end))
     torch.cuda.synchronize(device)
     return {name: [s.elapsed_time(e) for s, e in pairs] for name, pairs in events.items()}
 
@@ -89,9 +90,14 @@ def _cpu_round(
 ) -> dict[str, list[float]]:
     del device
     ms: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            ms[name].append((time.perf_counter() - start) * 1e3)
+    for name in _in_shuffled_rounds(functions, rounds):
+        start = time.perf_counter()
+        functions[name]()
+        ms[name].append((time.perf_counter() - start) * 1e3)
     return ms
+
+
+def _in_shuffled_rounds(functions: Mapping[str, Function], rounds: int) -> Iterator[str]:
+    draw = random.Random(rounds)
+    for _ in range(rounds):
+        yield from draw.sample(list(functions), len(functions))
