@@ -105,11 +105,18 @@ def forward_served_by(
 
 
 def _why_not(problem: Problem) -> str | None:
-    return _broken[0] if _broken else serve.why_not(problem)
+    return _out_of_use() or serve.why_not(problem)
 
 
 def _why_not_forward(problem: Problem) -> str | None:
-    return _broken[0] if _broken else serve.why_not_forward(problem)
+    return _out_of_use() or serve.why_not_forward(problem)
+
+
+def _out_of_use() -> str | None:
+    """Return why no Hopper kernel runs, whatever the problem."""
+    if _broken:
+        return _broken[0]
+    return _IS_GLUON if tracing.is_for_package() else None
 
 
 def _ran(kernels: Callable[[], None]) -> bool:

@@ -34,6 +34,10 @@ class Tracer(Protocol):
         """End the trace: it meets what it cannot write out, and the call stays one."""
         ...
 
+    def is_for_package(self) -> bool:
+        """Tell whether the trace will run where none of our code is: no call can be left."""
+        ...
+
     def holds(self, claim: Any) -> bool:
         """Decide a claim about sizes. False must be safe; True is taken only where it is certain.
 
@@ -62,6 +66,12 @@ def traced_by(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         _TRACER.reset(token)
+
+
+def is_for_package() -> bool:
+    """Tell whether only what can be traced may run."""
+    tracer = _TRACER.get()
+    return tracer is not None and tracer.is_for_package()
 
 
 def leave(reason: str) -> None:

@@ -326,11 +326,11 @@ def laid_out(box: Any, fake: torch.Tensor) -> tuple[Any, torch.Tensor]:
         return box, memory.as_strided(sizes, strides, 0 if is_aligned else 1)
 
 
-def are_guards_kept() -> bool:
-    """Say whether the compiled code is compiled again where a guard of now fails: no package is."""
+def is_for_package() -> bool:
+    """Say whether AOTInductor compiles: its package is not compiled again where a guard fails."""
     from torch._inductor.virtualized import V
 
-    return not V.graph.aot_mode
+    return V.graph.aot_mode
 
 
 def can_describe_in_graph(row_bytes: int) -> bool:

@@ -52,9 +52,13 @@ class InductorTracer(Tracer):
         """End the trace."""
         raise NotTraceable(reason)
 
+    def is_for_package(self) -> bool:
+        """Tell whether AOTInductor compiles the graph, for a process that imports torch alone."""
+        return compat.is_for_package()
+
     def holds(self, claim: Any) -> bool:
         """Guard the claim, or leave it where this graph's guards are not kept."""
-        return compat.known(claim) or (compat.are_guards_kept() and compat.guarded(claim))
+        return compat.known(claim) or (not self.is_for_package() and compat.guarded(claim))
 
     def likely(self, claim: Any) -> bool:
         """Take the example's answer."""

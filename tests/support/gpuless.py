@@ -59,7 +59,7 @@ def compiled_for_gpu(
 
     torch._dynamo.reset()
     with (
-        _pretended_gpu(found, to_binary=to_binary),
+        pretended_gpu(found, to_binary=to_binary),
         config.patch({**INDUCTOR, **inductor}),
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -70,7 +70,7 @@ def compiled_for_gpu(
 
 
 @contextlib.contextmanager
-def _pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
+def pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
     from torch._dynamo import device_interface
     from torch._inductor import graph
     from torch._inductor.fx_passes import joint_graph

@@ -1,0 +1,127 @@
+"""AOTInductor packages for a GPU that is not there: compiled to the binary, run elsewhere.
+
+AOTInductor learns what the C++ code must know of each kernel by running it once; here that is read
+off the compiled kernel. It needs a CUDA build of torch, for its headers and libraries.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpuless import Compiled, pretended_gpu
+
+INDUCTOR = {
+    "compile_threads": 1,
+    "force_disable_caches": True,
+    "use_static_cuda_launcher": False,
+    "cpp.simdlen": 1,  # where it runs the processor may be another
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+}
+
+
+@dataclasses.dataclass
+class Packaged:
+    """What AOTInductor wrote: the C++ code, and the calls of operators that it leaves, as JSON."""
+
+    code: str
+    calls: str
+
+
+def package(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any, path: Path
+) -> None:
+    """Write an AOTInductor package of a module, exported on the CPU, for sm_90."""
+    with _ready(module, inputs, dynamic_shapes) as program:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=INDUCTOR
+        )
+
+
+def packaged(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any
+) -> Packaged:
+    """Return what `package` would hand to a C++ compiler, on any build of torch."""
+    from torch._inductor import codecache, package
+
+    written: list[Packaged] = []
+
+    def note(
+        _graph: Any, code: str, _kernels: str, calls: str | None, **_options: Any
+    ) -> list[Any]:
+        written.append(Packaged(code, calls or ""))
+        return []
+
+    with (
+        _ready(module, inputs, dynamic_shapes) as program,
+        mock.patch.object(codecache.AotCodeCompiler, "compile", note),
+        mock.patch.object(package, "package_aoti", lambda path, _files: path),
+    ):
+        torch._inductor.aoti_compile_and_package(
+            program, package_path="unwritten.pt2", inductor_configs=INDUCTOR
+        )
+    (found,) = written
+    return found
+
+
+@contextlib.contextmanager
+def _ready(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any
+) -> Iterator[torch.export.ExportedProgram]:
+    """Export a module, and let AOTInductor compile the program for a GPU inside."""
+    from torch.export.passes import move_to_device_pass
+
+    notes_kernels = _kernels_noted_unrun()  # it asks for what the pretended GPU replaces
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
+    program._example_inputs = None  # they would be moved too
+    with pretended_gpu(Compiled(), to_binary=True), notes_kernels:
+        moved = move_to_device_pass(program, "cuda:0")
+        fakes = (node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder")
+        moved._example_inputs = (tuple(fakes), {})
+        yield moved
+
+
+def _kernels_noted_unrun() -> contextlib.AbstractContextManager[None]:
+    from torch._dynamo import device_interface
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from triton.compiler import CompiledKernel
+
+    tuners: list[CachingAutotuner] = []
+    make_launchers = CachingAutotuner._make_launchers
+
+    def make_and_note(tuner: CachingAutotuner, *args: Any) -> None:
+        make_launchers(tuner, *args)
+        tuners.append(tuner)
+
+    def without_handles(kernel: CompiledKernel) -> None:
+        vars(kernel).update(
+            module=0, function=0, n_regs=0, n_spills=0, n_max_threads=1024, _run=lambda *_: None
+        )
+
+    def note_kernels(wrapper: PythonWrapperCodegen) -> None:
+        source = wrapper.kernel_autotune_defs.getvalue()
+        exec(source + "\nasync_compile.wait(globals())\ndel async_compile\n", {})
+        for tuner in tuners:
+            if tuner.inductor_meta.get("kernel_name"):
+                tuner.save_gpu_kernel(0, tuner.launchers[0])
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in (
+                (CachingAutotuner, "_make_launchers", make_and_note),
+                (CompiledKernel, "_init_handles", without_handles),
+                (CompiledKernel, "run", property(lambda _: lambda *_: None)),
+                (PythonWrapperCodegen, "generate_and_run_autotune_block", note_kernels),
+                (device_interface, "DeviceGuard", lambda *_: contextlib.nullcontext()),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, value))
+            yield
+
+    return noted()
