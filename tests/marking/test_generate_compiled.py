@@ -49,9 +49,6 @@ def test_a_compiled_model_generates_with_a_dynamic_cache():
     model.compile(backend=backend, fullgraph=True)
     assert_as_recomputed(generated(model, ids, left_padded(ids), 6), expected)
     assert len(backend.reports) == 3  # the prompt, a step, a step at any length
-    expected = recomputed(generating(num_hidden_layers=1), ids[:, :7], left_padded(ids)[:, :7], 9)
-    assert_as_recomputed(generated(model, ids[:, :7], left_padded(ids)[:, :7], 9), expected)
-    assert len(backend.reports) <= 4
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ _SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "initializer_range": 0.2,
     "eos_token_id": None,  # so that every row goes on to the end
 }
