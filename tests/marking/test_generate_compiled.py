@@ -34,13 +34,13 @@ def by_generate(backend: Any, **options: Any) -> dict[str, Any]:
 
 
 def test_generate_compiles_its_steps_once_with_a_static_cache():
-    model, ids, backend = generating(), tokens(seq=8), Passed(eager)
+    model, backend = generating(num_hidden_layers=1), Passed(eager)
     how = by_generate(backend)
     for seed in (1, 2):  # a new cache of the same size is no new graph
         ids = tokens(seq=8, seed=seed)
         got = generated(model, ids, left_padded(ids), 6, **how)
         assert_as_recomputed(got, recomputed(model, ids, left_padded(ids), 6))
-    assert [len(report.rewritten) for report in backend.reports] == [2]
+    assert [len(report.rewritten) for report in backend.reports] == [1]
 
 
 def test_a_compiled_model_generates_with_a_dynamic_cache():
@@ -82,33 +82,31 @@ def test_a_cache_that_cannot_be_served_is_refused_when_compiled():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "chunked", "static chunked"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
-def test_compiled_models_generate_with_any_cache(family, cache, dynamic):
-    if family == "mistral" and "static" in cache:
-        pytest.skip("a StaticCache of sliding windows is refused")
-    how: dict[str, Any] = {"cache_implementation": "static"} if "static" in cache else {}
-    if "chunked" in cache:
-        how["prefill_chunk_size"] = 4
+def test_compiled_models_generate_with_any_cache(family, dynamic):
     model, ids = generating(family), tokens(seq=10)
-    expected = recomputed(model, ids, left_padded(ids), 8)
+    expected = recomputed(model, ids, left_padded(ids), 6)
     model.compile(backend=Passed(eager), fullgraph=True, dynamic=dynamic)
-    assert_as_recomputed(generated(model, ids, left_padded(ids), 8, **how), expected)
+    caches: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 4}]
+    if family != "mistral":  # a StaticCache of sliding windows is refused
+        caches += [{"cache_implementation": "static", **how} for how in caches]
+    for how in caches:
+        torch._dynamo.reset()
+        assert_as_recomputed(generated(model, ids, left_padded(ids), 6, **how), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["dynamic", "static", "by generate"])
-def test_inductor_generates_the_tokens_of_the_whole_prefix(cache):
-    model, ids = generating(), tokens(seq=10)
-    expected = recomputed(model, ids, left_padded(ids), 8)
-    how: dict[str, Any] = {"static": {"cache_implementation": "static"}}.get(cache, {})
+@pytest.mark.parametrize("by", ["the user", "generate"])
+def test_inductor_generates_the_tokens_of_the_whole_prefix(by):
+    model, ids = generating(num_hidden_layers=1), tokens(seq=10)
+    expected = recomputed(model, ids, left_padded(ids), 6)
+    how = by_generate("inductor") if by == "generate" else {}
+    if by == "the user":
+        model.compile(fullgraph=True)
     with simplex_ops.enable():
-        if cache == "by generate":
-            how = by_generate("inductor")
-        else:
-            model.compile(fullgraph=True)
-        assert_as_recomputed(generated(model, ids, left_padded(ids), 8, **how), expected)
-    assert len(simplex_ops.last_report().rewritten) == 2
+        got = generated(model, ids, left_padded(ids), 6, **how)
+    assert_as_recomputed(got, expected, 1e-4)  # Inductor keeps other parts of a norm in float64
+    assert len(simplex_ops.last_report().rewritten) == 1
 
 
 @pytest.mark.slow

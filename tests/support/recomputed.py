@@ -90,11 +90,14 @@ def generated(model: Any, ids: Tensor, mask: Tensor, tokens: int, **how: Any) ->
     )
 
 
-def assert_as_recomputed(got: Any, expected: tuple[Tensor, Tensor]) -> None:
+def assert_as_recomputed(
+    got: Any, expected: tuple[Tensor, Tensor], tolerance: float = 1e-6
+) -> None:
+    """Hold tokens and logits, which generate() rounds to float32, to those of recomputed()."""
     tokens, logits = expected
     assert torch.equal(got.sequences, tokens)
-    # generate() rounds logits to float32.
-    torch.testing.assert_close(torch.stack(got.logits, 1), logits.float(), rtol=1e-6, atol=1e-6)
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(torch.stack(got.logits, 1), logits.float(), **close)
 
 
 def assert_generates_as_recomputed(model: Any, ids: Tensor, tokens: int, **how: Any) -> Any:
