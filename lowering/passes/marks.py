@@ -40,7 +40,7 @@ from lowering.graphs.writes import writer_into
 from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
-from simplex_ops.marking.call import SDPA, SdpaCall, refusal, with_mask
+from simplex_ops.marking.call import SDPA, Expected, SdpaCall, refusal, with_mask
 from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.ranges import RANGES_OP
 
@@ -104,7 +104,7 @@ def _serve_or_refuse(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewr
 
 def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     call = _only_call(mark, pairs, subgraphs)
-    x, k2, v2, mask, w1, w2 = _positional(mark)
+    x, k2, v2, mask, w1, w2, q_start = _positional(mark)
     options = {name: _constant(mark.kwargs[name]) for name in _OPTIONS if name in mark.kwargs}
     is_causal = options.get("is_causal", True)
     given, found = with_mask(SdpaCall.bind(call.args, call.kwargs), mask)
@@ -114,7 +114,7 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     rows = compat.example(k2)
     if not all(isinstance(t, Tensor) for t in (seen.query, seen.key, rows)):
         raise _Unserved("its graph holds no example tensors, so it is not Dynamo's own")
-    reason = found or refusal(seen, rows, is_causal, without_dropout)
+    reason = found or refusal(seen, rows, is_causal, without_dropout, _expected(mark, x))
     if reason is not None:
         raise _Unserved(str(reason))
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)
@@ -124,13 +124,24 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
         compat.hint(compat.example(w2)),
         options.get("form", "trilinear"),
     )
-    bounds = _bounds(given, call, is_causal, seen, subgraphs)
+    if q_start is not None:
+        options["q_start"] = q_start
+    bounds = _bounds(given, call, is_causal, q_start, seen, subgraphs)
     if bounds is not None:
         options["kv_bounds"] = bounds
     _put(call, inputs, {"scale": seen.scale, **options})
     mark.replace_all_uses_with(x)
     mark.graph.erase_node(mark)
     return done
+
+
+def _expected(mark: fx.Node, x: Any) -> Expected | None:
+    """Return what a mark says of the call of a module that was given a key-value cache."""
+    keys = compat.example(mark.kwargs.get("keys"))
+    if keys is None:
+        return None
+    by_mark = bool(mark.kwargs.get("causal_by_mark", False))
+    return Expected(compat.example(x).shape[1], keys, by_mark)
 
 
 def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
@@ -157,14 +168,21 @@ def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
 
 
 def _bounds(
-    given: SdpaCall, call: fx.Node, is_causal: bool, seen: SdpaCall, subgraphs: Subgraphs
+    given: SdpaCall,
+    call: fx.Node,
+    is_causal: bool,
+    q_start: Any,
+    seen: SdpaCall,
+    subgraphs: Subgraphs,
 ) -> fx.Node | None:
     """Return what makes kv_bounds of a mask, before a call; None where the mask says nothing."""
     mask, graph = given.attn_mask, call.graph
     options: dict[str, Any] = {"is_causal": is_causal}
     if mask is None:
         return None
-    if is_causal:
+    if q_start is not None:
+        options["q_start"] = q_start
+    elif is_causal:
         with contextlib.suppress(NotProven):
             prove_causal(mask, seen.query, seen.key, subgraphs)
             return None
@@ -236,7 +254,7 @@ def _calls(node: fx.Node, op: Any) -> bool:
 
 
 def _positional(mark: fx.Node) -> tuple[Any, ...]:
-    names = ("x", "k2", "v2", "attn_mask", "w1", "w2")
+    names = ("x", "k2", "v2", "attn_mask", "w1", "w2", "q_start")
     given = {**dict(zip(names, mark.args, strict=False)), **mark.kwargs}
     return tuple(given.get(name) for name in names)
 

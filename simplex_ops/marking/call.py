@@ -52,8 +52,20 @@ class Refusal(NamedTuple):
         return f"{self.why}: {self.remedy}"
 
 
+class Expected(NamedTuple):
+    """What a call must be of a module that was given a key-value cache."""
+
+    queries: Any
+    keys: Any  # all that the cache hands over, which may be more than the rows of k2
+    causal_by_mark: bool  # the module was told is_causal=False, and the mark says what is seen
+
+
 def refusal(
-    call: SdpaCall, k2: Tensor, is_causal: bool, without_dropout: bool = False
+    call: SdpaCall,
+    k2: Tensor,
+    is_causal: bool,
+    without_dropout: bool = False,
+    expected: Expected | None = None,
 ) -> Refusal | None:
     """Return why a mark with `k2` [B, Hkv, N, D] cannot take over this call; None where it can."""
     q, k = call.query, call.key
@@ -68,12 +80,9 @@ def refusal(
             f"query and key must have 4 dimensions, got {q.dim()} and {k.dim()}",
             "give the module's scaled_dot_product_attention [B, H, N, D]",
         )
-    if k.shape[2] != k2.shape[2] or q.shape[2] != k2.shape[2]:
-        return Refusal(
-            f"there are {q.shape[2]} queries and {k.shape[2]} keys but {k2.shape[2]} rows of k2",
-            "a key-value cache does not hold k2 and v2 yet; call the model with use_cache=False "
-            "and without past_key_values",
-        )
+    found = _why_of_other_length(q, k, k2, expected)
+    if found is not None:
+        return found
     if k.shape[1] < k2.shape[1]:
         return Refusal(
             f"key has {k.shape[1]} heads and k2 has {k2.shape[1]}",
@@ -99,14 +108,42 @@ def refusal(
             if reason is None
             else Refusal(f"its attention mask is not served: {reason}", RANGES_REMEDY)
         )
-    alone = q.shape[2] == 1  # one query at one key is causal and not
-    if not alone and bool(call.is_causal) != is_causal:
+    if q.shape[2] == 1:  # one query at the last key is causal and not
+        return None
+    if expected is not None and expected.causal_by_mark and not call.is_causal:
+        return None
+    if call.is_causal and q.shape[2] != k.shape[2]:
+        return Refusal(
+            f"scaled_dot_product_attention was called with is_causal=True for {q.shape[2]} queries "
+            f"and {k.shape[2]} keys, which puts the first query at the first key",
+            "give the module an attention mask",
+        )
+    if bool(call.is_causal) != is_causal:
         return Refusal(
             f"scaled_dot_product_attention was called with is_causal={bool(call.is_causal)} and "
             f"the module was marked with is_causal={is_causal}",
             f"mark it with is_causal={bool(call.is_causal)}",
         )
     return None
+
+
+def _why_of_other_length(q: Any, k: Any, k2: Tensor, expected: Expected | None) -> Refusal | None:
+    if expected is None:
+        if k.shape[2] == k2.shape[2] and q.shape[2] == k2.shape[2]:
+            return None
+        return Refusal(
+            f"there are {q.shape[2]} queries and {k.shape[2]} keys but {k2.shape[2]} rows of k2",
+            "give the module its key-value cache as past_key_values, which will hold k2 and v2 "
+            "too, or call the model with use_cache=False",
+        )
+    if k.shape[2] == expected.keys and q.shape[2] == expected.queries:
+        return None
+    return Refusal(
+        f"there are {q.shape[2]} queries and {k.shape[2]} keys, but {expected.queries} tokens and "
+        f"{expected.keys} keys in its key-value cache",
+        "its forward must put its keys into the cache that it was given and attend to all that "
+        "this returns; or call the model with use_cache=False",
+    )
 
 
 def with_mask(call: SdpaCall, mask: Any) -> tuple[SdpaCall, Refusal | None]:

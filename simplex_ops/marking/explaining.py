@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal, with_mask
+from simplex_ops.marking.cached import expected_of
+from simplex_ops.marking.call import (
+    SDPA,
+    Expected,
+    Refusal,
+    SdpaCall,
+    UnservedMarkError,
+    refusal,
+    with_mask,
+)
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.families.known import family_of
-from simplex_ops.marking.marked import is_marked
+from simplex_ops.marking.marked import is_marked, takes_is_causal
 from simplex_ops.marking.models import attention_modules
 from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
 from simplex_ops.marking.ranges import RANGES_OP
@@ -62,7 +71,8 @@ def explain(model: nn.Module, *example: Any, **named_example: Any) -> Explanatio
     run once in eager code on the example, without gradients and without its marks, and each
     module's calls of attention are looked at; without an example only the modules are. Print the
     result, or read its `rows`. What only a compiled graph shows, such as a mask that eager code
-    leaves out, is not seen here. What the model raises on the example is raised.
+    leaves out, is not seen here. What the model raises on the example is raised. A key-value cache
+    among the example is filled by the run, with keys alone: it serves no marked model afterwards.
     """
     watched = [_Watched.of(name, module) for name, module in attention_modules(model)]
     if example or named_example:
@@ -85,6 +95,7 @@ class _Watched:
         self.depth = self.runs = self.calls = 0
         self.rows: tuple[int, int] = (0, 0)  # batch and tokens of its input
         self.mask: Any = None  # of the call that runs, which a mark takes over
+        self.expected: Expected | None = None  # of that call, by its key-value cache
         self.refused: tuple[str, str] | None = None
 
     @classmethod
@@ -125,8 +136,8 @@ class _Watched:
                 hook.remove()
 
     def _bind(self, args: Any, kwargs: Any) -> Any:
-        """Look at a call's arguments, and return them without the mask, as a mark would."""
-        self.mask = None
+        """Look at a call's arguments, and return them as a mark would give them."""
+        self.mask = self.expected = None
         family: Family = self.reading[0]
         try:
             own = _Named(self.module)
@@ -138,17 +149,29 @@ class _Watched:
             return None  # the module's own forward will say so
         x = bound.arguments[bound.x]
         self.rows = (x.shape[0], x.shape[1])
-        cache = bound.arguments.get(bound.cache)
-        if cache is not None and cache.get_seq_length(getattr(self.module, "layer_idx", 0)) != 0:
-            self._refuse(
-                "its key-value cache holds keys already, and does not hold their k2 and v2",
-                "call the model with use_cache=False, or with a new cache for each sequence",
-            )
-        by_name = set(bound.arguments) <= {*own.simplex_arguments, *kwargs}
-        if not by_name or bound.arguments.get(bound.mask) is None:
+        self._expect(bound.arguments.get(bound.cache), own)
+        changed: dict[str, Any] = {}
+        if bound.arguments.get(bound.mask) is not None:
+            changed[bound.mask] = None
+        if self.expected is not None and self.expected.causal_by_mark:
+            changed["is_causal"] = False
+        if not changed or not set(bound.arguments) <= {*own.simplex_arguments, *kwargs}:
             return None
-        self.mask = bound.arguments[bound.mask]
-        return (), {**bound.arguments, bound.mask: None}
+        self.mask = bound.arguments.get(bound.mask)
+        return (), {**bound.arguments, **changed}
+
+    def _expect(self, cache: Any, own: "_Named") -> None:
+        """Ask what a cache would have a call be."""
+        if cache is None:
+            return
+        is_causal, w2 = bool(getattr(self.module, "is_causal", True)), 32
+        if is_marked(self.module):
+            is_causal, w2 = self.module.simplex_mark.is_causal, self.module.simplex_mark.w2
+        found = expected_of(cache, own, is_causal, w2, self.rows[1])  # pyright: ignore[reportArgumentType]
+        if isinstance(found, Refusal):
+            self._refuse(*found)
+        else:
+            self.expected = found
 
     def look_at(self, call: SdpaCall) -> None:
         """Ask of a call of attention inside the module whether a mark can take it over."""
@@ -164,7 +187,7 @@ class _Watched:
             is_causal, without = bool(getattr(self.module, "is_causal", True)), False
         batch, tokens = self.rows
         k2 = torch.empty((batch, sizes[0], tokens, sizes[1]), device="meta")
-        found = found or refusal(call, k2, is_causal, without)
+        found = found or refusal(call, k2, is_causal, without, self.expected)
         if found is not None:
             self._refuse(*found)
         elif call.attn_mask is not None:
@@ -232,6 +255,7 @@ class _Named:
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
         )
         self.simplex_arguments = tuple(p.name for p in parameters if p.kind in by_position)
+        self.simplex_takes_is_causal = takes_is_causal(parameters)
         self._module = module
 
     def __getattr__(self, name: str) -> Any:

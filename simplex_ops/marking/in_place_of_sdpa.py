@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from simplex_ops.marking.cached import SecondPair
 from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal, with_mask
 from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
 from simplex_ops.marking.naming import running_as
@@ -22,10 +23,10 @@ class InPlaceOfSdpa(TorchFunctionMode):
     """
 
     def __init__(
-        self, module: nn.Module, setting: Mark, k2: Tensor, v2: Tensor, mask: Tensor | None
+        self, module: nn.Module, setting: Mark, pair: SecondPair, mask: Tensor | None
     ) -> None:
         super().__init__()
-        self.module, self.setting, self.k2, self.v2 = module, setting, k2, v2
+        self.module, self.setting, self.pair = module, setting, pair
         self.mask = mask  # given to the module, and taken over by the mark
         self.entry = Surroundings.here()
         self.calls = 0
@@ -40,11 +41,11 @@ class InPlaceOfSdpa(TorchFunctionMode):
         if func is not SDPA:
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        setting = self.setting
+        setting, pair = self.setting, self.pair
         call, found = with_mask(SdpaCall.bind(args, kwargs or {}), self.mask)
         reason = (
             found
-            or refusal(call, self.k2, setting.is_causal, setting.without_dropout)
+            or refusal(call, pair.k2, setting.is_causal, setting.without_dropout, pair.expected)
             or why_recomputed(self.entry)
         )
         if reason is not None:
@@ -52,9 +53,10 @@ class InPlaceOfSdpa(TorchFunctionMode):
                 f"a marked module, {running_as(self.module)}, cannot run: {reason}"
             )
         out, _ = torch.ops.simplex.attn(
-            call.query, call.key, self.k2, call.value, self.v2, setting.w1, setting.w2,
+            call.query, call.key, pair.k2, call.value, pair.v2, setting.w1, setting.w2,
             scale=call.scale, is_causal=setting.is_causal, form=setting.form,
-            k2_bias=setting.k2_bias, v2_bias=setting.v2_bias, kv_bounds=self._bounds(call),
+            k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
+            kv_bounds=self._bounds(call), q_start=pair.q_start,
         )  # fmt: skip
         return out
 
@@ -64,8 +66,9 @@ class InPlaceOfSdpa(TorchFunctionMode):
         q, keys = call.query, call.key.shape[2]
         try:
             return RANGES_OP(
-                call.attn_mask, q.shape[0], q.shape[2], keys, is_causal=self.setting.is_causal
-            )
+                call.attn_mask, q.shape[0], q.shape[2], keys,
+                is_causal=self.setting.is_causal, q_start=self.pair.q_start,
+            )  # fmt: skip
         except UnservedMarkError as error:
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {error}"

@@ -38,7 +38,7 @@ def _refuse(*_: Any, **__: Any) -> Tensor:
 
 
 def _pass_on(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None, None, None
 
 
 LIBRARY.impl("mark", _refuse, "CompositeExplicitAutograd")

@@ -2,15 +2,16 @@
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from simplex_ops.marking import config_entry
+from simplex_ops.marking.cached import SecondPair, put_into
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.families.family import Family
-from simplex_ops.marking.filled_cache import refuse_filled_cache
 from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
 from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
 from simplex_ops.marking.mark_op import MARK_OP
@@ -28,6 +29,7 @@ class Marked(nn.Module):
     simplex_base: type[nn.Module]
     simplex_family: Family
     simplex_arguments: tuple[str, ...]  # of the base's forward, those that positions can give
+    simplex_takes_is_causal: bool  # whether the base's forward takes that argument
     simplex_mark: Mark
     simplex_k2: SecondProjection
     simplex_v2: SecondProjection
@@ -52,22 +54,26 @@ class Marked(nn.Module):
             return super().forward(*args, **kwargs)
         given, x_name, mask_name, cache_name = self.simplex_family.bind(self, args, kwargs)
         x, mask = given[x_name], given.get(mask_name)
-        refuse_filled_cache(self, given.get(cache_name))
-        k2, v2 = self.simplex_second_pair(x)
+        pair, cache = SecondPair(*self.simplex_second_pair(x)), given.get(cache_name)
         setting, run = self.simplex_mark, self.simplex_family.run
+        if cache is not None:
+            pair = put_into(cache, self, setting, pair.k2, pair.v2)
+        if pair.expected is not None and pair.expected.causal_by_mark:
+            # Else transformers' attention takes a call without mask for one of an empty cache.
+            given["is_causal"] = False
         # The mark takes the mask over: modules attend in other ways where they are given one.
         if mask is not None:
             given[mask_name] = None
         if torch.compiler.is_compiling() and not _is_run_to_export():
             given[x_name] = MARK_OP(
-                x, k2, v2, mask, setting.w1, setting.w2,
+                x, pair.k2, pair.v2, mask, setting.w1, setting.w2, pair.q_start,
                 is_causal=setting.is_causal, form=setting.form,
                 k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
-                without_dropout=setting.without_dropout,
+                without_dropout=setting.without_dropout, **_of_a_cache(pair),
             )  # fmt: skip
             return run(self, super().forward, given)
         self.simplex_ops.notice()
-        with InPlaceOfSdpa(self, setting, k2, v2, mask) as taken:
+        with InPlaceOfSdpa(self, setting, pair, mask) as taken:
             result = run(self, super().forward, given)
         if taken.calls != 1:
             raise UnservedMarkError(
@@ -106,6 +112,14 @@ class Marked(nn.Module):
         return (_blank, (self.simplex_base, self.simplex_family), *state)
 
 
+def _of_a_cache(pair: SecondPair) -> dict[str, Any]:
+    """Return what a mark says of a call with a cache."""
+    if pair.expected is None:
+        return {}
+    keys, causal_by_mark = pair.expected.keys, pair.expected.causal_by_mark
+    return {"keys": keys, "causal_by_mark": causal_by_mark}
+
+
 def _is_run_to_export() -> bool:
     """Say whether torch.export runs this code as eager code runs it, by strict=False."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
@@ -137,8 +151,14 @@ def _made(base: type[nn.Module], family: Family, forward: Any) -> type[Marked]:
         "simplex_base": base,
         "simplex_family": family,
         "simplex_arguments": names[1:],
+        "simplex_takes_is_causal": takes_is_causal(parameters),
     }
     return type(f"Simplex{base.__name__}", (Marked, base), space)
+
+
+def takes_is_causal(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Say whether a forward of these parameters can be told is_causal."""
+    return any(p.kind is p.VAR_KEYWORD or p.name == "is_causal" for p in parameters)
 
 
 def _blank(base: type[nn.Module], family: Family) -> Marked:

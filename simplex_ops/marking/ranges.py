@@ -21,9 +21,17 @@ RANGES_OP = torch.ops.simplex.ranges_of_mask.default
 
 
 def _ranges(
-    attn_mask: Tensor, batch: int, queries: int, keys: int, is_causal: bool = True
+    attn_mask: Tensor,
+    batch: int,
+    queries: int,
+    keys: int,
+    is_causal: bool = True,
+    q_start: Tensor | None = None,
 ) -> Tensor:
-    """Return int32 [batch, queries, 2]: start and end of the keys that each query sees."""
+    """Return int32 [batch, queries, 2]: start and end of the keys that each query sees.
+
+    `q_start` is simplex::attn's, by which causality is judged.
+    """
     mask = attn_mask.detach()
     while mask.dim() < 4:
         mask = mask[None]
@@ -48,7 +56,8 @@ def _ranges(
     whole = (end - start == count).all()
     behind = plain
     if is_causal:
-        after = torch.arange(queries, dtype=torch.int32, device=mask.device) + (keys - queries + 1)
+        first = keys - queries if q_start is None else q_start[:, None]
+        after = torch.arange(1, queries + 1, dtype=torch.int32, device=mask.device) + first
         behind = (end <= after).all()
     _hold(mask.device, plain, alike, whole, behind)
     return torch.stack((start, end), -1).to(torch.int32).expand(batch, -1, -1).contiguous()
@@ -81,7 +90,7 @@ def _hold(device: torch.device, *claims: Tensor) -> None:
 
 
 @torch.library.register_fake("simplex::ranges_of_mask", lib=LIBRARY)
-def _fake(attn_mask: Tensor, batch: Any, queries: Any, keys: Any, is_causal: bool = True) -> Tensor:
+def _fake(attn_mask: Tensor, batch: Any, queries: Any, keys: Any, *_: Any, **__: Any) -> Tensor:
     return attn_mask.new_empty((batch, queries, 2), dtype=torch.int32)
 
 

@@ -22,7 +22,6 @@ from tiny_llama import (
     train_step,
 )
 from torch import nn
-from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from simplex_ops import UnservedMarkError, mark, marked_modules, unmark
@@ -184,22 +183,6 @@ def test_generation_without_a_cache_is_the_model_token_by_token():
         following = model(expected).logits[:, -1:].argmax(-1)
         expected = torch.cat([expected, following], 1)
     assert torch.equal(got, expected)
-
-
-def test_an_empty_cache_is_filled_and_a_filled_one_refused():
-    model, ids = mark_layers(llama(), 0, window=(6, 3)).eval(), tokens(seq=8)
-    cache = DynamicCache(config=model.config)
-    first = model(ids, past_key_values=cache, use_cache=True).logits
-    assert torch.equal(first, model(ids).logits)
-    for more in (ids[:, :1], ids):
-        with pytest.raises(UnservedMarkError, match=r"call the model with use_cache=False"):
-            model(more, past_key_values=cache, use_cache=True)
-
-
-def test_generation_with_a_cache_is_refused():
-    model, ids = mark_layers(llama(), 0, window=(6, 3)).eval(), tokens(seq=5, batch=1)
-    with pytest.raises(UnservedMarkError, match=r"key-value cache that holds keys already"):
-        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
 
 
 @pytest.mark.parametrize("left", [True, False])

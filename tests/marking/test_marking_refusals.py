@@ -21,7 +21,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import StaticCache
 
 from simplex_ops import UnservedMarkError, mark, unmark
 from simplex_ops.marking.mark import is_marked
@@ -233,19 +232,6 @@ def test_a_plan_that_leaves_k2_out_is_refused_and_goes_with_its_remedy():
         model(tokens())
     narrowed(module, "simplex_k2", "simplex_v2")
     assert model(tokens()).logits.isfinite().all()
-
-
-def test_a_static_cache_is_served_whenever_it_is_empty():
-    model, ids = mark_layers(llama(), 0, 1, window=(6, 3)).eval(), tokens()
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    with torch.no_grad():
-        expected = model(ids).logits
-        for _ in range(3):
-            assert torch.equal(model(ids, past_key_values=cache, use_cache=True).logits, expected)
-            text = r"model\.layers\.0\.self_attn.*holds keys already.*use_cache=False"
-            with pytest.raises(UnservedMarkError, match=text):
-                model(ids, past_key_values=cache, use_cache=True)
-            cache.reset()
 
 
 def test_an_error_names_the_module_as_its_model_does():

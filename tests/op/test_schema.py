@@ -22,13 +22,13 @@ SCHEMAS = {
     ),
     "mark": (
         "simplex::mark(Tensor x, Tensor k2, Tensor v2, Tensor? attn_mask=None, "
-        "SymInt? w1=None, SymInt? w2=None, *, bool is_causal=True, "
+        "SymInt? w1=None, SymInt? w2=None, Tensor? q_start=None, *, bool is_causal=True, "
         'str form="trilinear", float k2_bias=0., float v2_bias=0., '
-        "bool without_dropout=False) -> Tensor"
+        "bool without_dropout=False, SymInt? keys=None, bool causal_by_mark=False) -> Tensor"
     ),
     "ranges_of_mask": (
         "simplex::ranges_of_mask(Tensor attn_mask, SymInt batch, SymInt queries, SymInt keys, "
-        "bool is_causal=True) -> Tensor"
+        "bool is_causal=True, Tensor? q_start=None) -> Tensor"
     ),
 }
 
