@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in (0, 1)
     ]
     try:
-        assert [rank.wait(270) for rank in ranks] == [0, 0]
+        assert [rank.wait(290) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from passed import Passed
 from tiny_llama import attention, llama, mark_layers, tokens, train_step
 from torch import Tensor
 from torch.distributed import checkpoint
@@ -64,14 +65,14 @@ def replicated_eager(folder: Path) -> Any:
 def replicated_compiled(folder: Path) -> Any:
     model = marked()
     with torch._dynamo.config.patch(optimize_ddp=False):
-        run = torch.compile(DistributedDataParallel(model), backend="simplex")
+        run = torch.compile(DistributedDataParallel(model), backend=Passed())
         return step(run, model), [r.module for r in simplex_ops.last_report().rewritten]
 
 
 def replicated_and_split(folder: Path) -> Any:
     with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):  # splits within each layer
         model = marked()
-        run = torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.01), backend="simplex")
+        run = torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.01), backend=Passed())
         run(batch(dist.get_rank()))
 
 

@@ -1,7 +1,7 @@
 """Train on several ranks in torchtitan's order: meta, mark, compile, shard, initialise.
 
-    torchrun --nproc-per-node 8 -m tools.examples.sharded
-    python -m tools.examples.sharded --dim 32 --layers 4 --seq 32 --steps 2   # one rank, toy size
+torchrun --nproc-per-node 8 -m tools.examples.sharded
+python -m tools.examples.sharded --dim 32 --layers 4 --seq 32 --steps 2   # one rank, toy size
 """
 
 import os
@@ -24,8 +24,7 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)
-        q, k, v = split.unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -69,7 +68,7 @@ def main(dim: int = 512, layers: int = 8, seq: int = 1024, steps: int = 50) -> N
         logits = model(tokens[:, :-1]).flatten(0, 1).float()
         (loss := F.cross_entropy(logits, tokens[:, 1:].flatten())).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
         print(f"rank {dist.get_rank()}, step {step}: loss {loss.item():.3f}")
     checkpoint.save({"model": model.state_dict()}, checkpoint_id="out/sharded")
     print(last_report())
