@@ -32,9 +32,10 @@ interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
 slow: $(VENV)/.test ## what test leaves out: kernels compiled against the table of registers, the demo
 	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
-test-all: $(VENV)/.test ## every test, and problems drawn anew, more of them: an hour
+test-all: $(VENV)/.test $(VENV)/.models ## every test, problems drawn anew, more of them, and the support table: an hour
 	SIMPLEX_FUZZ_EXAMPLES=2000 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PARALLEL)
 	SIMPLEX_FUZZ_EXAMPLES=100 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+	$(BIN)/python -m tools.support --tier 2 --write
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)
@@ -59,8 +60,8 @@ floors: $(VENV)/.test ## import-linter
 package: $(VENV)/.test ## build wheel and sdist into dist/
 	$(BIN)/python -m build --no-isolation
 
-test-torch: ## the tests on another torch: make test-torch VERSION=2.11.0 TRITON=3.6.0
-	$(MAKE) VENV=.venv-$(VERSION) CONSTRAINTS=.venv-$(VERSION)/constraints.txt test
+test-torch: ## on another torch: make test-torch VERSION=2.11.0 TRITON=3.6.0, or with TARGET=test-all
+	$(MAKE) VENV=.venv-$(VERSION) CONSTRAINTS=.venv-$(VERSION)/constraints.txt $(or $(TARGET),test)
 
 clean: ## remove what make and the tools made
 	rm -rf .venv .venv-* build dist out *.egg-info
@@ -80,4 +81,8 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 $(VENV)/.tools: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(INSTALL) -c $(CONSTRAINTS) 'setuptools>=77'
 	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[tools]'
+	touch $@
+
+$(VENV)/.models: $(VENV)/.test
+	$(INSTALL) -c $(CONSTRAINTS) --no-build-isolation -e '.[models]'
 	touch $@

@@ -1,5 +1,7 @@
 """The `simplex` backend of torch.compile: the pass, then Inductor."""
 
+import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,16 +33,22 @@ def simplex(
     return compat.compile_fx(gm, example_inputs, patches or None)
 
 
+# Not a note in gm.meta: the graphs into which DDPOptimizer splits one share its meta.
+_SERVED: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
+
+
 def serve_marks(gm: fx.GraphModule) -> None:
     """Run the pass on a graph, once, keep its report, and raise where a mark was refused."""
-    if gm.meta.get("simplex_served"):
+    if gm in _SERVED:
         return  # Inductor's entry calls itself to apply options, and the backend calls it
-    gm.meta["simplex_served"] = True
+    _SERVED.add(gm)
     compat.warn_if_untested()
     cache_key.extend(f"passes:{pipeline.identity()}")
     found = pipeline.run_passes(gm)
     if found != report.Report():
         report.keep(found)
+        if report.LOG.isEnabledFor(logging.DEBUG):
+            report.LOG.debug("the graph:\n%s", gm.print_readable(print_output=False))
     found.raise_if_refused()
 
 

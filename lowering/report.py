@@ -1,5 +1,6 @@
 """What the pass did to a graph: rewritten modules, refused marks with their reasons, the rest."""
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +63,16 @@ class Report:
         )
 
 
+# The name that users know, and not this package's: TORCH_LOGS="+simplex_ops" turns it on.
+LOG = logging.getLogger("simplex_ops")
+
 _KEPT: deque[Report] = deque(maxlen=64)
 
 
 def keep(report: Report) -> None:
-    """Remember a report for `last_report`."""
+    """Remember a report for `last_report`, and log it where that is asked for."""
     _KEPT.append(report)
+    LOG.info("%s", report)
 
 
 def last_report() -> Report:

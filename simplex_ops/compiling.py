@@ -19,5 +19,12 @@ def disable() -> None:
 
 
 def last_report() -> Any:
-    """Return what became of each mark in the last graph compiled with marks or attention in it."""
+    """Return what became of each mark in the last graph compiled with marks or attention in it.
+
+    Printed, it lists by the names that `marked_modules` gives what was rewritten, what was refused
+    and why, and what was left as it was. Layers that are compiled one by one share a graph where
+    they are alike: the report names the first. Every graph's report is logged when it is compiled:
+    TORCH_LOGS="simplex_ops", set when torch is imported, or Python's logger of that name at INFO;
+    TORCH_LOGS="+simplex_ops", or DEBUG, adds the graph.
+    """
     return import_module("lowering").last_report()

@@ -5,6 +5,8 @@ import gc
 from torch import fx, nn
 
 from lowering import compat
+from simplex_ops.marking.marked import is_marked
+from simplex_ops.marking.naming import running
 
 
 def path_of(node: fx.Node) -> str:
@@ -13,25 +15,59 @@ def path_of(node: fx.Node) -> str:
     return next(reversed(stack.values())) if stack else "the compiled module"
 
 
-def name_in_model(node: fx.Node, made_by_child: fx.Node) -> str:
-    """Return the name of a node's module in the outermost module that holds it.
+class Names:
+    """Names of modules as in `marked_modules` of the outermost model, while it is compiled.
 
-    Where a frame was resumed after a graph break, or layers are compiled one by one, Dynamo's path
-    begins somewhere within the model. The search through all live modules is for messages alone.
-
-    Args:
-        node: traced in the module.
-        made_by_child: what a layer of the module made, whose weight tells the module where Dynamo
-            noted none.
+    Where layers are compiled one by one, or a frame was resumed after a graph break, Dynamo's path
+    begins somewhere within the model; the frames that wait for the compiler hold the model itself.
     """
-    held = _holders()
-    stack = compat.module_stack(node)
-    wanted = int(next(reversed(stack))) if stack else _holder_of_weight(made_by_child, held)
+
+    def __init__(self) -> None:
+        models = running()
+        # A frame that waits within a marked module is that module's own: a mark holds no other.
+        self._within = next((id(m) for m in reversed(models) if is_marked(m)), 0)
+        self._running: dict[int, str] = {}
+        for model in models:
+            for name, module in model.named_modules():
+                self._running.setdefault(id(module), _without_wrappers(name))
+
+    def of(self, node: fx.Node) -> str:
+        """Name the module that a node was traced in; where no model holds it, by Dynamo's path."""
+        return self._running.get(_innermost(node)) or path_of(node)
+
+    def searched(self, node: fx.Node, made_by_child: fx.Node) -> str:
+        """Name it wherever it is held: among all live modules, which takes a while.
+
+        Args:
+            node: traced in the module.
+            made_by_child: what a layer of the module made, whose weight tells the module where
+                Dynamo noted none.
+        """
+        wanted = _innermost(node) or self._within
+        if not self._running.get(wanted):
+            held = _holders()
+            wanted = wanted or _holder_of_weight(made_by_child, held)
+            return self._running.get(wanted) or _name(wanted, held) or path_of(node)
+        return self._running[wanted]
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's
+
+
+def _name(wanted: int, held: dict[int, tuple[int, str]]) -> str:
+    """Return the name of a module in the outermost one that holds it."""
     names: list[str] = []
     while wanted in held:
         wanted, name = held.pop(wanted)
         names.append(name)
-    return ".".join(reversed(names)) or path_of(node)
+    return ".".join(reversed(names))
+
+
+def _innermost(node: fx.Node) -> int:
+    """Return the id of the module that a node was traced in; 0 where Dynamo noted none."""
+    key = next(reversed(compat.module_stack(node)), "0")
+    return int(key.partition("@")[0])  # a region's second call has the key of the first and @1
 
 
 def _holders() -> dict[int, tuple[int, str]]:
@@ -47,15 +83,15 @@ def _holders() -> dict[int, tuple[int, str]]:
     return held
 
 
-def _holder_of_weight(made: fx.Node, held: dict[int, tuple[int, str]]) -> int | None:
+def _holder_of_weight(made: fx.Node, held: dict[int, tuple[int, str]]) -> int:
     pending, seen = [made], {made}
     while pending:
         node = pending.pop(0)  # nearest first
         weight = compat.weight_of(node)
         if weight is not None and id(weight) in held:
             layer, _ = held[id(weight)]
-            return held[layer][0] if layer in held else None
+            return held[layer][0] if layer in held else 0
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)
         pending.extend(new)
-    return None
+    return 0

@@ -33,7 +33,7 @@ from torch import Tensor, fx
 
 from lowering import compat
 from lowering.graphs.causal_proof import prove_causal
-from lowering.graphs.names import name_in_model, path_of
+from lowering.graphs.names import Names
 from lowering.graphs.not_proven import NotProven
 from lowering.graphs.subgraphs import Subgraphs
 from lowering.graphs.writes import writer_into
@@ -52,19 +52,19 @@ def rewrite(gm: fx.GraphModule) -> Report:
 
     It never raises on a graph that it does not understand; `Report.raise_if_refused` does.
     """
-    subgraphs = Subgraphs(gm)
+    subgraphs, names = Subgraphs(gm), Names()
     marks = [n for graph in subgraphs.modules for n in graph.nodes if _calls(n, MARK_OP)]
     pairs = _pair(marks, subgraphs)
     rewritten: list[Rewritten] = []
     refused: list[Refused] = []
     for mark in marks:
-        found = _serve_or_refuse(mark, pairs, subgraphs)
+        found = _serve_or_refuse(mark, pairs, subgraphs, names)
         (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
     for graph in {mark.graph for mark in marks}:
         graph.lint()
         for module in subgraphs.modules[graph]:
             module.recompile()
-    return Report(tuple(rewritten), tuple(refused), tuple(path_of(call) for call in pairs.unmarked))
+    return Report(tuple(rewritten), tuple(refused), tuple(map(names.of, pairs.unmarked)))
 
 
 class _Unserved(Exception):  # noqa: N818 (a finding, not an error)
@@ -92,17 +92,20 @@ def _pair(marks: list[fx.Node], subgraphs: Subgraphs) -> _Pairs:
     return _Pairs(calls_of, marks_of, [c for c in calls if not marks_of[c]])
 
 
-def _serve_or_refuse(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten | Refused:
+def _serve_or_refuse(
+    mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs, names: Names
+) -> Rewritten | Refused:
     try:
-        return _serve(mark, pairs, subgraphs)
+        name = names.of(mark) if compat.module_stack(mark) else names.searched(mark, _k2(mark))
+        return _serve(mark, name, pairs, subgraphs)
     except _Unserved as reason:
-        return Refused(name_in_model(mark, _positional(mark)[1]), str(reason))
+        return Refused(names.searched(mark, _k2(mark)), str(reason))
     except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
         reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
-        return Refused(name_in_model(mark, _positional(mark)[1]), reason)
+        return Refused(names.searched(mark, _k2(mark)), reason)
 
 
-def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
+def _serve(mark: fx.Node, name: str, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
     call = _only_call(mark, pairs, subgraphs)
     x, k2, v2, mask, w1, w2, q_start = _positional(mark)
     options = {name: _constant(mark.kwargs[name]) for name in _OPTIONS if name in mark.kwargs}
@@ -119,7 +122,7 @@ def _serve(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
         raise _Unserved(str(reason))
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)
     done = Rewritten(
-        path_of(mark),
+        name,
         compat.hint(compat.example(w1)),
         compat.hint(compat.example(w2)),
         options.get("form", "trilinear"),
@@ -257,6 +260,10 @@ def _positional(mark: fx.Node) -> tuple[Any, ...]:
     names = ("x", "k2", "v2", "attn_mask", "w1", "w2", "q_start")
     given = {**dict(zip(names, mark.args, strict=False)), **mark.kwargs}
     return tuple(given.get(name) for name in names)
+
+
+def _k2(mark: fx.Node) -> fx.Node:
+    return _positional(mark)[1]
 
 
 def _constant(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """How messages name a module."""
 
 import inspect
+import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +23,31 @@ def running_as(module: nn.Module) -> str:
     kind = described(module)
     if torch.compiler.is_compiling():
         return kind  # a trace has no callers' frames
-    name, frame = "", inspect.currentframe()
+    names = (n for model in running() for n, m in model.named_modules() if m is module)
+    name = next(names, "")
+    return f"{name} ({kind})" if name else kind
+
+
+def running() -> list[nn.Module]:
+    """Return the modules whose methods are the caller's callers, outermost first.
+
+    What wraps a whole model (DistributedDataParallel, torch.compile) stands for the model.
+    """
+    found: list[nn.Module] = []
+    frame = inspect.currentframe()
     while frame is not None:
         model = frame.f_locals.get("self")
         if isinstance(model, nn.Module):
-            name = next((n for n, m in model.named_modules() if m is module), name)
+            found.append(_inside(model))
         frame = frame.f_back
-    return f"{name} ({kind})" if name else kind
+    return list(dict.fromkeys(reversed(found)))
+
+
+def _inside(model: Any) -> nn.Module:
+    """Return the model in what wraps it whole."""
+    compiled = sys.modules.get("torch._dynamo.eval_frame")
+    if compiled is not None and isinstance(model, compiled.OptimizedModule):
+        return _inside(model._orig_mod)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return _inside(model.module)
+    return model

@@ -30,6 +30,13 @@ def is_plain(layer: Any) -> bool:
     return isinstance(weight, Tensor) and weight.dtype in _FLOATS and plain_bias
 
 
+def matrix_of(layer: Any) -> Tensor:
+    """Return the weight of a layer that `is_plain`, where torchao holds it quantised too."""
+    weight = layer.weight
+    whole = type(weight) in (Tensor, nn.Parameter)
+    return weight if whole else weight.dequantize()
+
+
 def dtype_of(module: nn.Module, layer: Any) -> torch.dtype | None:
     """Return the dtype of the activations that a projection of a module takes, if anything tells.
 

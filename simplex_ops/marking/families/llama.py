@@ -14,6 +14,7 @@ from simplex_ops.marking.families.linear import (
     dtype_of,
     has_bias,
     is_plain,
+    matrix_of,
     why_not_linear,
 )
 
@@ -84,7 +85,7 @@ def _copied(module: Any) -> Copied | str:
     for name, layer in (("k_proj", k), ("v_proj", v)):
         if not is_plain(layer):
             return f"its {name}, a {type(layer).__name__}, has no matrix of floats as its weight"
-    return Copied(k.weight, k.bias, v.weight, v.bias)
+    return Copied(matrix_of(k), k.bias, matrix_of(v), v.bias)
 
 
 def _norm_eps(norm: Any) -> float | None:

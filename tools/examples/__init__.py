@@ -1,0 +1,1 @@
+"""Whole programs that a user may start from, each in one file."""
