@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simplex_ops.env import environment
-from tools.experiments import cost, hops, lines, match3, report
+from tools.experiments import cost, hops, lines, match3
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "cost": cost}
 QUICK_RESULTS = Path("out/experiments")
@@ -42,11 +42,14 @@ def main(
     minutes: Annotated[float, typer.Option(help="start no run after so long")] = float("inf"),
     shard: Annotated[str, typer.Option(help="n/of: every of-th run, from n = 0")] = "0/1",
     results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
+    commit: Annotated[str, typer.Option(help="of this code, where it is no checkout")] = "",
 ) -> None:
     """Run an experiment, or write the report of all that have run."""
     folder = results or (QUICK_RESULTS if quick else lines.RESULTS)
     console = Console(highlight=False)
     if name == Name.report:
+        from tools.experiments import report  # it draws, and brings matplotlib
+
         console.print(report.write(folder), soft_wrap=True)
         return
     experiment = EXPERIMENTS[name.value]
@@ -57,7 +60,8 @@ def main(
     left = _left(experiment, folder / f"{name.value}.jsonl", _device(device), seeds, quick, part)
     mine = left[slice(*_shard(shard))]
     last = time.monotonic() + 60 * minutes
-    _run(console, name.value, folder / f"{name.value}.jsonl", mine, _device(device), last)
+    facts = {**environment(_device(device)), "commit": commit or lines.commit()}
+    _run(console, name.value, folder / f"{name.value}.jsonl", mine, _device(device), last, facts)
 
 
 def _run(
@@ -67,8 +71,8 @@ def _run(
     left: list[tuple[str, Any]],
     device: torch.device,
     last: float,
+    facts: dict[str, Any],
 ) -> None:
-    facts = {**environment(device), "commit": lines.commit()}
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip

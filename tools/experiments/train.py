@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tools.experiments.gradients import Batch, gradients_of
 from tools.experiments.model import Model, Shape
 
 HELD_OUT_SEED = 2**32  # beyond every seed of a run
@@ -62,22 +62,22 @@ def train(
     model = Model(shape, task.fields, task.classes).to(device)
     data = torch.Generator().manual_seed(seed)
     held_out = torch.Generator().manual_seed(HELD_OUT_SEED)
-    tests = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
+    drawn = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
+    tokens, classes = (torch.cat(part).to(device) for part in zip(*drawn, strict=True))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.learning_rate, total_steps=training.steps
     )
+    set_gradients = gradients_of(model, drawn[0], device)
     curve: list[tuple[int, float]] = []
     start = time.perf_counter()
     for step in range(1, training.steps + 1):
-        tokens, classes = (t.to(device) for t in task.draw(training.batch, data))
-        F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten()).backward()
+        set_gradients(task.draw(training.batch, data))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if step % training.evaluate_every == 0 or step == training.steps:
-            curve.append((step, accuracy(model, tests, device)))
+            curve.append((step, accuracy(model, (tokens, classes))))
             if watch is not None:
                 watch(step, curve[-1][1])
             if len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]):
@@ -87,20 +87,19 @@ def train(
         "learned": len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]),
         "steps": curve[-1][0],
         "parameters": sum(p.numel() for p in parameters),
-        "majority": majority(tests),
+        "majority": majority(classes),
         "seconds": round(time.perf_counter() - start, 1),
         "curve": curve,
     }
 
 
 @torch.no_grad()
-def accuracy(model: Model, tests: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def accuracy(model: Model, test: Batch) -> float:
     """Return the fraction of tokens whose class the model names."""
-    right = [(model(t.to(device)).argmax(-1).cpu() == c).float().mean() for t, c in tests]
-    return round(torch.stack(right).mean().item(), 5)
+    tokens, classes = test
+    return round((model(tokens).argmax(-1) == classes).double().mean().item(), 5)
 
 
-def majority(tests: list[tuple[Tensor, Tensor]]) -> float:
+def majority(classes: Tensor) -> float:
     """Return the accuracy of naming the most frequent class always."""
-    classes = torch.cat([c.flatten() for _, c in tests])
-    return round(classes.bincount().max().item() / classes.numel(), 5)
+    return round(classes.flatten().bincount().max().item() / classes.numel(), 5)
