@@ -40,7 +40,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="toy sizes, into out/experiments")] = False,
     part: Annotated[list[str] | None, typer.Option(help="a part, again for more")] = None,
     minutes: Annotated[float, typer.Option(help="start no run after so long")] = float("inf"),
-    shard: Annotated[str, typer.Option(help="n/of: every of-th run, from n = 0")] = "0/1",
+    shard: Annotated[
+        str, typer.Option(help="n/of: every of-th run, from n = 0, for processes side by side")
+    ] = "0/1",
     results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
     commit: Annotated[str, typer.Option(help="of this code, where it is no checkout")] = "",
 ) -> None:
@@ -57,11 +59,12 @@ def main(
     if unknown:
         parts = ", ".join(experiment.PARTS)
         raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
-    left = _left(experiment, folder / f"{name.value}.jsonl", _device(device), seeds, quick, part)
-    mine = left[slice(*_shard(shard))]
+    file, where = folder / f"{name.value}.jsonl", _device(device)
+    asked = _asked(experiment, seeds, quick, part)[slice(*_shard(shard))]
+    left = _without_lines(asked, file, where)
     last = time.monotonic() + 60 * minutes
-    facts = {**environment(_device(device)), "commit": commit or lines.commit()}
-    _run(console, name.value, folder / f"{name.value}.jsonl", mine, _device(device), last, facts)
+    facts = {**environment(where), "commit": commit or lines.commit()}
+    _run(console, name.value, file, left, where, last, facts)
 
 
 def _run(
@@ -103,24 +106,24 @@ def _run(
             console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
 
 
-def _left(
-    experiment: Any,
-    file: Path,
-    device: torch.device,
-    seeds: int,
-    quick: bool,
-    part: list[str] | None,
+def _asked(
+    experiment: Any, seeds: int, quick: bool, part: list[str] | None
 ) -> list[tuple[str, Any]]:
-    """Return the (part, setting) of each run that has no line yet, each setting once."""
+    """Return (part, setting) of every run of the parts, each setting once."""
+    asked = {}
+    for of_part, setting in experiment.settings(seeds, quick=quick):
+        if not part or of_part in part:
+            asked.setdefault(setting, of_part)
+    return [(of_part, setting) for setting, of_part in asked.items()]
+
+
+def _without_lines(
+    asked: list[tuple[str, Any]], file: Path, device: torch.device
+) -> list[tuple[str, Any]]:
+    """Leave out the runs that have their line on a device of this kind."""
     name = str(environment(device)["device"])
     done = {lines.key(line["setting"], line["environment"]["device"]) for line in lines.read(file)}
-    left = []
-    for of_part, setting in experiment.settings(seeds, quick=quick):
-        key = lines.key(lines.plain(setting), name)
-        if key not in done and (not part or of_part in part):
-            done.add(key)
-            left.append((of_part, setting))
-    return left
+    return [one for one in asked if lines.key(lines.plain(one[1]), name) not in done]
 
 
 def _shard(text: str) -> tuple[int, None, int]:
