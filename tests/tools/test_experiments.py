@@ -153,8 +153,7 @@ def test_intervals_are_those_of_the_tables():
 
 
 def test_the_committed_report_is_that_of_the_committed_lines():
-    names = ("hops", "match3", "cost")
-    read = {name: lines.read(lines.RESULTS / f"{name}.jsonl") for name in names}
+    read = report.read_all(lines.RESULTS)
     assert (lines.RESULTS.parent / "RESULTS.md").read_text() == report.text(read)
 
 

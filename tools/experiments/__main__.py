@@ -2,6 +2,7 @@
 
     python -m tools.experiments hops --seeds 5
     python -m tools.experiments match3 --device cuda --minutes 9
+    python -m tools.experiments language --device cuda --seeds 3 --minutes 9
     python -m tools.experiments cost --device cuda
     python -m tools.experiments report
 
@@ -20,15 +21,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simplex_ops.env import environment
-from tools.experiments import cost, hops, lines, match3
+from tools.experiments import cost, hops, language, lines, match3
 
-EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "cost": cost}
+EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
 QUICK_RESULTS = Path("out/experiments")
 
 
 class Name(StrEnum):
     hops = "hops"
     match3 = "match3"
+    language = "language"
     cost = "cost"
     report = "report"
 
@@ -89,8 +91,8 @@ def _run(
             total = EXPERIMENTS[name].steps(setting)
             progress.reset(present, total=total, description=f"{part}: starts")
 
-            def watch(step: int, accuracy: float, part: str = part) -> None:
-                said = f"{part}: accuracy {accuracy:.3f}"
+            def watch(step: int, value: float, part: str = part) -> None:
+                said = f"{part}: {value:.3f}"
                 progress.update(present, completed=step, description=said)
 
             result = EXPERIMENTS[name].measure(setting, device, watch)

@@ -61,6 +61,29 @@ def curves(
     save(figure, file)
 
 
+def losses(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[int, float]]]]], file: Path
+) -> None:
+    """Draw loss by tokens: a panel for each size, a colour for each arm, a line for each seed."""
+    figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
+    for axes, (size, arms) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, (arm, seeds) in enumerate(sorted(arms.items())):
+            for n, curve in enumerate(seeds):
+                axes.plot(
+                    [tokens / 1e6 for tokens, _ in curve],
+                    [loss for _, loss in curve],
+                    color=mpl.colormaps["tab10"](place),
+                    linewidth=0.8,
+                    label=arm if n == 0 else None,
+                )
+        axes.set(xlabel="tokens, millions", ylabel="held-out loss, nats a byte", title=size)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    save(figure, file)
+
+
 def save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # No date and no version in the file: the same lines give the same bytes.

@@ -42,7 +42,7 @@ class Training:
     evaluate_every: int = 50
 
 
-Watch = Callable[[int, float], None]  # step, accuracy at the last evaluation
+Watch = Callable[[int, float], None]  # step, accuracy or loss at the last evaluation
 
 
 def train(
