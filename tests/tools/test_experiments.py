@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from tools.experiments import __main__ as command
-from tools.experiments import cost, hops, intervals, lines, match3, plots, report
+from tools.experiments import cost, hops, intervals, lines, match3, plots, report, updates
 from tools.experiments.hops import Hops
 from tools.experiments.model import Model, Shape, trained_parameters
 from tools.experiments.train import Training, train
@@ -45,6 +45,28 @@ def test_training_from_the_frozen_zero_start_is_training_ordinary_attention():
         weights[kind] = model.state_dict()
         assert not weights[kind]["blocks.0.attention.k2_proj.weight"].any()
     torch.testing.assert_close(weights["frozen"], weights["ordinary"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 50, 333])
+def test_the_rate_is_one_cycle(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for rate in updates.one_cycle(2e-3, steps):
+        assert rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        if schedule.last_epoch < steps - 1:
+            schedule.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_updates_are_those_of_a_cpu():
+    shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
+    weights = [
+        train(shape, TOY, training, 0, device)[0].cpu().state_dict()
+        for device in (CPU, torch.device("cuda"))
+    ]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
 
 def test_a_2_simplicial_layer_leaves_the_zero_start():

@@ -33,7 +33,7 @@ class Setting:
     heads: int = 16
     kv_heads: int = 4
     dtype: str = "bfloat16"
-    seconds: float = 2.0  # timed, about
+    seconds: float = 1.0  # timed, about
 
 
 class OrdinaryAttention(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tools.experiments.gradients import Batch, gradients_of
 from tools.experiments.model import Model, Shape
+from tools.experiments.updates import Batch, one_cycle, updates_of
 
 HELD_OUT_SEED = 2**32  # beyond every seed of a run
 HELD_OUT_BATCHES = 8
@@ -64,33 +64,39 @@ def train(
     held_out = torch.Generator().manual_seed(HELD_OUT_SEED)
     drawn = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
     tokens, classes = (torch.cat(part).to(device) for part in zip(*drawn, strict=True))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.learning_rate, total_steps=training.steps
-    )
-    set_gradients = gradients_of(model, drawn[0], device)
+    update = updates_of(model, drawn[0], training.evaluate_every, device)
+    rates = one_cycle(training.learning_rate, training.steps)
+
+    def next_batches(done: int) -> list[Batch]:
+        count = min(training.evaluate_every, training.steps - done)
+        return [task.draw(training.batch, data) for _ in range(count)]
+
     curve: list[tuple[int, float]] = []
-    start = time.perf_counter()
-    for step in range(1, training.steps + 1):
-        set_gradients(task.draw(training.batch, data))
-        optimizer.step()
-        schedule.step()
-        if step % training.evaluate_every == 0 or step == training.steps:
-            curve.append((step, accuracy(model, (tokens, classes))))
-            if watch is not None:
-                watch(step, curve[-1][1])
-            if len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]):
-                break
+    done, start = 0, time.perf_counter()
+    batches = next_batches(done)
+    while batches:
+        update(batches, rates[done : done + len(batches)])
+        done += len(batches)
+        batches = next_batches(done)  # while a GPU works
+        curve.append((done, accuracy(model, (tokens, classes))))
+        if watch is not None:
+            watch(*curve[-1])
+        if learned(curve):
+            break
     return model, {
         "accuracy": curve[-1][1],
-        "learned": len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]),
+        "learned": learned(curve),
         "steps": curve[-1][0],
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "majority": majority(classes),
         "seconds": round(time.perf_counter() - start, 1),
         "curve": curve,
     }
+
+
+def learned(curve: list[tuple[int, float]]) -> bool:
+    """Say whether the last evaluations in a row were all good enough."""
+    return len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:])
 
 
 @torch.no_grad()
