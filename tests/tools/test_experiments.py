@@ -59,7 +59,6 @@ def test_the_rate_is_one_cycle(steps):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_updates_are_those_of_a_cpu():
     shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
     weights = [
