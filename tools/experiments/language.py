@@ -237,8 +237,8 @@ def _demo_setting(size: Size) -> llama.Setting:
 
 _PARTS: dict[str, tuple[Size, int]] = {
     "1M": (Size(4, 128, 2, 1, 4e-3), 2**25),
-    "4M": (Size(8, 192, 3, 1, 3e-3), 3 * 2**25),
-    "16M": (Size(8, 384, 6, 2, 2e-3), 3 * 2**25),
+    "4M": (Size(8, 192, 3, 1, 3e-3), 2**25),
+    "16M": (Size(8, 384, 6, 2, 2e-3), 2**25),
 }
 _QUICK: dict[str, tuple[Size, int]] = {
     "quick": (Size(4, 64, 2, 1, 4e-3, 8, 128, 32, 4, 4, 4), 2**16),

@@ -3,7 +3,9 @@
 from tools.experiments.lines import Line
 from tools.experiments.tables import by, dates, table, where
 
-_HEADINGS = ("N", "windows", "ordinary, ms", "2-simplicial, ms", "ratio", "peak, MiB", "note")
+_HEADINGS = (
+    "N", "batch", "windows", "ordinary, ms", "2-simplicial, ms", "ratio", "peak, MiB", "note",
+)  # fmt: skip
 
 
 def sections(found: list[Line]) -> list[str]:
@@ -14,7 +16,7 @@ def sections(found: list[Line]) -> list[str]:
     for place, lines in by(found, where).items():
         parts.append(f"## cost: {place}\n\n{dates(lines)}\n")
         parts.append(_about(lines[0]["setting"]))
-        parts.append(table(_HEADINGS, [_row(line) for line in lines]))
+        parts.append(table(_HEADINGS, [_row(line) for line in sorted(lines, key=_order)]))
     return parts
 
 
@@ -24,13 +26,17 @@ def ratio(line: Line) -> float | None:
     return simplicial / ordinary if ordinary and simplicial else None
 
 
+def _order(line: Line) -> tuple[int, int, int]:
+    setting = line["setting"]
+    return setting["seq"], setting["w1"], setting["w2"]
+
+
 def _about(setting: dict[str, object]) -> str:
     return (
         f"Forward and backward of one layer with its projections, {setting['dtype']}, width "
-        f"{setting['width']}, {setting['heads']} heads, {setting['kv_heads']} of keys, batch "
-        f"{setting['batch']}, causal; ordinary attention sees the whole sequence. Medians ± the "
-        "distance between quartiles; peak is what a step allocates beyond its input and weights, "
-        "ordinary and 2-simplicial.\n"
+        f"{setting['width']}, {setting['heads']} heads, {setting['kv_heads']} of keys, causal; "
+        "ordinary attention sees the whole sequence. Medians ± the distance between quartiles; peak "
+        "is what a step allocates beyond its input and weights, ordinary and 2-simplicial.\n"
     )
 
 
@@ -41,6 +47,7 @@ def _row(line: Line) -> list[str]:
     times = ratio(line)
     return [
         f"{setting['seq']:,}",
+        str(setting["batch"]),
         f"{setting['w1']}x{setting['w2']}",
         *(f"{one['ms']:.3f} ± {one['spread']:.0%}" if "ms" in one else "" for one in both),
         f"{times:.2f}" if times else "",

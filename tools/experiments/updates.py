@@ -87,7 +87,8 @@ def _captured(
                 tensor.zero_()
     torch.cuda.current_stream(device).wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may go on: each captures in turn, and replays on a stream of its own.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         one()
 
     def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
