@@ -62,7 +62,7 @@ def draw(found: list[Line], folder: Path) -> None:
         plots.curves(
             {arm: [line["result"]["curve"] for line in group] for arm, group in arms.items()},
             folder / "two_hops.png",
-            title=f"two hops, one layer: a line for each seed; {where(two[0])}",
+            title=f"two hops, one layer: a line for each seed\n{where(two[0])}",
         )
     mapped = _of_one_device(
         [line for line in found if line["part"] == "map" and _shape(line)["width"] == 64]
