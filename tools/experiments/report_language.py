@@ -23,6 +23,9 @@ _EXPECTED = {
     ("2-simplicial", "windowed"): "",
     ("windowed", "ordinary"): "no gain: it sees less",
 }
+_CAVEAT = """Files with the content of another are left out; files that are nearly alike may stand on both
+sides. Where passes are at most 1, no byte is trained on twice.
+"""
 _HEADINGS = (
     "size", "arm", "parameters", "tokens", "PFLOP", "passes", "seeds", "nats a byte [95%]",
     "lowest to highest", "tokens/s",
@@ -46,6 +49,7 @@ def sections(found: list[Line]) -> list[str]:
     for place, lines in by(found, where).items():
         parts.append(f"## language: {place}\n\n{dates(lines)}\n")
         parts += [_about(text) for text in _texts(lines)]
+        parts.append(_CAVEAT)
         parts.append(table(_HEADINGS, [_row(group) for group in by(lines, _run).values()]))
         parts.append(
             "Paired differences, first minus second, of runs with one seed: the same starting "
