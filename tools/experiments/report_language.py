@@ -23,8 +23,8 @@ _EXPECTED = {
     ("2-simplicial", "windowed"): "",
     ("windowed", "ordinary"): "no gain: it sees less",
 }
-_CAVEAT = """Files with the content of another are left out; files that are nearly alike may stand on both
-sides. Where passes are at most 1, no byte is trained on twice.
+_CAVEAT = """Files with the content of another are left out; files that are nearly alike may stand
+on both sides. Where passes are at most 1, no byte is trained on twice.
 """
 _HEADINGS = (
     "size", "arm", "parameters", "tokens", "PFLOP", "passes", "seeds", "nats a byte [95%]",
