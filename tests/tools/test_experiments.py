@@ -1,5 +1,6 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from tools.experiments import __main__ as command
-from tools.experiments import cost, hops, intervals, lines, match3, plots, report
+from tools.experiments import cost, hops, intervals, lines, match3, plots, report, updates
 from tools.experiments.hops import Hops
 from tools.experiments.model import Model, Shape, trained_parameters
 from tools.experiments.train import Training, train
@@ -45,6 +46,27 @@ def test_training_from_the_frozen_zero_start_is_training_ordinary_attention():
         weights[kind] = model.state_dict()
         assert not weights[kind]["blocks.0.attention.k2_proj.weight"].any()
     torch.testing.assert_close(weights["frozen"], weights["ordinary"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 50, 333])
+def test_the_rate_is_one_cycle(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for rate in updates.one_cycle(2e-3, steps):
+        assert rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        if schedule.last_epoch < steps - 1:
+            schedule.step()
+
+
+@pytest.mark.gpu
+def test_captured_updates_are_those_of_a_cpu():
+    shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
+    weights = [
+        train(shape, TOY, training, 0, device)[0].cpu().state_dict()
+        for device in (CPU, torch.device("cuda"))
+    ]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
 
 def test_a_2_simplicial_layer_leaves_the_zero_start():
@@ -144,6 +166,29 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch):
     assert len(lines.read(tmp_path / "shards" / "hops.jsonl")) == 4
 
 
+def test_runs_side_by_side_are_those_in_turn(monkeypatch):
+    training = Training(4, batch=4, evaluate_every=2)
+    settings = [hops.Setting(TOY, Shape(("2-simplicial",), 8), training, n) for n in range(6)]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    found = {}
+
+    def run(part, setting):
+        found[setting] = hops.measure(setting, CPU, lambda step, value: None)["curve"]
+
+    command._on_streams(run, [("toy", setting) for setting in settings], 3, CPU)
+    together = dict(found)
+    for setting in settings:
+        run("toy", setting)
+    assert together == found
+
+
+def test_side_by_side_is_for_small_models_on_a_gpu():
+    result = CliRunner().invoke(app, ["language", "--at-once", "2"])
+    assert result.exit_code == 2
+    assert "hops and match3 on cuda, got language on cpu" in " ".join(result.output.split())
+
+
 def test_intervals_are_those_of_the_tables():
     for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
         assert intervals.t_quantile(freedom) == pytest.approx(expected, abs=1e-3)
@@ -153,8 +198,7 @@ def test_intervals_are_those_of_the_tables():
 
 
 def test_the_committed_report_is_that_of_the_committed_lines():
-    names = ("hops", "match3", "cost")
-    read = {name: lines.read(lines.RESULTS / f"{name}.jsonl") for name in names}
+    read = report.read_all(lines.RESULTS)
     assert (lines.RESULTS.parent / "RESULTS.md").read_text() == report.text(read)
 
 

@@ -86,7 +86,7 @@ class Trainer:
             self.model.parameters(), lr=self.setting.learning_rate, betas=(0.9, 0.95), fused=True
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: _warm_cosine(step, steps)
+            self._optimizer, lambda step: warm_cosine(step, steps)
         )
 
     def step(self) -> float:
@@ -142,7 +142,8 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
 
-def _warm_cosine(step: int, steps: int) -> float:
+def warm_cosine(step: int, steps: int) -> float:
+    """Return the rate's factor: up over a twentieth of the steps, then a cosine to 0.05."""
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm

@@ -73,7 +73,7 @@ def plot(
     left.set(xlabel="steps", ylabel="accuracy on held-out batches", ylim=(0, 1.02))
     left.set_title(f"two hops through a permutation of {task.nodes} nodes", fontsize=9)
     left.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="upper left")
+    left.legend(fontsize=7, loc="lower right")
 
     edges = edges_in_order(task, torch.Generator().manual_seed(seed))
     labels = [f"{a}→{b}" for a, b in edges[0].tolist()]

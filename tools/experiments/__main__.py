@@ -2,6 +2,7 @@
 
     python -m tools.experiments hops --seeds 5
     python -m tools.experiments match3 --device cuda --minutes 9
+    python -m tools.experiments language --device cuda --seeds 3 --minutes 9
     python -m tools.experiments cost --device cuda
     python -m tools.experiments report
 
@@ -10,6 +11,8 @@ its line there is not run again, so a command that was stopped goes on when it i
 """
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,15 +23,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simplex_ops.env import environment
-from tools.experiments import cost, hops, lines, match3, report
+from tools.experiments import cost, hops, language, lines, match3
 
-EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "cost": cost}
+EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
+SMALL = ("hops", "match3")  # they leave most of a GPU idle
 QUICK_RESULTS = Path("out/experiments")
 
 
 class Name(StrEnum):
     hops = "hops"
     match3 = "match3"
+    language = "language"
     cost = "cost"
     report = "report"
 
@@ -40,13 +45,19 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="toy sizes, into out/experiments")] = False,
     part: Annotated[list[str] | None, typer.Option(help="a part, again for more")] = None,
     minutes: Annotated[float, typer.Option(help="start no run after so long")] = float("inf"),
-    shard: Annotated[str, typer.Option(help="n/of: every of-th run, from n = 0")] = "0/1",
+    shard: Annotated[
+        str, typer.Option(help="n/of: every of-th run, from n = 0, for processes side by side")
+    ] = "0/1",
     results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="small models side by side on a GPU")] = 1,
+    commit: Annotated[str, typer.Option(help="of this code, where it is no checkout")] = "",
 ) -> None:
     """Run an experiment, or write the report of all that have run."""
     folder = results or (QUICK_RESULTS if quick else lines.RESULTS)
     console = Console(highlight=False)
     if name == Name.report:
+        from tools.experiments import report  # it draws, and brings matplotlib
+
         console.print(report.write(folder), soft_wrap=True)
         return
     experiment = EXPERIMENTS[name.value]
@@ -54,10 +65,16 @@ def main(
     if unknown:
         parts = ", ".join(experiment.PARTS)
         raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
-    left = _left(experiment, folder / f"{name.value}.jsonl", _device(device), seeds, quick, part)
-    mine = left[slice(*_shard(shard))]
+    if at_once > 1 and (name.value not in SMALL or device != "cuda"):
+        raise typer.BadParameter(
+            f"--at-once is for {' and '.join(SMALL)} on cuda, got {name.value} on {device}"
+        )
+    file, where = folder / f"{name.value}.jsonl", _device(device)
+    asked = _asked(experiment, seeds, quick, part)[slice(*_shard(shard))]
+    left = _without_lines(asked, file, where)
     last = time.monotonic() + 60 * minutes
-    _run(console, name.value, folder / f"{name.value}.jsonl", mine, _device(device), last)
+    facts = {**environment(where), "commit": commit or lines.commit()}
+    _run(console, name.value, file, left, where, last, facts, at_once)
 
 
 def _run(
@@ -67,56 +84,82 @@ def _run(
     left: list[tuple[str, Any]],
     device: torch.device,
     last: float,
+    facts: dict[str, Any],
+    at_once: int,
 ) -> None:
-    facts = {**environment(device), "commit": lines.commit()}
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         runs = progress.add_task(f"{name}, runs", total=len(left))
-        present = progress.add_task("", total=None)
-        for part, setting in left:
+
+        def run(part: str, setting: Any) -> None:
             if time.monotonic() > last:
-                console.print("out of time: the same command goes on from here")
-                break
+                return
             total = EXPERIMENTS[name].steps(setting)
-            progress.reset(present, total=total, description=f"{part}: starts")
+            present = progress.add_task(f"{part}: starts", total=total)
 
-            def watch(step: int, accuracy: float, part: str = part) -> None:
-                said = f"{part}: accuracy {accuracy:.3f}"
-                progress.update(present, completed=step, description=said)
+            def watch(step: int, value: float) -> None:
+                progress.update(present, completed=step, description=f"{part}: {value:.3f}")
 
-            result = EXPERIMENTS[name].measure(setting, device, watch)
             line = {
                 "experiment": name,
                 "part": part,
                 "setting": lines.plain(setting),
-                "result": result,
+                "result": EXPERIMENTS[name].measure(setting, device, watch),
                 "environment": facts,
             }
             lines.append(file, line)
             progress.advance(runs)
+            progress.remove_task(present)
             console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
 
+        if at_once == 1:
+            for part, setting in left:
+                run(part, setting)
+        else:
+            _on_streams(run, left, at_once, device)
+        if time.monotonic() > last:
+            console.print("out of time: the same command goes on from here")
 
-def _left(
-    experiment: Any,
-    file: Path,
-    device: torch.device,
-    seeds: int,
-    quick: bool,
-    part: list[str] | None,
+
+def _on_streams(
+    run: Callable[[str, Any], None], left: list[tuple[str, Any]], at_once: int, device: torch.device
+) -> None:
+    """Run several at a time on one GPU, each in a thread and on a stream of its own."""
+
+    def on_stream(part: str, setting: Any) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            run(part, setting)
+
+    with ThreadPoolExecutor(at_once) as threads:
+        futures = [threads.submit(on_stream, part, setting) for part, setting in left]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _asked(
+    experiment: Any, seeds: int, quick: bool, part: list[str] | None
 ) -> list[tuple[str, Any]]:
-    """Return the (part, setting) of each run that has no line yet, each setting once."""
+    """Return (part, setting) of every run of the parts, each setting once."""
+    asked = {}
+    for of_part, setting in experiment.settings(seeds, quick=quick):
+        if not part or of_part in part:
+            asked.setdefault(setting, of_part)
+    return [(of_part, setting) for setting, of_part in asked.items()]
+
+
+def _without_lines(
+    asked: list[tuple[str, Any]], file: Path, device: torch.device
+) -> list[tuple[str, Any]]:
+    """Leave out the runs that have their line on a device of this kind."""
     name = str(environment(device)["device"])
     done = {lines.key(line["setting"], line["environment"]["device"]) for line in lines.read(file)}
-    left = []
-    for of_part, setting in experiment.settings(seeds, quick=quick):
-        key = lines.key(lines.plain(setting), name)
-        if key not in done and (not part or of_part in part):
-            done.add(key)
-            left.append((of_part, setting))
-    return left
+    return [one for one in asked if lines.key(lines.plain(one[1]), name) not in done]
 
 
 def _shard(text: str) -> tuple[int, None, int]:

@@ -13,7 +13,9 @@ class Interval(NamedTuple):
     high: float
 
 
-def of_mean(values: Sequence[float], *, least: float, most: float) -> Interval | None:
+def of_mean(
+    values: Sequence[float], *, least: float = -math.inf, most: float = math.inf
+) -> Interval | None:
     """Return the t interval of the mean of values that lie in [least, most]; None for one value.
 
     It takes the values for draws of a normal distribution, which those of runs that either learn

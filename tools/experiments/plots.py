@@ -20,7 +20,7 @@ def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
     for axes, (name, cells) in zip(panels, arms.items(), strict=True):
         table = [[cells.get((d, h), float("nan")) for h in hops] for d in depths]
         image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
-        for base, style in ((2, "w--"), (3, "r-")):
+        for base, style in ((2, "k--"), (3, "r-")):
             edges = [sum(h <= base**d - 1 for h in hops) - 0.5 for d in depths]
             heights = [n + half for n in range(len(depths)) for half in (-0.5, 0.5)]
             axes.plot(
@@ -28,11 +28,13 @@ def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
             )
         for (d, h), value in cells.items():
             place = (hops.index(h), depths.index(d))
-            axes.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=7, color="gray")
+            ink = "black" if value > 0.6 else "white"
+            axes.annotate(f"{value:.2f}", place, ha="center", va="center", fontsize=7, color=ink)
         axes.set_xticks(range(len(hops)), [str(h) for h in hops])
         axes.set_yticks(range(len(depths)), [str(d) for d in depths])
         axes.set(xlabel="hops", ylabel="layers, L", title=name)
-        axes.legend(fontsize=7, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=list(panels), label="accuracy")
     figure.suptitle(title, fontsize=9)
@@ -58,6 +60,29 @@ def curves(
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    save(figure, file)
+
+
+def losses(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[tuple[int, float]]]]], file: Path
+) -> None:
+    """Draw loss by tokens: a panel for each size, a colour for each arm, a line for each seed."""
+    figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
+    for axes, (size, arms) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, (arm, seeds) in enumerate(sorted(arms.items())):
+            for n, curve in enumerate(seeds):
+                axes.plot(
+                    [tokens / 1e6 for tokens, _ in curve],
+                    [loss for _, loss in curve],
+                    color=mpl.colormaps["tab10"](place),
+                    linewidth=0.8,
+                    label=arm if n == 0 else None,
+                )
+        axes.set(xlabel="tokens, millions", ylabel="held-out loss, nats a byte", title=size)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     save(figure, file)
 
 

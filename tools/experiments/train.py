@@ -1,15 +1,16 @@
 """Training of one small model on fresh batches until it can do its task, or to a cap of steps."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tools.experiments.model import Model, Shape
+from tools.experiments.updates import Batch, one_cycle, updates_of
 
 HELD_OUT_SEED = 2**32  # beyond every seed of a run
 HELD_OUT_BATCHES = 8
@@ -42,7 +43,8 @@ class Training:
     evaluate_every: int = 50
 
 
-Watch = Callable[[int, float], None]  # step, accuracy at the last evaluation
+_ONE_AT_A_TIME = threading.Lock()  # the seed is the process's, and so is a capture
+Watch = Callable[[int, float], None]  # step, accuracy or loss at the last evaluation
 
 
 def train(
@@ -58,49 +60,55 @@ def train(
     Every step sees a fresh batch. Accuracy is that of all tokens of 8 held-out batches, the same
     for all runs of a task. The run stops where it was at least 0.99 in 3 evaluations in a row.
     """
-    torch.manual_seed(seed)
-    model = Model(shape, task.fields, task.classes).to(device)
     data = torch.Generator().manual_seed(seed)
     held_out = torch.Generator().manual_seed(HELD_OUT_SEED)
-    tests = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.learning_rate, total_steps=training.steps
-    )
+    drawn = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
+    tokens, classes = (torch.cat(part).to(device) for part in zip(*drawn, strict=True))
+    with _ONE_AT_A_TIME:
+        torch.manual_seed(seed)
+        model = Model(shape, task.fields, task.classes).to(device)
+        update = updates_of(model, drawn[0], training.evaluate_every, device)
+    rates = one_cycle(training.learning_rate, training.steps)
+
+    def next_batches(done: int) -> list[Batch]:
+        count = min(training.evaluate_every, training.steps - done)
+        return [task.draw(training.batch, data) for _ in range(count)]
+
     curve: list[tuple[int, float]] = []
-    start = time.perf_counter()
-    for step in range(1, training.steps + 1):
-        tokens, classes = (t.to(device) for t in task.draw(training.batch, data))
-        F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % training.evaluate_every == 0 or step == training.steps:
-            curve.append((step, accuracy(model, tests, device)))
-            if watch is not None:
-                watch(step, curve[-1][1])
-            if len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]):
-                break
+    done, start = 0, time.perf_counter()
+    batches = next_batches(done)
+    while batches:
+        update(batches, rates[done : done + len(batches)])
+        done += len(batches)
+        batches = next_batches(done)  # while a GPU works
+        curve.append((done, accuracy(model, (tokens, classes))))
+        if watch is not None:
+            watch(*curve[-1])
+        if learned(curve):
+            break
     return model, {
         "accuracy": curve[-1][1],
-        "learned": len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:]),
+        "learned": learned(curve),
         "steps": curve[-1][0],
-        "parameters": sum(p.numel() for p in parameters),
-        "majority": majority(tests),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "majority": majority(classes),
         "seconds": round(time.perf_counter() - start, 1),
         "curve": curve,
     }
 
 
+def learned(curve: list[tuple[int, float]]) -> bool:
+    """Say whether the last evaluations in a row were all good enough."""
+    return len(curve) >= IN_A_ROW and all(a >= ENOUGH for _, a in curve[-IN_A_ROW:])
+
+
 @torch.no_grad()
-def accuracy(model: Model, tests: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def accuracy(model: Model, test: Batch) -> float:
     """Return the fraction of tokens whose class the model names."""
-    right = [(model(t.to(device)).argmax(-1).cpu() == c).float().mean() for t, c in tests]
-    return round(torch.stack(right).mean().item(), 5)
+    tokens, classes = test
+    return round((model(tokens).argmax(-1) == classes).double().mean().item(), 5)
 
 
-def majority(tests: list[tuple[Tensor, Tensor]]) -> float:
+def majority(classes: Tensor) -> float:
     """Return the accuracy of naming the most frequent class always."""
-    classes = torch.cat([c.flatten() for _, c in tests])
-    return round(classes.bincount().max().item() / classes.numel(), 5)
+    return round(classes.flatten().bincount().max().item() / classes.numel(), 5)
