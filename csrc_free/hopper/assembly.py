@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # pyright: ignore[reportAttributeAccessIssue]
 
 # Named barriers 0 to 7 are Triton's, for its warp-specialised partitions.
-_FIRST_BARRIER = 10
+_FIRST_BARRIER = gl.constexpr(10)
 
 
 @gluon.jit
@@ -27,6 +27,14 @@ def pack_float16(x):
     """Round float32 to float16 in pairs, at once."""
     return gl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def product(x, y):
+    """Return x · y, rounded: never part of a fused multiply-add."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
@@ -65,7 +73,7 @@ def _test(exponent, side):
 def _agree(side):
     return (
         "{ .reg .pred any; "
-        f"bar.red.or.pred any, {_FIRST_BARRIER + side}, 128, simplex_flag{side}; "
+        f"bar.red.or.pred any, {_FIRST_BARRIER.value + side}, 128, simplex_flag{side}; "
         "selp.b32 $0, 1, 0, any; }"
     )
 
@@ -85,7 +93,35 @@ def is_any_above(parts, EXPONENT: gl.constexpr, SIDE: gl.constexpr):
 
 
 @gluon.jit
+def warpgroup():
+    """Return which warpgroup of the first partition of warps a thread belongs to."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 7; }", "=r", [], dtype=gl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _agree_at_barrier():
+    return (
+        "{ .reg .pred any; bar.red.or.pred any, $1, 128, simplex_flag0; selp.b32 $0, 1, 0, any; }"
+    )
+
+
+@gluon.jit
+def is_any_above_here(parts, EXPONENT: gl.constexpr, side):
+    """Do what `is_any_above` does where two warpgroups run one program: `side` says which it is."""
+    gl.inline_asm_elementwise(
+        _test(EXPONENT, 0), "=r,=r,r,r", [parts], dtype=gl.int32, is_pure=False, pack=2
+    )
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred any; bar.red.or.pred any, $1, 128, simplex_flag0; selp.b32 $0, 1, 0, any; }",
+        "=r,r", [_FIRST_BARRIER + side], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def parts_of_rows(p):
-    """Return the row sums of p [64, N] in parts [64, 4]: none needs another thread."""
+    """Return the row sums of p [M, N] in parts [M, 4]: none needs another thread."""
     N: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], N // 8, 4, 2]), 3), 1)

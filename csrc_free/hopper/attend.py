@@ -25,12 +25,12 @@ HALF_LIMIT = gl.constexpr(15)
 
 
 @gluon.jit
-def _scale_of(q_tile, FORM: gl.constexpr, LAYOUT: gl.constexpr):
-    """Return a power of two a row [64, 1] that keeps virtual queries within float16's range.
+def scale_of(q, FORM: gl.constexpr):
+    """Return a power of two a row [M, 1] that keeps virtual queries within float16's range.
 
     The largest of a row of q becomes less than 1/2, so that times any float16 it fits.
     """
-    q = q_tile.load(LAYOUT).to(gl.float32)
+    q = q.to(gl.float32)
     exponent = gl.max(gl.abs(q), 1).to(gl.int32, bitcast=True) >> 23
     exponent = gl.minimum(gl.maximum(exponent, 127 - 16), 127 + 15)
     if FORM == STRASSEN:
@@ -126,7 +126,7 @@ def _weights_raised(
 
 
 @gluon.jit
-def _is_high(grown, parts, IS_HALF: gl.constexpr, SIDE: gl.constexpr):
+def is_high(grown, parts, IS_HALF: gl.constexpr, SIDE: gl.constexpr):
     """Tell a warpgroup whether a tile's exponentials grew too large, be it together."""
     if IS_HALF:  # P itself must fit; the sums have room
         return is_any_above(parts, HALF_LIMIT, SIDE)
@@ -194,11 +194,11 @@ def _attend_chunk(
                 p, parts = _weights(s, constant, top, factor, HAS_CONSTANT, IS_HALF, WEIGHTS)
                 # Before the wait for t: ptxas else sinks the exponentials behind it.
                 grown = sums + parts
-                is_high = _is_high(grown, parts, IS_HALF, SIDE)
+                is_bad = is_high(grown, parts, IS_HALF, SIDE)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if is_last:
                     arrive(v_empty, z + n)
-                if is_high != 0:
+                if is_bad != 0:
                     k_tile = k_tiles.index(z + n + 1).permute((1, 0))
                     p, parts, top, factor, decay = _weights_raised(
                         vq, k_tile, left - (n + 1) * BLOCK_N, constant, top, factor, full_factor,
@@ -236,7 +236,7 @@ def _attend_chunk(
                 # After the last pass s is of no key.
                 parts = gl.where(more > 0, parts, 0.0)
                 grown = sums + parts
-                is_high = _is_high(grown, parts, IS_HALF, SIDE)
+                is_bad = is_high(grown, parts, IS_HALF, SIDE)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if is_last:
                     arrive(v_empty, z + n)
@@ -245,7 +245,7 @@ def _attend_chunk(
                     total = gl.convert_layout(gl.sum(mass, 1), rows_of(T))
                     t += (v_wide_bias * total)[:, None]
                 acc += t * v
-                if is_high != 0:
+                if is_bad != 0:
                     k_tile = k_tiles.index(z).permute((1, 0))
                     p, parts, top, factor, decay = _weights_raised(
                         vq, k_tile, next_left, constant, top, factor, full_factor,
@@ -298,7 +298,7 @@ def attend(
             wait_full(q_full, 0, worked)
             worked += 1
         if q_tile.dtype == gl.float16:
-            scale = _scale_of(q_tile, FORM, operand(BLOCK_N))
+            scale = scale_of(q_tile.load(operand(BLOCK_N)), FORM)
             full_factor /= gl.convert_layout(gl.max(scale, 1), rows_of(S))
         factor = full_factor
         for chunk in range(first, end, CHUNK):

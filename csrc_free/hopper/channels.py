@@ -42,3 +42,11 @@ def arrive(barrier, slot):
     """
     mbarrier.arrive(barrier.index(slot), count=1)
     thread_barrier()
+
+
+@gluon.jit
+def arrive_at_both(barrier, slot, other, other_slot):
+    """Say that this warpgroup or warp is done with a slot of each of two rings."""
+    mbarrier.arrive(barrier.index(slot), count=1)
+    mbarrier.arrive(other.index(other_slot), count=1)
+    thread_barrier()

@@ -29,3 +29,8 @@ def _layout(dtype: torch.dtype, block: tuple[int, ...]) -> gl.NVMMASharedLayout:
 def matrix(dtype: torch.dtype, block: list[int]) -> gl.NVMMASharedLayout:
     """Return the layout of a block in shared memory that matrix products read."""
     return _layout(dtype, tuple(block))
+
+
+def given_or(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor of int32 and 1; or, where there is none, one that is not read, and 0."""
+    return (stand_in.view(torch.int32), 0) if tensor is None else (tensor, 1)

@@ -1,5 +1,7 @@
 """The forward for groups of a multiple of 64 heads: a tile is 64 heads of one query.
 
+Other groups are `forward_tiles`'s.
+
 All rows of such a tile see the same keys of both pairs, so a narrow key is one row for all of them
 and only the oldest wide tiles are masked. One warp brings q and the wide pair by TMA, one the
 narrow rows; two warpgroups take every second narrow key each, with sums of their own, and the
@@ -16,18 +18,18 @@ anything that grew too large was multiplied.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from csrc_free.device.forms import CODES
+from csrc_free.hopper import forward_tiles
 from csrc_free.hopper.assembly import declare_flags
 from csrc_free.hopper.attend import attend
 from csrc_free.hopper.bring import ROWS, ROWS_AT_ONCE, bring, bring_narrow
 from csrc_free.hopper.channels import barriers
-from csrc_free.hopper.describe import describe, matrix
+from csrc_free.hopper.describe import describe, given_or, matrix
 from csrc_free.hopper.layouts import bytes_of, kept_dtype, permuted_rows, plain
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
@@ -166,13 +168,11 @@ def choose(width: int, block_d: int, block_dv: int, *, has_bias: bool) -> Config
     return Config(kept, chunk=chunk)
 
 
-def _given_or(tensor: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
-    """Return a tensor of int32 and 1; or, where there is none, one that is not read, and 0."""
-    return (stand_in.view(torch.int32), 0) if tensor is None else (tensor, 1)
-
-
 def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
+    if problem.group % 64:
+        forward_tiles.compute(problem, out, lse)
+        return
     batch, heads, seq, head_dim = problem.q.shape
     value_dim = out.shape[3]
     block_d, block_dv = (64 if dim <= 64 else 128 for dim in (head_dim, value_dim))
@@ -192,7 +192,7 @@ def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     launch(
         hopper_forward_kernel, min(problem.device.multiprocessors, items),
         *described, problem.k_narrow, problem.v_narrow, out, lse,
-        *_given_or(problem.kv_bounds, lse), *_given_or(problem.q_start, lse),
+        *given_or(problem.kv_bounds, lse), *given_or(problem.q_start, lse),
         items, seq, per_query, kv_heads, problem.group // 64,
         problem.keys, wide_rows, narrow_rows,
         *problem.wide_reach, *problem.narrow_reach, problem.keys - seq,

@@ -5,20 +5,20 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def accumulator(columns):
-    """Return the layout of a product [64, columns] of one warpgroup.
+def accumulator(columns, warps=4):
+    """Return the layout of a product [64, columns] of one warpgroup, or of [128, columns] of two.
 
     Lane t of four has columns 2t and 2t + 1 of every eight, in two rows.
     """
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+        version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, columns, 16]
     )
 
 
 @gluon.constexpr_function
-def operand(columns):
+def operand(columns, warps=4):
     """Return the layout of a left operand in registers, for a product of so many columns."""
-    return gl.DotOperandLayout(0, accumulator(columns), 2)
+    return gl.DotOperandLayout(0, accumulator(columns, warps), 2)
 
 
 @gluon.constexpr_function

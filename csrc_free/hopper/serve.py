@@ -5,7 +5,9 @@ What is not served here runs on the portable kernels.
 
 import torch
 
+from csrc_free import tracing
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.tiles_config import choose
 from csrc_free.hopper.within_int32 import why_not_int32
 from csrc_free.problem import Problem
 
@@ -17,6 +19,13 @@ _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would 
 # 512 x 1 took 1.15 ms for the portable kernel's 0.92, 512 x 4 2.10 for 2.65 (B 4, N 4096, H 64;
 # H100, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-25).
 _NARROW_FROM = 4
+
+# What of a tile's work is of use at least: a group fills some of its rows, a query sees some of its
+# keys. At 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10 (groups of 3 and 5;
+# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29).
+USEFUL_FROM = 0.7
+# Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
+MOST_POSITIONS_OF_64_COLUMNS = 16
 
 
 def why_not(problem: Problem) -> str | None:
@@ -51,10 +60,37 @@ def why_not_forward(problem: Problem) -> str | None:
     if reason is not None:
         return reason
     if problem.group % ROWS:
-        return f"a tile is {ROWS} heads of one query, and a key-value head has {problem.group}"
+        reason = _why_not_tiles(problem)
+        if reason is not None:
+            return reason
     if problem.narrow_width < _NARROW_FROM:
         return (
             f"a narrow window of fewer than {_NARROW_FROM} keys is no faster, "
             f"got {problem.narrow_width}"
         )
+    return None
+
+
+def _why_not_tiles(problem: Problem) -> str | None:
+    """Return why tiles of several positions, of all heads of a group, do not serve, or None."""
+    group = problem.group
+    if group > ROWS:
+        return f"a tile holds a group, or {ROWS} heads of it, and a key-value head has {group}"
+    if tracing.tracer() is not None:
+        return None  # what follows depends on sizes: the operator that is called then decides
+    dims = (problem.q.shape[3], problem.v_wide.shape[3])
+    block_d, block_dv = (64 if dim <= 64 else 128 for dim in dims)
+    width = min(sum(problem.wide_reach) + 1, problem.k_wide.shape[2])
+    config = choose(group, width, block_d, block_dv)
+    seq = problem.q.shape[2]
+    if seq < config.p:
+        return f"a tile is {config.p} positions of {config.heads} heads, and q has {seq}"
+    useful = group * width / (config.heads * config.covered(width))
+    if useful < USEFUL_FROM:
+        return (
+            f"a tile has {config.heads} rows for each of {config.p} positions, of which a group "
+            f"fills {group}, and meets {config.covered(width)} keys, of which a query sees {width}"
+        )
+    if block_d == block_dv == 64 and config.p > MOST_POSITIONS_OF_64_COLUMNS:
+        return f"tiles of 64 columns and {config.p} positions are no faster"
     return None

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.hopper import backward_keys, backward_narrow, backward_wide
+from csrc_free.hopper import backward_keys, backward_narrow, backward_wide, forward_tiles
 from csrc_free.hopper import backward_query as hopper_backward_query
 from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
@@ -74,6 +74,7 @@ def test_the_first_that_fits_wins():
 KINDS = {
     "forward_kernel": forward.Config,
     "hopper_forward_kernel": hopper_forward.Config,
+    "hopper_forward_tiles_kernel": forward_tiles.Config,
     "hopper_backward_keys_kernel": backward_keys.Config,
     "hopper_backward_wide_kernel": backward_wide.Config,
     "hopper_backward_query_kernel": hopper_backward_query.Config,

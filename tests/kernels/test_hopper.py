@@ -55,6 +55,8 @@ def _why_not(inputs, **arguments):
     [
         ({}, {}),
         ({"group": 128}, {}),
+        *(({"group": group, "seq": 600}, {"w1": 512}) for group in (1, 2, 3, 7, 8, 32, 48, 63)),
+        ({"group": 8, "dim": 40, "value_dim": 120}, {}),
         ({"dim": 64}, {}),
         ({"dim": 96, "value_dim": 128}, {}),
         ({"dim": 40, "value_dim": 120}, {}),
@@ -82,8 +84,11 @@ def test_serves(hopper, given, arguments):
         ({"dim": 100}, {}, "q must have an address and strides of a positive multiple of 16 bytes"),
         ({"width": 132}, {}, "q must have an address and strides of a positive multiple"),
         ({"value_dim": 100}, {}, "the wide values must have an address and strides"),
-        ({"group": 32}, {}, "a tile is 64 heads of one query, and a key-value head has 32"),
-        ({"group": 96}, {}, "a tile is 64 heads of one query, and a key-value head has 96"),
+        ({"group": 96}, {}, "a tile holds a group, or 64 heads of it, and a key-value head has 96"),
+        ({"group": 5}, {}, "a tile has 8 rows for each of 8 positions, of which a group fills 5"),
+        ({"group": 1}, {"w1": 40}, "and meets 128 keys, of which a query sees 40"),
+        ({"group": 1, "dim": 64, "seq": 600}, {"w1": 512}, "tiles of 64 columns and 64 positions"),
+        ({"group": 4, "seq": 15}, {}, "a tile is 16 positions of 4 heads, and q has 15"),
         ({}, {"scale": 0.0}, "the scale is 0"),
         ({}, {"w2": 3}, "a narrow window of fewer than 4 keys is no faster, got 3"),
         ({}, {"w1": 2, "w2": None}, "a narrow window of fewer than 4 keys is no faster, got 2"),
@@ -109,13 +114,21 @@ def _run(inputs, **arguments):
     return launches
 
 
-@pytest.mark.parametrize("group", [64, 32])
-def test_who_serves_can_be_asked(hopper, group):
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (64, "hopper_forward_kernel"),
+        (32, "hopper_forward_tiles_kernel"),
+        (96, "forward_kernel"),
+    ],
+)
+def test_who_serves_can_be_asked(hopper, group, name):
     inputs = _inputs(group=group)
     (launch,) = _run(inputs)
     said = attn.forward_served_by(*inputs, **_arguments())
-    assert launch.kernel.is_gluon() == (group == 64)
-    assert said == "hopper" if group == 64 else said.startswith("portable: a tile is 64 heads")
+    assert launch.kernel.__name__ == name
+    assert launch.kernel.is_gluon() == (group != 96)
+    assert said.startswith("portable: a tile holds" if group == 96 else "hopper")
 
 
 @pytest.mark.parametrize("seq", [0, 5])
