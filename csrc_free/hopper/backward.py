@@ -23,13 +23,11 @@ from csrc_free.portable.gradients import PairGradients, complete
 from csrc_free.problem import Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_wide_keys
+from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
 # H100, 2026-11-25).
 _SLOWER_UP_TO = 4
-# Groups of 1 and 2: right on a device before parts were counted from where the narrow window
-# begins, and not run on one since it counts so too. Once its tests are green there, it serves.
-_NARROW_SIDE_SERVES = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +53,28 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     reason = why_not_int32(problem)
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
-    traits = problem.traits(dout)
-    config = query.choose(traits, problem.device)
-    if config is None and _NARROW_SIDE_SERVES:
-        config = narrow_side.choose(traits, problem.device, problem.narrow_width)
-    side = "for bfloat16, no determinants, and up to 64 heads" if config is None else config
-    if isinstance(side, query.Config) and problem.group <= _SLOWER_UP_TO:
-        side = f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     keys = plan_of(problem, dout)
     return Choice(
         keys=keys,
         wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query=side,
+        query=_query_side(problem, problem.traits(dout)),
     )
+
+
+def _query_side(problem: Problem, traits: Traits) -> query.Config | narrow_side.Config | str:
+    """Choose the kernel of dq, or say why none here runs."""
+    large = query.choose(traits, problem.device)
+    if large is not None:
+        if problem.group <= _SLOWER_UP_TO:
+            return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
+        return large
+    small = narrow_side.choose(traits, problem.device, problem.narrow_width)
+    if small is None:
+        return (
+            "for bfloat16, no determinants, D and Dv of one size of tile, up to 64 heads; for 1 or "
+            f"2 heads trilinear and up to {narrow_side.MOST_KEYS} narrow keys"
+        )
+    return "a bias of the wide pair" if any(problem.biases()[:2]) else small
 
 
 def write_gradients(

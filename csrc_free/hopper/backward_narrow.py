@@ -39,6 +39,7 @@ from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
+MOST_KEYS = ROWS  # of a narrow window
 INFINITY = gl.constexpr(float("inf"))
 _RESERVE = 1024  # bytes: barriers
 # One compiled kernel serves all sizes and strides.
@@ -72,7 +73,7 @@ def choose(traits: Traits, device: Device, narrow_width: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
     if not _serves(traits, device):
         return None
-    for keys in (16, 32, 64):
+    for keys in (16, 32, MOST_KEYS):
         # The entries of both warpgroups are whole positions.
         if narrow_width <= keys and 2 * (ROWS // keys) % traits.group == 0:
             block_n = 64 if traits.block_d == 128 else 128

@@ -220,6 +220,13 @@ CASES = {
     "5 heads": _case(kv_heads=3, group=5, seq=100, w1=80, w2=15, layout="fused"),
     "4 heads": _case(kv_heads=2, group=4, seq=150, w1=100, w2=16, layout="contiguous"),
     "2 heads": _case(kv_heads=2, group=2, seq=190, w1=150, w2=32),
+    "2 heads, both ways, biased": _case(
+        group=2, seq=150, w1=70, w2=9, is_causal=False, k2_bias=0.5, v2_bias=1.0
+    ),
+    "2 heads, 33 keys": _case(group=2, seq=131, w1=90, w2=33),
+    "2 heads, documents": _case(batch=2, kv_heads=2, group=2, seq=150, w1=80, w2=16,
+                                bounds="documents"),
+    "2 heads, 64 columns": _case(group=2, seq=151, head_dim=64, w1=130, w2=20, layout="fused"),
     "1 head": _case(kv_heads=2, group=1, seq=203, w1=150, w2=32),
     "1 head, 16 keys": _case(kv_heads=2, group=1, seq=203, w1=77, w2=14),
     "1 head, 64 keys": _case(kv_heads=2, group=1, seq=130, w1=100, w2=60),
@@ -227,6 +234,11 @@ CASES = {
     "1 head, wide second": _case(batch=2, group=1, seq=103, w1=20, w2=50),
     "1 head, cache": _case(batch=2, group=1, seq=10, keys1=240, keys2=100, w1=190, w2=22),
     "1 head, wild": _case(batch=2, group=1, seq=130, w1=80, w2=30, bounds="wild", starts="random"),
+    "1 head, placed": _case(batch=3, group=1, seq=130, w1=90, w2=30, starts="random"),
+    "1 head, unbounded": _case(group=1, seq=50, w1=None, w2=None),
+    "1 head, more queries than keys": _case(group=1, seq=99, keys1=40, keys2=60, w1=30, w2=12),
+    "1 head, 96 and 80 columns": _case(group=1, seq=90, head_dim=96, value_dim=80, w1=64, w2=8),
+    "1 head, 64 columns": _case(kv_heads=3, group=1, seq=201, head_dim=64, w1=170, w2=32),
     "1 head, biased": _case(group=1, seq=100, w1=50, w2=32, k2_bias=1.0, v2_bias=-0.5),
 }
 
