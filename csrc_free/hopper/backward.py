@@ -47,6 +47,23 @@ class Choice:
             if isinstance(value := getattr(self, field.name), str)
         }
 
+    @property
+    def served_by(self) -> str:
+        """Say which kernels run here, and why not what the portable ones are left with."""
+        here, left = [], []
+        if isinstance(self.keys, Plan):
+            here.append("keys")
+        elif self.wide is None:
+            here.append("wide")
+        else:
+            left.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
+        if isinstance(self.query, str):
+            left.append(f"dq: {self.query}")
+        else:
+            here.append("query" if isinstance(self.query, query.Config) else "narrow")
+        parts = [f"hopper ({', '.join(here)})"] if here else []
+        return ", ".join(parts + ([f"portable: {', '.join(left)}"] if left else []))
+
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""

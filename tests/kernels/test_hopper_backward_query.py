@@ -224,8 +224,9 @@ CASES = {
         group=2, seq=150, w1=70, w2=9, is_causal=False, k2_bias=0.5, v2_bias=1.0
     ),
     "2 heads, 33 keys": _case(group=2, seq=131, w1=90, w2=33),
-    "2 heads, documents": _case(batch=2, kv_heads=2, group=2, seq=150, w1=80, w2=16,
-                                bounds="documents"),
+    "2 heads, documents": _case(
+        batch=2, kv_heads=2, group=2, seq=150, w1=80, w2=16, bounds="documents"
+    ),
     "2 heads, 64 columns": _case(group=2, seq=151, head_dim=64, w1=130, w2=20, layout="fused"),
     "1 head": _case(kv_heads=2, group=1, seq=203, w1=150, w2=32),
     "1 head, 16 keys": _case(kv_heads=2, group=1, seq=203, w1=77, w2=14),
