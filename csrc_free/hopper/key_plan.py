@@ -67,6 +67,8 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
     reason = _why_not(problem, dout)
     if reason is not None:
         return reason
+    if problem.form != "trilinear":
+        return f"for the trilinear form alone, got {problem.form}"
     if problem.group > 2:
         return f"for 1 or 2 query heads of a key-value head, got {problem.group}"
     if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
@@ -92,8 +94,8 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
         return f"compiled for sm_90 alone, and the device is {device.name}"
     if problem.q.dtype != torch.bfloat16:
         return f"for bfloat16 alone, got {problem.q.dtype}"
-    if problem.form != "trilinear":
-        return f"for the trilinear form alone, got {problem.form}"
+    if problem.form == "determinant":
+        return "for the forms trilinear and strassen, got determinant"
     if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
         return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
     for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),

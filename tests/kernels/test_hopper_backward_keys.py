@@ -44,7 +44,7 @@ def _plan(workload, device=HOPPER):
     ("change", "reason"),
     [
         ({"dtype": torch.float16}, "for bfloat16 alone, got torch.float16"),
-        ({"form": "determinant"}, "for the trilinear form alone, got determinant"),
+        ({"form": "determinant"}, "for the forms trilinear and strassen, got determinant"),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
         ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),
@@ -117,7 +117,8 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64"],
+        (dataclasses.replace(GROUP8, form="strassen"), 450),
+    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen"],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
@@ -195,6 +196,20 @@ CASES = {
     "through lse": _change(through="both"),
     "one gradient": _change(grad_mask=(False, False, False, False, True)),
     "logits of thousands": _change(amplitude=1000.0),
+    "strassen": _change(form="strassen"),
+    "strassen, 64 heads": _change(form="strassen", kv_heads=1, group=64, seq=100),
+    "strassen, 5 heads in tiles of 8": _change(form="strassen", group=5, seq=99),
+    "strassen, both sides, a cache": _change(
+        form="strassen", is_causal=False, seq=20, keys1=150, keys2=130
+    ),
+    "strassen, wild bounds, starts": _change(
+        form="strassen", batch=2, bounds="wild", starts="random"
+    ),
+    "strassen, biases": _change(form="strassen", k2_bias=1.0, v2_bias=-0.5),
+    "strassen, the first pair narrow, biases": _change(
+        form="strassen", w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5
+    ),
+    "strassen, logits of thousands": _change(form="strassen", amplitude=1000.0),
 }
 
 
