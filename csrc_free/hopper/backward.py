@@ -35,7 +35,7 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str  # all four key-value gradients
-    wide: str | None  # the wide pair's alone, where `keys` does not run: None
+    wide: str | None  # the wide pair's alone, where `keys` does not run; None: it runs
     query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
 
     @property
@@ -70,28 +70,35 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     reason = why_not_int32(problem)
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
-    keys = plan_of(problem, dout)
-    return Choice(
-        keys=keys,
-        wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query=_query_side(problem, problem.traits(dout)),
-    )
+    traits = problem.traits(dout)
+    keys, wide, small = plan_of(problem, dout), why_not_wide(problem, dout), _small(problem, traits)
+    if wide is None and not isinstance(small, str):
+        keys = "up to 4 heads the kernels of small groups are faster"
+    if isinstance(keys, Plan):
+        return Choice(keys=keys, wide=None, query=_query_alone(problem, traits))
+    if isinstance(small, str) and problem.group > 2:
+        return Choice(keys=keys, wide=wide, query=_query_alone(problem, traits))
+    return Choice(keys=keys, wide=wide, query=small)
 
 
-def _query_side(problem: Problem, traits: Traits) -> query.Config | narrow_side.Config | str:
-    """Choose the kernel of dq, or say why none here runs."""
-    large = query.choose(traits, problem.device)
-    if large is not None:
-        if problem.group <= _SLOWER_UP_TO:
-            return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
-        return large
-    small = narrow_side.choose(traits, problem.device, problem.narrow_width)
-    if small is None:
-        return (
-            "for bfloat16, no determinants, D and Dv of one size of tile, up to 64 heads; for 1 or "
-            f"2 heads trilinear and up to {narrow_side.MOST_KEYS} narrow keys"
-        )
-    return "a bias of the wide pair" if any(problem.biases()[:2]) else small
+def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
+    """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
+    if any(problem.biases()[:2]):
+        return "a bias of the wide pair"
+    config = narrow_side.choose(traits, problem.device, problem.narrow_width)
+    if config is None:
+        return "for 1, 2 or 4 heads, trilinear, and up to 64 narrow keys"
+    return config
+
+
+def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
+    """Choose the kernel of dq alone, or say why it does not run."""
+    config = query.choose(traits, problem.device)
+    if config is None:
+        return "for bfloat16, no determinants, D and Dv of one size of tile, and 3 to 64 heads"
+    if problem.group <= _SLOWER_UP_TO:
+        return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
+    return config
 
 
 def write_gradients(

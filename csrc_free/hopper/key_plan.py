@@ -69,8 +69,8 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
         return reason
     if problem.form != "trilinear":
         return f"for the trilinear form alone, got {problem.form}"
-    if problem.group > 2:
-        return f"for 1 or 2 query heads of a key-value head, got {problem.group}"
+    if problem.group > 4:
+        return f"for 1 to 4 query heads of a key-value head, got {problem.group}"
     if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
         return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
     if any(problem.biases()[:2]):

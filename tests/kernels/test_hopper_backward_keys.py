@@ -73,9 +73,15 @@ def test_both_halves_say_why_they_do_not_run():
 
 
 def test_a_slower_kernel_is_not_chosen():
-    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32)))
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=24)))
     assert isinstance(choice.keys, Plan)
     assert "the portable kernel is faster" in choice.reasons["query"]
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32)))
+    assert choice.served_by == "hopper (wide, narrow)"
+    choice = backward.choose(
+        *_problem(dataclasses.replace(GROUP8, heads=32, batch=1, kv_heads=8, seq=300))
+    )
+    assert isinstance(choice.keys, Plan), "few tiles of 128 keys leave the device idle"
 
 
 @pytest.mark.parametrize("seq", [4096, 32768, 131072])
@@ -140,7 +146,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     assert usage.shared <= HOPPER.shared_limit
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
     with recorded(HOPPER) as launches:
         problem, dout = _problem(dataclasses.replace(GROUP8, heads=8 * group))
@@ -229,6 +235,9 @@ SMALL = {
         group=1, batch=2, k2_bias=1.0, v2_bias=-0.5, starts="random"
     ),
     "2 heads, fused": _change(group=2, layout="fused"),
+    "3 heads, wild bounds": _change(group=3, batch=2, bounds="wild"),
+    "4 heads": _change(group=4),
+    "4 heads, D 64, both sides": _change(group=4, head_dim=64, is_causal=False),
     "2 heads, logits of thousands": _change(group=2, amplitude=1000.0),
 }
 
@@ -265,7 +274,9 @@ def test_gradients_are_within_the_budget(name, used, poisoned_memory):
 def test_small_groups_are_within_the_budget(name, used, monkeypatch, poisoned_memory):
     inner = backward.choose  # however few tiles there are
     monkeypatch.setattr(
-        backward, "choose", lambda *args: dataclasses.replace(inner(*args), wide=None)
+        backward,
+        "choose",
+        lambda *args: dataclasses.replace(inner(*args), keys="not here", wide=None),
     )
     assert_matches_reference(SMALL[name], attn, device="cuda")
     assert used == ["backward_wide"]
