@@ -237,17 +237,23 @@ def _rows_of_entries(rows, like, ENTRIES: gl.constexpr):
     """Load the row of each entry and repeat it for its keys, in the layout of `like`."""
     COLUMNS: gl.constexpr = like.shape[1]
     if ENTRIES == 1:
-        return spread(rows, like, 1, COLUMNS)
-    x = _by_pairs(like, ENTRIES)
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
-    pairs = gl.zeros([ENTRIES // 2, 2, COLUMNS], like.dtype, layout)
-    flat = gl.reshape(pairs, [ENTRIES, COLUMNS])
-    found = gl.reshape(rows.load(flat.type.layout), [ENTRIES // 2, 2, COLUMNS])
-    found = gl.convert_layout(found, layout, assert_trivial=True)
-    found, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(found, 1), 3), x)
-    return gl.convert_layout(
-        gl.reshape(found, [64, COLUMNS]), like.type.layout, assert_trivial=True
-    )
+        found = spread(rows, like, 1, COLUMNS)
+    else:
+        x = _by_pairs(like, ENTRIES)
+        layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
+        pairs = gl.zeros([ENTRIES // 2, 2, COLUMNS], like.dtype, layout)
+        flat = gl.reshape(pairs, [ENTRIES, COLUMNS])
+        found = gl.reshape(rows.load(flat.type.layout), [ENTRIES // 2, 2, COLUMNS])
+        found = gl.convert_layout(found, layout, assert_trivial=True)
+        found = _flat(gl.expand_dims(gl.expand_dims(found, 1), 3), x, like)
+    return found
+
+
+@gluon.jit
+def _flat(found, by_pairs, like):
+    """Repeat `found` for all that it is the same of, and return it in the layout of `like`."""
+    found, _ = gl.broadcast(found, by_pairs)
+    return gl.convert_layout(gl.reshape(found, like.shape), like.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -257,28 +263,23 @@ def _narrow_rows(
     """Return the narrow row of each row, in the layout of `like`."""
     COLUMNS: gl.constexpr = like.shape[1]
     if ENTRIES == 1:
-        return raw.load(like.type.layout)
-    x = _by_pairs(like, ENTRIES)
-    PAIRS: gl.constexpr = ENTRIES // 2
-    layout: gl.constexpr = gl.SliceLayout(2, x.type.layout)
-    keys = gl.zeros([PAIRS, 4 // PAIRS, 8, COLUMNS], like.dtype, layout)
-    flat = gl.reshape(keys, [32, COLUMNS])
-    keys = gl.reshape(raw.load(flat.type.layout), [PAIRS, 4 // PAIRS, 8, COLUMNS])
-    keys = gl.convert_layout(keys, layout, assert_trivial=True)
-    keys, _ = gl.broadcast(gl.expand_dims(keys, 2), x)
-    found = gl.convert_layout(
-        gl.reshape(keys, [64, COLUMNS]), like.type.layout, assert_trivial=True
-    )
+        found = raw.load(like.type.layout)
+    else:
+        x = _by_pairs(like, ENTRIES)
+        PAIRS: gl.constexpr = ENTRIES // 2
+        layout: gl.constexpr = gl.SliceLayout(2, x.type.layout)
+        keys = gl.zeros([PAIRS, 4 // PAIRS, 8, COLUMNS], like.dtype, layout)
+        flat = gl.reshape(keys, [32, COLUMNS])
+        keys = gl.reshape(raw.load(flat.type.layout), [PAIRS, 4 // PAIRS, 8, COLUMNS])
+        keys = gl.convert_layout(keys, layout, assert_trivial=True)
+        found = _flat(gl.expand_dims(keys, 2), x, like)
     if IS_SHIFTED:
+        x = _by_pairs(like, ENTRIES)
         of_pair: gl.constexpr = gl.SliceLayout(
             1, gl.SliceLayout(2, gl.SliceLayout(3, x.type.layout))
         )
-        last = newest.load(of_pair)
-        last = gl.expand_dims(gl.expand_dims(gl.expand_dims(last, 1), 2), 3)
-        last, _ = gl.broadcast(last, x)
-        last = gl.convert_layout(
-            gl.reshape(last, [64, COLUMNS]), like.type.layout, assert_trivial=True
-        )
+        last = gl.expand_dims(gl.expand_dims(newest.load(of_pair), 1), 2)
+        last = _flat(gl.expand_dims(last, 3), x, like)
         row = gl.arange(0, 64, layout=rows_of(like.type.layout))
         is_last = (row % 16 == 8) & (row // 2 % KEYS < 8)
         found = gl.where(is_last[:, None], last, found)
@@ -340,15 +341,21 @@ def _add_rows(
     part, slot, slots, value, first: gl.constexpr, count: gl.constexpr, DIMS: gl.constexpr,
     KEYS: gl.constexpr,
 ):  # fmt: skip
-    """Add `count` rows from `first` on to as many slots, of which there are `slots`."""
+    """Add `count` rows from `first` on to as many slots, of which there are `slots`.
+
+    Rows of other slots are of keys that their entries do not see: they add zero, wherever they do,
+    and a mask would be a branch around every addition.
+    """
     layout: gl.constexpr = value.type.layout
     row = gl.arange(0, value.shape[0], layout=rows_of(layout))
     column = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
-    slot += row - first
-    is_there = (slot >= 0) & (slot < slots) & (row >= first) & (row < first + count)
+    slot = gl.minimum(gl.maximum(slot + row - first, 0), slots - 1)
     to = part + (slot * DIMS)[:, None] + column[None, :]
-    mask = is_there[:, None] & (column < DIMS)[None, :]
-    gl.atomic_add(to, value, mask=mask, sem="relaxed")
+    if (value.shape[0] == count) and (value.shape[1] == DIMS):
+        gl.atomic_add(to, value, sem="relaxed")
+    else:
+        is_there = (row >= first) & (row < first + count)
+        gl.atomic_add(to, value, mask=is_there[:, None] & (column < DIMS)[None, :], sem="relaxed")
 
 
 @gluon.jit
@@ -808,9 +815,9 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
 
     Large items make small parts, and small ones spread the work evenly.
     """
-    for steps in (64, 32, 16, 8):
+    for steps in (128, 64, 32, 16, 8):
         chunks = triton.cdiv(tiles, steps)
-        if heads * chunks >= 6 * processors:
+        if 2 * heads * chunks >= 7 * processors:
             return steps, chunks
     return steps, chunks
 

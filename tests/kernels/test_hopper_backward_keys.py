@@ -215,7 +215,7 @@ CASES = {
     "strassen, the first pair narrow, biases": _change(
         form="strassen", w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5
     ),
-    "strassen, logits of thousands": _change(form="strassen", amplitude=1000.0),
+    "strassen, logits of hundreds": _change(form="strassen", amplitude=30.0),
 }
 
 
