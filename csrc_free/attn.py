@@ -21,7 +21,9 @@ from csrc_free.portable import backward, forward
 from csrc_free.problem import Problem, problem_of
 from csrc_free.steps.delta import statistics_of
 
-__all__ = ["attn_backward", "attn_forward", "forward_served_by", "portable_alone"]
+__all__ = [
+    "attn_backward", "attn_forward", "backward_served_by", "forward_served_by", "portable_alone",
+]  # fmt: skip
 
 
 class PortableWarning(UserWarning):
@@ -102,6 +104,19 @@ def forward_served_by(
     """Say which implementation `attn_forward` runs, and why not a faster one."""
     reason = _why_not_forward(problem_of(q, k1, k2, v1, v2, **arguments))
     return "hopper" if reason is None else f"portable: {reason}"
+
+
+def backward_served_by(
+    dout: Tensor, q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, **arguments: Any
+) -> str:
+    """Say which kernels `attn_backward` runs, and why not faster ones."""
+    problem = problem_of(q, k1, k2, v1, v2, **arguments)
+    reason = _why_not(problem)
+    if reason is not None:
+        return f"portable: {reason}"
+    from csrc_free.hopper import backward as hopper
+
+    return hopper.choose(problem, dout).served_by
 
 
 def _why_not(problem: Problem) -> str | None:

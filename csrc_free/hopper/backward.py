@@ -23,13 +23,11 @@ from csrc_free.portable.gradients import PairGradients, complete
 from csrc_free.problem import Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_wide_keys
+from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
 # H100, 2026-11-25).
 _SLOWER_UP_TO = 4
-# Groups of 1 and 2: right on a device before parts were counted from where the narrow window
-# begins, and not run on one since it counts so too. Once its tests are green there, it serves.
-_NARROW_SIDE_SERVES = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str  # all four key-value gradients
-    wide: str | None  # the wide pair's alone, where `keys` does not run: None
+    wide: str | None  # the wide pair's alone, where `keys` does not run; None: it runs
     query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
 
     @property
@@ -49,6 +47,23 @@ class Choice:
             if isinstance(value := getattr(self, field.name), str)
         }
 
+    @property
+    def served_by(self) -> str:
+        """Say which kernels run here, and why not what the portable ones are left with."""
+        here, left = [], []
+        if isinstance(self.keys, Plan):
+            here.append("keys")
+        elif self.wide is None:
+            here.append("wide")
+        else:
+            left.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
+        if isinstance(self.query, str):
+            left.append(f"dq: {self.query}")
+        else:
+            here.append("query" if isinstance(self.query, query.Config) else "narrow")
+        parts = [f"hopper ({', '.join(here)})"] if here else []
+        return ", ".join(parts + ([f"portable: {', '.join(left)}"] if left else []))
+
 
 def choose(problem: Problem, dout: Tensor) -> Choice:
     """Choose the kernels of the backward; it reads shapes and strides alone."""
@@ -56,18 +71,37 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
     traits = problem.traits(dout)
+    keys, wide, small = plan_of(problem, dout), why_not_wide(problem, dout), _small(problem, traits)
+    if wide is None and not isinstance(small, str):
+        keys = "up to 4 heads the kernels of small groups are faster"
+    if isinstance(keys, Plan):
+        return Choice(keys=keys, wide=None, query=_query_alone(problem, traits))
+    if isinstance(small, str) and problem.group > 2:
+        return Choice(keys=keys, wide=wide, query=_query_alone(problem, traits))
+    return Choice(keys=keys, wide=wide, query=small)
+
+
+def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
+    """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
+    if any(problem.biases()[:2]):
+        return "a bias of the wide pair"
+    # Of the window itself, however few keys there are: each row is at its place in it.
+    config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
+    if config is None:
+        return "for 1, 2 or 4 heads, trilinear, and a narrow window of up to 64 keys"
+    if narrow_side.share_of(problem, config) is None:
+        return "the parts of the narrow pair's gradients would take more memory than they may"
+    return config
+
+
+def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
+    """Choose the kernel of dq alone, or say why it does not run."""
     config = query.choose(traits, problem.device)
-    if config is None and _NARROW_SIDE_SERVES:
-        config = narrow_side.choose(traits, problem.device, problem.narrow_width)
-    side = "for bfloat16, no determinants, and up to 64 heads" if config is None else config
-    if isinstance(side, query.Config) and problem.group <= _SLOWER_UP_TO:
-        side = f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
-    keys = plan_of(problem, dout)
-    return Choice(
-        keys=keys,
-        wide=why_not_wide(problem, dout) if isinstance(keys, str) else None,
-        query=side,
-    )
+    if config is None:
+        return "for bfloat16, no determinants, D and Dv of one size of tile, and 3 to 64 heads"
+    if problem.group <= _SLOWER_UP_TO:
+        return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
+    return config
 
 
 def write_gradients(
@@ -86,11 +120,8 @@ def write_gradients(
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):
-        to = torch.empty_like(problem.q) if dq is None else dq
-        found = narrow_side.backward_narrow(near, statistics, to, choice.query)
-        if found is not None:
-            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), near)
-            dq, narrow = None, nothing
+        _run_narrow(near, statistics, choice.query, dq, narrow)
+        dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
@@ -108,7 +139,7 @@ def _run_keys(
         *complete(narrow, problem.k_narrow, problem.v_narrow),
     )
     for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow) in _some_heads(
-        problem, statistics, grads, plan
+        problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
         parts = parts_of_wide_keys(some, KEYS * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
@@ -117,18 +148,36 @@ def _run_keys(
         del parts
 
 
-def _some_heads(
-    problem: Problem, statistics: Statistics, grads: tuple[Tensor, ...], plan: Plan
-) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
-    """Split a problem by batch rows and key-value heads, as many at a time as the plan says."""
-    batch, kv_heads = problem.k_wide.shape[:2]
-    for b in range(0, batch, plan.batch):
-        for h in range(0, kv_heads, plan.kv_heads):
-            rows, heads = slice(b, b + plan.batch), slice(h, h + plan.kv_heads)
-            q_heads = slice(h * problem.group, (h + plan.kv_heads) * problem.group)
+def _run_narrow(
+    problem: Problem, statistics: Statistics, config: narrow_side.Config,
+    dq: Tensor | None, narrow: PairGradients,
+) -> None:  # fmt: skip
+    """Write dq and the narrow pair's gradients, some key-value heads at a time."""
+    share = narrow_side.share_of(problem, config)
+    assert share is not None, "the choice holds them to what they may take"
+    dq = torch.empty_like(problem.q) if dq is None else dq
+    grads = (dq, *complete(narrow, problem.k_narrow, problem.v_narrow))
+    for some, given, (some_dq, dk, dv) in _some_heads(problem, statistics, grads, share):
+        parts = narrow_side.backward_narrow(some, given, some_dq, config)
+        parts.sum_into(dk, dv, some)
+        del parts
 
-            def cut(tensor: Tensor, rows: slice = rows, heads: slice = heads) -> Tensor:
-                return tensor[rows, heads]
+
+def _some_heads(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, ...], share: tuple[int, int]
+) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
+    """Split a problem, `share` (batch rows, key-value heads) at a time."""
+    batch, kv_heads = problem.k_wide.shape[:2]
+    some_batch, some_heads = share
+    for b in range(0, batch, some_batch):
+        for h in range(0, kv_heads, some_heads):
+            rows, heads = slice(b, b + some_batch), slice(h, h + some_heads)
+            q_heads = slice(h * problem.group, (h + some_heads) * problem.group)
+
+            def cut(
+                tensor: Tensor, rows: slice = rows, heads: slice = heads, q_heads: slice = q_heads
+            ) -> Tensor:
+                return tensor[rows, heads if tensor.shape[1] == kv_heads else q_heads]
 
             def cut_rows(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
                 return None if tensor is None else tensor[rows]

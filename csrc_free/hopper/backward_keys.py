@@ -1,4 +1,4 @@
-"""All four key-value gradients of the trilinear form on Hopper, in four matrix products.
+"""All four key-value gradients on Hopper, in four matrix products.
 
 For a narrow key m and a tile of wide keys j, with X = sum of dS · q and Y = sum of P · dout over
 the queries that see m:
@@ -6,9 +6,14 @@ the queries that see m:
     dk_wide += scale · k_m ∘ X      dk_m = scale · sum over j of k_j ∘ X[j]
     dv_wide += v_m ∘ Y              dv_m = sum over j of v_j ∘ Y[j]
 
-so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m.
+so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m. That is the
+trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · k_m besides, and with
+σ[j] = sum of dS
+
+    dk_wide += scale · (X + σ k_m)  dk_m = scale · sum over j of (X[j] + σ[j] k_j)
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
+from csrc_free.device.forms import CODES, STRASSEN
+from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16, parts_of_rows
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
@@ -251,16 +257,20 @@ def _fetch(
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i.
 
-    Tiles from `first` to `last` need no mask. Rows past the last query are zero in q and dout, and
-    add nothing, whatever their P is.
+    `of_keys` is what stands in a key's logits besides, in log2 units. Tiles from `first` to `last`
+    need no mask. Rows past the last query are zero in q and dout, and add nothing, whatever their P
+    is, so long as it is finite.
     """
     first, last = seen
-    p = gl.exp2(s * log2_scale - lse2_tile.load(LAYOUT))
+    shift = lse2_tile.load(LAYOUT)
+    if FORM == STRASSEN:
+        shift -= of_keys[:, None]
+    p = gl.exp2(s * log2_scale - shift)
     if (i < first) | (i > last):
         key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right = window
         lowest = start - wide_left - key_first
@@ -283,6 +293,8 @@ def _probabilities(
             hi = gl.maximum(gl.load(at + 1), 0)
             visible = visible & (key >= lo - key_first) & (key < hi - key_first)
             visible = visible & (m >= lo) & (m < hi)
+        if FORM == STRASSEN:
+            visible = visible & (row < seq)
         if HEADS == _ROWS:
             visible = visible[:, None]
         p = gl.where(visible, gl.minimum(p, 1.0), 0.0)
@@ -291,22 +303,28 @@ def _probabilities(
 
 @gluon.jit
 def _weigh(
-    s, y, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq, kv_bounds,
-    log2_scale,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
+    s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq,
+    kv_bounds, log2_scale, FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
 ):  # fmt: skip
-    """Return dS of a tile [keys, rows] in bfloat16, and y with its product under way."""
+    """Return dS of a tile [keys, rows] in bfloat16, y with its product under way, and sigma.
+
+    sigma [keys, 4] are the sums of dS over rows, in parts.
+    """
     dp = warpgroup_mma(
         vv, dout_tile.permute((1, 0)), gl.zeros([_KEYS, _ROWS], gl.float32, LAYOUT),
         use_acc=False, is_async=True,
     )  # fmt: skip
     p = _probabilities(
-        s, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
-        HEADS, HAS_BOUNDS, LAYOUT,
+        s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+        FORM, HEADS, HAS_BOUNDS, LAYOUT,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_bfloat16(p), A_OF_Y), dout_tile, y, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    return pack_bfloat16(p * (dp - delta_tile.load(LAYOUT))), y
+    ds = p * (dp - delta_tile.load(LAYOUT))
+    if FORM == STRASSEN:
+        sigma += parts_of_rows(ds)
+    return pack_bfloat16(ds), y, sigma
 
 
 @gluon.jit
@@ -361,6 +379,12 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
+def _of_key(x, sigma, other, FORM: gl.constexpr):
+    """Return what a pair of keys adds to the gradient of one of them, of which `other` is not."""
+    return x + sigma[:, None] * other if FORM == STRASSEN else x * other
+
+
+@gluon.jit
 def _sum_up(
     r: gl.constexpr,
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
@@ -369,7 +393,7 @@ def _sum_up(
     sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides,
     scale, log2_scale,
     k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
@@ -488,12 +512,10 @@ def _sum_up(
                 if r == 1:
                     _pass_by(step, own_step, rows_full, rows_empty, STAGES)
                 if own_step_end > own_step:
-                    vk.store(
-                        (
-                            _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
-                            * _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
-                        ).to(gl.bfloat16)
-                    )
+                    one = _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
+                    other = _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
+                    made = one + other if FORM == STRASSEN else one * other
+                    vk.store(made.to(gl.bfloat16))
                     vv.store(
                         (
                             _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
@@ -508,6 +530,17 @@ def _sum_up(
                     if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
                         last = gl.minimum(last, query_end - positions)
                         is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m < hi)
+                    of_keys = gl.zeros([_KEYS], gl.float32, gl.SliceLayout(1, of_logits))
+                    sigma = of_keys
+                    if FORM == STRASSEN:
+                        last = gl.minimum(last, seq - positions)
+                        one = _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS)
+                        other = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                        of_keys = gl.convert_layout(
+                            gl.sum(one * other, 1) * log2_scale, of_keys.type.layout,
+                            assert_trivial=True,
+                        )  # fmt: skip
+                        sigma = parts_of_rows(no_logits)
                     seen = begin, gl.where(is_whole, last, _NONE)
                     window = (
                         key_first,
@@ -530,11 +563,11 @@ def _sum_up(
                     # The last tile stands after the loop: nothing in flight may cross a loop's
                     # edge, or ptxas waits for every product.
                     for at in range(own_step + 1, own_step_end):
-                        ds, y = _weigh(
-                            s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
+                        ds, y, sigma = _weigh(
+                            s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                             lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
                             batch, seq, kv_bounds, log2_scale,
-                            HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                            FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
                         later = at % STAGES
                         wait_full(rows_full, later, at // STAGES)
@@ -549,11 +582,11 @@ def _sum_up(
                         mbarrier.arrive(rows_empty.index(now), count=1)
                         s = warpgroup_mma_wait(0, deps=(s,))
                         now = later
-                    ds, y = _weigh(
-                        s, y, vv, dout_tiles.index(now), delta_tiles.index(now),
+                    ds, y, sigma = _weigh(
+                        s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                         lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
                         window, batch, seq, kv_bounds, log2_scale,
-                        HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                        FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                     )  # fmt: skip
                     x = warpgroup_mma(
                         gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
@@ -565,8 +598,15 @@ def _sum_up(
                         y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
                         dv_partials, by_columns,
                     )  # fmt: skip
+                    if FORM == STRASSEN:
+                        sigma = gl.convert_layout(
+                            gl.sum(sigma, 1), gl.SliceLayout(1, of_x), assert_trivial=True
+                        )
                     dk_row = scale * _sum_over_keys(
-                        x * _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS),
+                        _of_key(
+                            x, sigma,
+                            _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS), FORM,
+                        ),
                         dk_partials, by_columns,
                     )  # fmt: skip
                     if DO_ACCUMULATE:
@@ -590,8 +630,11 @@ def _sum_up(
                     _wait_for_turn(dk_turn, r, turns_done)
                     dk_sums.store(
                         dk_sums.load(of_x)
-                        + x * _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
-                    )
+                        + _of_key(
+                            x, sigma,
+                            _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS), FORM,
+                        )
+                    )  # fmt: skip
                     arrive(dk_turn, r)
                 else:
                     _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
@@ -646,7 +689,7 @@ def hopper_backward_keys_kernel(
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
@@ -703,7 +746,7 @@ def hopper_backward_keys_kernel(
             strides,
     scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
         )),
         (_sum_up, (
@@ -716,7 +759,7 @@ def hopper_backward_keys_kernel(
             strides,
     scale, log2_scale,
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
         )),
         (_fetch, (
@@ -764,7 +807,8 @@ def backward_keys(
     launch(
         hopper_backward_keys_kernel, min(problem.device.multiprocessors, items),
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
-        *(_statistic(t, slots_of_rows) for t in (statistics.delta, statistics.lse2)),
+        _statistic(statistics.delta, slots_of_rows, 0.0),
+        _statistic(statistics.lse2, slots_of_rows, math.inf),
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start,
@@ -773,7 +817,8 @@ def backward_keys(
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases(),
-        HEADS=slots_of_rows, DO_ACCUMULATE=plan.tiles > 1, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        FORM=CODES[problem.form], HEADS=slots_of_rows, DO_ACCUMULATE=plan.tiles > 1,
+        HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim),
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()),
@@ -798,9 +843,9 @@ def _rows(tensor: Tensor, group: int) -> TensorDescriptor:
     return describe(rows, [1, 1, ROWS // heads, heads, block(tensor.shape[3])])
 
 
-def _statistic(tensor: Tensor, heads: int) -> TensorDescriptor:
-    """Describe a statistic [B, Hkv, N, G] as [B * Hkv, N * heads]: those beyond G are zero."""
+def _statistic(tensor: Tensor, heads: int, beyond: float) -> TensorDescriptor:
+    """Describe a statistic [B, Hkv, N, G] as [B * Hkv, N * heads]: those past G are `beyond`."""
     group = tensor.shape[3]
     if heads != group:
-        tensor = torch.nn.functional.pad(tensor, (0, heads - group))
+        tensor = torch.nn.functional.pad(tensor, (0, heads - group), value=beyond)
     return describe(tensor.flatten(2).flatten(0, 1), [1, ROWS])

@@ -388,16 +388,17 @@ def _consume(
             position = p0 + x // HEADS
             lo = gl.maximum(position - wide_left, wide_first)
             hi = gl.minimum(position + wide_right + 1, keys)
-            narrow_lo = gl.maximum(position - narrow_left, narrow_first)
-            narrow_hi = gl.minimum(position + narrow_right + 1, keys)
+            # Offsets are those at which a row sees a key, but for where the keys begin and end.
+            narrow_lo = narrow_first
+            narrow_hi = keys
             if HAS_BOUNDS:
                 at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
                 low = gl.load(at, mask=real, other=0)
                 high = gl.load(at + 1, mask=real, other=0)
                 lo = gl.maximum(lo, low)
                 hi = gl.minimum(hi, high)
-                narrow_lo = gl.maximum(narrow_lo, low)
-                narrow_hi = gl.minimum(narrow_hi, high)
+                narrow_lo = gl.maximum(gl.maximum(position - narrow_left, narrow_first), low)
+                narrow_hi = gl.minimum(gl.minimum(position + narrow_right + 1, keys), high)
             wait_full(q_full, 0, n)
             wait_full(rows_full, 2 * r + (turns & 1), turns >> 1)
             logit, dp = _make_virtual(

@@ -24,18 +24,19 @@ class Parts:
     from where the first query's narrow window begins if the parts follow the queries; or all rows.
     """
 
-    dk: Tensor  # float32 [parts, B, Hkv, slots, D], zeroed
-    dv: Tensor  # float32 [parts, B, Hkv, slots, Dv], zeroed
+    dk: Tensor  # float32 [parts, B, Hkv, copies * slots, D], zeroed
+    dv: Tensor  # float32 [parts, B, Hkv, copies * slots, Dv], zeroed
     rows: int
     per_position: int
     shift: int
     do_move: bool
     do_follow_queries: bool
+    copies: int = 1  # of every slot: one for each warpgroup that adds without regard to the others
 
     @property
     def numbers(self) -> tuple[int, int, int]:
         """Return slots, rows and shift, as the kernels take them."""
-        return self.dk.shape[3], self.rows, self.shift
+        return self.dk.shape[3] // self.copies, self.rows, self.shift
 
     def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
         """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
@@ -48,14 +49,14 @@ class Parts:
             self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
             *self.numbers, narrow_left, seq, problem.keys, start,
             *dk.stride()[:3], *dv.stride()[:3],
-            PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
+            COPIES=self.copies, PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
             PARTS_FOLLOW_QUERIES=self.do_follow_queries,
             **{name: constants[name] for name in names},
             config=parts_sum.Config(),
         )  # fmt: skip
 
 
-def parts_of_queries(problem: Problem, heads: int, rows: int) -> Parts | None:
+def parts_of_queries(problem: Problem, heads: int, rows: int, *, copies: int = 1) -> Parts | None:
     """Allocate parts of `rows` consecutive (position, head) entries, `heads` to a position.
 
     Returns None where they would be larger than LIMIT_BYTES.
@@ -63,7 +64,7 @@ def parts_of_queries(problem: Problem, heads: int, rows: int) -> Parts | None:
     left, right = problem.narrow_reach
     count = triton.cdiv(problem.q.shape[2] * heads, rows)
     span = (rows - 1) // heads + 2 + left + right
-    return _allocate(problem, count, span, rows, heads, 0, do_follow_queries=True)
+    return _allocate(problem, count, span, rows, heads, 0, copies, do_follow_queries=True)
 
 
 def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
@@ -75,17 +76,17 @@ def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
     count = triton.cdiv(problem.k_wide.shape[2], rows)
     span = rows + wide_left + wide_right + left + right
     shift = problem.wide_first - wide_right - left - problem.narrow_first
-    return _allocate(problem, count, span, rows, 1, shift, do_follow_queries=False)
+    return _allocate(problem, count, span, rows, 1, shift, 1, do_follow_queries=False)
 
 
 def _allocate(
     problem: Problem, count: int, span: int, rows: int, per_position: int, shift: int,
-    *, do_follow_queries: bool,
+    copies: int, *, do_follow_queries: bool,
 ) -> Parts | None:  # fmt: skip
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     value_dim = problem.v_narrow.shape[3]
     do_move = tracing.holds(span < narrow_rows)
-    shape = (count, batch, kv_heads, span if do_move else narrow_rows)
+    shape = (count, batch, kv_heads, copies * (span if do_move else narrow_rows))
     size = 4 * math.prod(shape) * (head_dim + value_dim)
     if tracing.holds(size > LIMIT_BYTES) and tracing.holds(count > 1):
         return None
@@ -95,4 +96,5 @@ def _allocate(
     )
     if not do_move:
         rows, shift = 0, 0
-    return Parts(dk, dv, rows, per_position, shift, do_move, do_move and do_follow_queries)
+    do_follow_queries = do_move and do_follow_queries
+    return Parts(dk, dv, rows, per_position, shift, do_move, do_follow_queries, copies)

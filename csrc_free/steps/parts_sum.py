@@ -37,13 +37,13 @@ def sum_parts_kernel(
     dk_parts, dv_parts, dk, dv, q_start,
     kv_heads, rows, parts, slots, part_rows, part_shift, narrow_left, seq, keys, q_start_default,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
-    PER_POSITION: tl.constexpr, PARTS_MOVE: tl.constexpr, PARTS_FOLLOW_QUERIES: tl.constexpr,
-    HAS_Q_START: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    COPIES: tl.constexpr, PER_POSITION: tl.constexpr, PARTS_MOVE: tl.constexpr,
+    PARTS_FOLLOW_QUERIES: tl.constexpr, HAS_Q_START: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One program owns one narrow row of one key-value head.
 
-    Parts are [parts, B, Hkv, slots, D] in float32; slot s of a part holds the narrow row
+    Parts are [parts, B, Hkv, COPIES, slots, D] in float32; slot s of a part holds the narrow row
     slot_base(part) + s. Where parts do not move, slot s is row s in each of them; where they follow
     the queries, it counts from the narrow window of the first query.
     """
@@ -72,11 +72,15 @@ def sum_parts_kernel(
         slot = row
         if PARTS_MOVE:
             slot -= slot_base(part, part_rows, PER_POSITION, part_shift)
-        offs = (part * heads + bh) * slots + slot
-        dk_sum += tl.load(dk_parts + offs * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
-        dv_sum += tl.load(
-            dv_parts + offs * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM, other=0.0
-        )
+        for copy in tl.static_range(COPIES):
+            offs = ((part * heads + bh) * COPIES + copy) * slots + slot
+            dk_sum += tl.load(
+                dk_parts + offs * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0
+            )
+            dv_sum += tl.load(
+                dv_parts + offs * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM,
+                other=0.0,
+            )  # fmt: skip
     dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + row.to(tl.int64) * stride_dk_n
     tl.store(dk + dk_offs + columns, dk_sum, mask=columns < HEAD_DIM)
     dv_offs = batch * stride_dv_b + kv_head * stride_dv_h + row.to(tl.int64) * stride_dv_n

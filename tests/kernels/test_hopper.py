@@ -218,12 +218,17 @@ def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spil
 
 
 def test_the_bench_names_who_serves(hopper):
-    from tools.bench.contest import _forward_served_by
+    from tools.bench.contest import _served_by
     from tools.workloads import WORKLOADS, meta_inputs
 
     said = {
-        name: _forward_served_by(WORKLOADS[name], meta_inputs(WORKLOADS[name]).problem)
-        for name in ("llama-mqa", "fp32")
+        (name, direction): _served_by(WORKLOADS[name], direction, meta_inputs(WORKLOADS[name]))
+        for name in ("llama-mqa", "mha", "fp32", "fp16")
+        for direction in ("forward", "backward")
     }
-    assert said["llama-mqa"] == "hopper"
-    assert said["fp32"] == "portable: they take bfloat16 and float16, and q is float32"
+    assert said["llama-mqa", "forward"] == "hopper"
+    assert said["llama-mqa", "backward"] == "hopper (keys, query)"
+    assert said["mha", "backward"] == "hopper (wide, narrow)"
+    unserved = "portable: they take bfloat16 and float16, and q is float32"
+    assert said["fp32", "forward"] == said["fp32", "backward"] == unserved
+    assert said["fp16", "backward"].startswith("portable: keys and values: for bfloat16 alone")

@@ -44,7 +44,7 @@ def _plan(workload, device=HOPPER):
     ("change", "reason"),
     [
         ({"dtype": torch.float16}, "for bfloat16 alone, got torch.float16"),
-        ({"form": "determinant"}, "for the trilinear form alone, got determinant"),
+        ({"form": "determinant"}, "for the forms trilinear and strassen, got determinant"),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
         ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),
@@ -55,6 +55,11 @@ def _plan(workload, device=HOPPER):
 )
 def test_what_is_not_served_is_said(change, reason):
     assert reason in str(_plan(dataclasses.replace(GROUP8, **change)))
+
+
+def test_a_narrow_window_without_a_bound_is_not_held_in_rows():
+    few = dataclasses.replace(GROUP8, heads=8, seq=50, w1=None, w2=None)
+    assert "a narrow window of up to 64 keys" in backward.choose(*_problem(few)).reasons["query"]
 
 
 def test_another_device_is_not_served():
@@ -73,9 +78,15 @@ def test_both_halves_say_why_they_do_not_run():
 
 
 def test_a_slower_kernel_is_not_chosen():
-    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32)))
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=24)))
     assert isinstance(choice.keys, Plan)
     assert "the portable kernel is faster" in choice.reasons["query"]
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32)))
+    assert choice.served_by == "hopper (wide, narrow)"
+    choice = backward.choose(
+        *_problem(dataclasses.replace(GROUP8, heads=32, batch=1, kv_heads=8, seq=300))
+    )
+    assert isinstance(choice.keys, Plan), "few tiles of 128 keys leave the device idle"
 
 
 @pytest.mark.parametrize("seq", [4096, 32768, 131072])
@@ -117,7 +128,8 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64"],
+        (dataclasses.replace(GROUP8, form="strassen"), 450),
+    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen"],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
@@ -139,7 +151,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     assert usage.shared <= HOPPER.shared_limit
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
     with recorded(HOPPER) as launches:
         problem, dout = _problem(dataclasses.replace(GROUP8, heads=8 * group))
@@ -195,6 +207,20 @@ CASES = {
     "through lse": _change(through="both"),
     "one gradient": _change(grad_mask=(False, False, False, False, True)),
     "logits of thousands": _change(amplitude=1000.0),
+    "strassen": _change(form="strassen"),
+    "strassen, 64 heads": _change(form="strassen", kv_heads=1, group=64, seq=100),
+    "strassen, 5 heads in tiles of 8": _change(form="strassen", group=5, seq=99),
+    "strassen, both sides, a cache": _change(
+        form="strassen", is_causal=False, seq=20, keys1=150, keys2=130
+    ),
+    "strassen, wild bounds, starts": _change(
+        form="strassen", batch=2, bounds="wild", starts="random"
+    ),
+    "strassen, biases": _change(form="strassen", k2_bias=1.0, v2_bias=-0.5),
+    "strassen, the first pair narrow, biases": _change(
+        form="strassen", w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5
+    ),
+    "strassen, logits of hundreds": _change(form="strassen", amplitude=30.0),
 }
 
 
@@ -214,6 +240,9 @@ SMALL = {
         group=1, batch=2, k2_bias=1.0, v2_bias=-0.5, starts="random"
     ),
     "2 heads, fused": _change(group=2, layout="fused"),
+    "3 heads, wild bounds": _change(group=3, batch=2, bounds="wild"),
+    "4 heads": _change(group=4),
+    "4 heads, D 64, both sides": _change(group=4, head_dim=64, is_causal=False),
     "2 heads, logits of thousands": _change(group=2, amplitude=1000.0),
 }
 
@@ -250,7 +279,9 @@ def test_gradients_are_within_the_budget(name, used, poisoned_memory):
 def test_small_groups_are_within_the_budget(name, used, monkeypatch, poisoned_memory):
     inner = backward.choose  # however few tiles there are
     monkeypatch.setattr(
-        backward, "choose", lambda *args: dataclasses.replace(inner(*args), wide=None)
+        backward,
+        "choose",
+        lambda *args: dataclasses.replace(inner(*args), keys="not here", wide=None),
     )
     assert_matches_reference(SMALL[name], attn, device="cuda")
     assert used == ["backward_wide"]

@@ -12,13 +12,21 @@ pytest.importorskip("triton")
 from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
+from csrc_free.hopper.key_plan import FLOOR_BYTES, LIMIT_BYTES
 from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
-from simplex_ops.testing import Case, Problem, assert_within_budget, cases, judge
+from simplex_ops.testing import (
+    Case,
+    Problem,
+    assert_matches_reference,
+    assert_within_budget,
+    cases,
+    judge,
+)
 from tools.compiled.launches import recorded
 from tools.compiled.registers import device_of, usage_of
 
@@ -34,9 +42,8 @@ def _problem_of(given: Problem) -> KernelProblem:
 def _choice(problem: KernelProblem, statistics: Statistics):
     """Return the kernel that serves the query side, and its config."""
     traits = problem.traits(statistics.dout)
-    left, right = problem.narrow_reach
-    width = min(left + right + 1, problem.k_narrow.shape[2])
-    return query.choose(traits, problem.device), narrow.choose(traits, problem.device, width)
+    small = narrow.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
+    return None if small else query.choose(traits, problem.device), small
 
 
 # Choice and compilation, without a GPU.
@@ -78,15 +85,38 @@ def test_groups_up_to_64_have_tiles_that_fit(hopper, group, dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("width", [1, 16, 17, 32, 33, 64])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, width, dim):
     given = _on_meta(group=group, dim=dim)
     traits = _problem_of(given).traits(given.dout)
     config = narrow.choose(traits, HOPPER, width)
+    if group == 4 and width > 32:  # a step is half a position
+        assert config is None
+        return
     assert config is not None
     assert width <= config.keys <= max(16, 2 * width)
     assert config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
     assert narrow.choose(traits, HOPPER, 65) is None
+
+
+@pytest.mark.parametrize("seq", [512, 4096, 32768, 131072])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_parts_of_small_groups_stay_within_their_memory(hopper, group, seq):
+    given = _on_meta(group=group, kv_heads=16, seq=seq)
+    problem = _problem_of(given)
+    config = narrow.choose(problem.traits(given.dout), HOPPER, 32)
+    assert config is not None
+    share = narrow.share_of(problem, config)
+    assert share is not None
+    batch, kv_heads = share
+    some = _on_meta(group=group, kv_heads=kv_heads, seq=seq)
+    dq = torch.empty_like(some.inputs[0][:batch])
+    few = replace(some, inputs=tuple(t[:batch] for t in some.inputs), dout=some.dout[:batch])
+    with recorded(HOPPER):
+        parts = narrow.backward_narrow(_problem_of(few), _statistics_on_meta(few), dq, config)
+    gradients = 2 * sum(t.numel() for t in given.inputs)
+    taken = 4 * (parts.dk.numel() + parts.dv.numel())
+    assert taken <= min(LIMIT_BYTES, max(2 * gradients, FLOOR_BYTES))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +152,8 @@ def test_no_other_device_is_served(hopper, name):
         ({"group": 64}, 160),
         ({"group": 8}, 480),  # in masked tiles, and once a turn
         ({"group": 8, "form": "strassen"}, 640),
-        ({"group": 1}, 1300),  # where rows are added to a part, once a step
+        ({"group": 1}, 2000),  # where rows are added to a part, once a step
+        ({"group": 4}, 900),
     ],
     ids=str,
 )
@@ -169,7 +200,6 @@ def _run(given: Problem, *, portable: bool = False) -> dict[str, torch.Tensor]:
         return {"dq": dq}
     assert small is not None, "no kernel here serves this problem"
     parts = narrow.backward_narrow(problem, statistics, dq, small)
-    assert parts is not None
     dk, dv = (
         torch.full_like(problem.k_narrow, torch.nan),
         torch.full_like(problem.v_narrow, torch.nan),
@@ -219,7 +249,20 @@ CASES = {
     "8 heads, 96 and 80 columns": _case(group=8, seq=90, head_dim=96, value_dim=80, w1=64, w2=8),
     "5 heads": _case(kv_heads=3, group=5, seq=100, w1=80, w2=15, layout="fused"),
     "4 heads": _case(kv_heads=2, group=4, seq=150, w1=100, w2=16, layout="contiguous"),
+    "3 heads": _case(kv_heads=2, group=3, seq=150, w1=100, w2=16),
+    "4 heads, 32 keys": _case(kv_heads=2, group=4, seq=150, w1=100, w2=32, layout="fused"),
+    "4 heads, documents": _case(batch=2, group=4, seq=110, w1=80, w2=27, bounds="documents"),
+    "4 heads, biased": _case(group=4, seq=80, w1=64, w2=8, k2_bias=1.0, v2_bias=-0.5),
+    "4 heads, 64 columns": _case(group=4, seq=81, head_dim=64, w1=70, w2=30, is_causal=False),
     "2 heads": _case(kv_heads=2, group=2, seq=190, w1=150, w2=32),
+    "2 heads, both ways, biased": _case(
+        group=2, seq=150, w1=70, w2=9, is_causal=False, k2_bias=0.5, v2_bias=1.0
+    ),
+    "2 heads, 33 keys": _case(group=2, seq=131, w1=90, w2=33),
+    "2 heads, documents": _case(
+        batch=2, kv_heads=2, group=2, seq=150, w1=80, w2=16, bounds="documents"
+    ),
+    "2 heads, 64 columns": _case(group=2, seq=151, head_dim=64, w1=130, w2=20, layout="fused"),
     "1 head": _case(kv_heads=2, group=1, seq=203, w1=150, w2=32),
     "1 head, 16 keys": _case(kv_heads=2, group=1, seq=203, w1=77, w2=14),
     "1 head, 64 keys": _case(kv_heads=2, group=1, seq=130, w1=100, w2=60),
@@ -227,6 +270,10 @@ CASES = {
     "1 head, wide second": _case(batch=2, group=1, seq=103, w1=20, w2=50),
     "1 head, cache": _case(batch=2, group=1, seq=10, keys1=240, keys2=100, w1=190, w2=22),
     "1 head, wild": _case(batch=2, group=1, seq=130, w1=80, w2=30, bounds="wild", starts="random"),
+    "1 head, placed": _case(batch=3, group=1, seq=130, w1=90, w2=30, starts="random"),
+    "1 head, more queries than keys": _case(group=1, seq=99, keys1=40, keys2=60, w1=30, w2=12),
+    "1 head, 96 and 80 columns": _case(group=1, seq=90, head_dim=96, value_dim=80, w1=64, w2=8),
+    "1 head, 64 columns": _case(kv_heads=3, group=1, seq=201, head_dim=64, w1=170, w2=32),
     "1 head, biased": _case(group=1, seq=100, w1=50, w2=32, k2_bias=1.0, v2_bias=-0.5),
 }
 
@@ -254,6 +301,12 @@ class TestOnHopper:
         other = _run(replace(given, inputs=tuple(loud)))["dq"][:, :, :53]
         # Not bit for bit: what else is in a tile decides in which steps its exponents are rounded.
         assert (one - other).float().norm() <= 4e-3 * one.float().norm()
+
+    @pytest.mark.parametrize("share", [(2, 2), (1, 2), (1, 1)])
+    def test_heads_may_take_turns(self, share, monkeypatch):
+        monkeypatch.setattr(narrow, "share_of", lambda problem, config: share)
+        case = _case(batch=2, kv_heads=2, group=2, seq=110, w1=90, w2=20)
+        assert_matches_reference(case, torch.ops.simplex.attn, device="cuda")
 
     @pytest.mark.parametrize("group", [8, 64])
     def test_as_the_portable_kernels(self, group):

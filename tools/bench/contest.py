@@ -13,7 +13,7 @@ from tools.bench import anchors
 from tools.bench.anchors import Job, NotRunError
 from tools.bench.peers import fbgemm, lucidrains
 from tools.bench.timing import Times, time_in_turn
-from tools.workloads import Direction, Workload, make_inputs, nominal_flops
+from tools.workloads import Direction, Inputs, Workload, make_inputs, nominal_flops
 
 Build = Callable[[Workload, Direction, torch.device], Job]
 
@@ -56,8 +56,8 @@ def ours(workload: Workload, direction: Direction, device: torch.device) -> Job:
     inputs = make_inputs(workload, device)
     problem, w1, w2, options = inputs.problem, workload.w1, workload.w2, workload.options
     flops = nominal_flops(workload, direction)
+    note = _served_by(workload, direction, inputs) if device.type == "cuda" else ""
     if direction == "forward":
-        note = _forward_served_by(workload, problem) if device.type == "cuda" else ""
         return Job(lambda: torch.ops.simplex.attn(*problem, w1, w2, **options), flops, note)
     out, lse = torch.ops.simplex.attn(*problem, w1, w2, **options)
     return Job(
@@ -65,16 +65,19 @@ def ours(workload: Workload, direction: Direction, device: torch.device) -> Job:
             inputs.dout, None, *problem, out, lse, w1, w2, **options, grad_mask=[True] * 5
         ),
         flops,
+        note,
     )
 
 
-def _forward_served_by(workload: Workload, problem: tuple[torch.Tensor, ...]) -> str:
-    """Say which kernel serves a workload's forward, and why not a faster one."""
-    from csrc_free.attn import forward_served_by
+def _served_by(workload: Workload, direction: Direction, inputs: Inputs) -> str:
+    """Say which kernels serve a workload, and why not faster ones."""
+    from csrc_free.attn import backward_served_by, forward_served_by
 
-    arguments = kernel_arguments(workload.w1, workload.w2, problem[0], workload.options)
-    q, k1, k2, v1, v2 = problem
-    return forward_served_by(q, k1, k2, v1, v2, **arguments)
+    q, k1, k2, v1, v2 = inputs.problem
+    arguments = kernel_arguments(workload.w1, workload.w2, q, workload.options)
+    if direction == "forward":
+        return forward_served_by(q, k1, k2, v1, v2, **arguments)
+    return backward_served_by(inputs.dout, q, k1, k2, v1, v2, **arguments)
 
 
 def ours_compiled(workload: Workload, direction: Direction, device: torch.device) -> Job:
