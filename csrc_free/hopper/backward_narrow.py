@@ -26,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_free.device.descriptors import can_describe
-from csrc_free.hopper.assembly import pack_bfloat16, thread_barrier
+from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
-from csrc_free.hopper.query_items import UNIT, place, seen_only, spread, to_float32
+from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
@@ -191,7 +191,10 @@ def _load_entries(
     pointer, strides, batch, kv_head, entry, seq,
     GROUP: gl.constexpr, ENTRIES: gl.constexpr, DIMS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Load the rows of q or dout from entry `entry` of a key-value head on."""
+    """Load the rows of q or dout from entry `entry` of a key-value head on.
+
+    Strides are in units of 8 elements: so the compiler knows that pairs of elements are aligned.
+    """
     layout: gl.constexpr = _loaded(ENTRIES, COLUMNS)
     entries = entry + gl.arange(0, ENTRIES, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
@@ -200,7 +203,7 @@ def _load_entries(
     at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     at += i.to(gl.int64) * strides[2]
     return gl.load(
-        pointer + at[:, None] + columns[None, :],
+        pointer + (at * 8)[:, None] + columns[None, :],
         mask=(i < seq)[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -217,7 +220,7 @@ def _load_newest(
     at = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
     at += row.to(gl.int64) * strides[2]
     return gl.load(
-        pointer + at[:, None] + columns[None, :],
+        pointer + (at * 8)[:, None] + columns[None, :],
         mask=((row >= 0) & (row < rows))[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -282,7 +285,7 @@ def _narrow_rows(
         last = _flat(gl.expand_dims(last, 3), x, like)
         row = gl.arange(0, 64, layout=rows_of(like.type.layout))
         is_last = (row % 16 == 8) & (row // 2 % KEYS < 8)
-        found = gl.where(is_last[:, None], last, found)
+        found = of_rows(is_last, last, found)
     return found
 
 
@@ -298,7 +301,7 @@ def _virtual(
     y = _rows_of_entries(rows, like, ENTRIES)
     made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
     seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
-    return gl.where(seen[:, None], made, gl.zeros_like(made))
+    return of_rows(seen, made, gl.zeros_like(made))
 
 
 @gluon.jit
@@ -678,8 +681,8 @@ def hopper_backward_narrow_kernel(
 
     k_wide and v_wide are descriptors of [B, Hkv, M, D] in blocks of BLOCK_N keys, k_narrow and
     v_narrow in blocks of KEYS keys and 64 columns, of which k_rows and v_rows are the memory. delta
-    and lse2 are contiguous [B, Hkv, N, G]. Parts come zeroed, with a copy for each warpgroup; no
-    other program writes to them.
+    and lse2 are contiguous [B, Hkv, N, G]. Strides but those of dq are in units of 8 elements.
+    Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
     P: gl.constexpr = 2 * ENTRIES // GROUP
@@ -787,6 +790,7 @@ def backward_narrow(
     if parts is None:
         return None
     items = batch * kv_heads * chunks
+    q, dout = aligned(problem.q), aligned(dout)
     narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
         "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
@@ -794,14 +798,14 @@ def backward_narrow(
     )  # fmt: skip
     launch(
         hopper_backward_narrow_kernel, min(items, processors),
-        problem.q,
+        q,
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
         *(describe(t, [1, 1, config.keys, 64]) for t in narrow), *narrow,
         dout, delta, lse2, has_huge, dq, parts.dk, parts.dv, problem.kv_bounds, problem.q_start,
         items, chunks, steps, tiles, kv_heads, *sizes, *parts.numbers,
-        *problem.q.stride()[:3], *dout.stride()[:3],
-        *(stride for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
+        *(stride // UNIT for t in (q, dout, *narrow) for stride in t.stride()[:3]),
+        *dq.stride()[:3],
         problem.scale, problem.log2_scale, *problem.biases()[2:],
         **{name: constants[name] for name in names},
         PARTS_FOLLOW_QUERIES=parts.do_follow_queries,
