@@ -85,9 +85,10 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
-    config = narrow_side.choose(traits, problem.device, problem.narrow_width)
+    # Of the window itself, however few keys there are: each row is at its place in it.
+    config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
     if config is None:
-        return "for 1, 2 or 4 heads, trilinear, and up to 64 narrow keys"
+        return "for 1, 2 or 4 heads, trilinear, and a narrow window of up to 64 keys"
     return config
 
 

@@ -74,13 +74,13 @@ class Config:
         return narrow + made + ring + 3 * 2 * columns * (ROWS // self.keys) + _RESERVE
 
 
-def choose(traits: Traits, device: Device, narrow_width: int) -> Config | None:
+def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
     if not _serves(traits, device):
         return None
     for keys in (16, 32, MOST_KEYS):
         # The entries of both warpgroups are whole positions.
-        if narrow_width <= keys and 2 * (ROWS // keys) % traits.group == 0:
+        if narrow_window <= keys and 2 * (ROWS // keys) % traits.group == 0:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)

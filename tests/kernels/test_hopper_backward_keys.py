@@ -57,6 +57,11 @@ def test_what_is_not_served_is_said(change, reason):
     assert reason in str(_plan(dataclasses.replace(GROUP8, **change)))
 
 
+def test_a_narrow_window_without_a_bound_is_not_held_in_rows():
+    few = dataclasses.replace(GROUP8, heads=8, seq=50, w1=None, w2=None)
+    assert "a narrow window of up to 64 keys" in backward.choose(*_problem(few)).reasons["query"]
+
+
 def test_another_device_is_not_served():
     assert _plan(GROUP8, DEVICES["sm_100"]) == "compiled for sm_90 alone, and the device is sm_100"
 
