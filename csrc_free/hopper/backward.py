@@ -89,6 +89,8 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
     if config is None:
         return "for 1, 2 or 4 heads, trilinear, and a narrow window of up to 64 keys"
+    if narrow_side.share_of(problem, config) is None:
+        return "the parts of the narrow pair's gradients would take more memory than they may"
     return config
 
 
@@ -118,11 +120,8 @@ def write_gradients(
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):
-        to = torch.empty_like(problem.q) if dq is None else dq
-        found = narrow_side.backward_narrow(near, statistics, to, choice.query)
-        if found is not None:
-            found.sum_into(*complete(narrow, problem.k_narrow, problem.v_narrow), near)
-            dq, narrow = None, nothing
+        _run_narrow(near, statistics, choice.query, dq, narrow)
+        dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
@@ -140,7 +139,7 @@ def _run_keys(
         *complete(narrow, problem.k_narrow, problem.v_narrow),
     )
     for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow) in _some_heads(
-        problem, statistics, grads, plan
+        problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
         parts = parts_of_wide_keys(some, KEYS * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
@@ -149,18 +148,36 @@ def _run_keys(
         del parts
 
 
-def _some_heads(
-    problem: Problem, statistics: Statistics, grads: tuple[Tensor, ...], plan: Plan
-) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
-    """Split a problem by batch rows and key-value heads, as many at a time as the plan says."""
-    batch, kv_heads = problem.k_wide.shape[:2]
-    for b in range(0, batch, plan.batch):
-        for h in range(0, kv_heads, plan.kv_heads):
-            rows, heads = slice(b, b + plan.batch), slice(h, h + plan.kv_heads)
-            q_heads = slice(h * problem.group, (h + plan.kv_heads) * problem.group)
+def _run_narrow(
+    problem: Problem, statistics: Statistics, config: narrow_side.Config,
+    dq: Tensor | None, narrow: PairGradients,
+) -> None:  # fmt: skip
+    """Write dq and the narrow pair's gradients, some key-value heads at a time."""
+    share = narrow_side.share_of(problem, config)
+    assert share is not None, "the choice holds them to what they may take"
+    dq = torch.empty_like(problem.q) if dq is None else dq
+    grads = (dq, *complete(narrow, problem.k_narrow, problem.v_narrow))
+    for some, given, (some_dq, dk, dv) in _some_heads(problem, statistics, grads, share):
+        parts = narrow_side.backward_narrow(some, given, some_dq, config)
+        parts.sum_into(dk, dv, some)
+        del parts
 
-            def cut(tensor: Tensor, rows: slice = rows, heads: slice = heads) -> Tensor:
-                return tensor[rows, heads]
+
+def _some_heads(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, ...], share: tuple[int, int]
+) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
+    """Split a problem, `share` (batch rows, key-value heads) at a time."""
+    batch, kv_heads = problem.k_wide.shape[:2]
+    some_batch, some_heads = share
+    for b in range(0, batch, some_batch):
+        for h in range(0, kv_heads, some_heads):
+            rows, heads = slice(b, b + some_batch), slice(h, h + some_heads)
+            q_heads = slice(h * problem.group, (h + some_heads) * problem.group)
+
+            def cut(
+                tensor: Tensor, rows: slice = rows, heads: slice = heads, q_heads: slice = q_heads
+            ) -> Tensor:
+                return tensor[rows, heads if tensor.shape[1] == kv_heads else q_heads]
 
             def cut_rows(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
                 return None if tensor is None else tensor[rows]

@@ -29,6 +29,7 @@ from csrc_free.device.descriptors import can_describe
 from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
+from csrc_free.hopper.key_plan import memory_for_parts, shares
 from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
 from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
 from csrc_free.launch import launch
@@ -771,13 +772,8 @@ def hopper_backward_narrow_kernel(
     )  # fmt: skip
 
 
-def backward_narrow(
-    problem: Problem, statistics: Statistics, dq: Tensor, config: Config
-) -> Parts | None:
-    """Write dq [B, H, N, D], and return the parts of the narrow pair's gradients to be summed.
-
-    Returns None, with nothing written, where the parts would take too much memory.
-    """
+def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config: Config) -> Parts:
+    """Write dq [B, H, N, D], and return the parts of the narrow pair's gradients to be summed."""
     dout, delta, lse2, has_huge = statistics
     batch, _, seq, _ = problem.q.shape
     constants = problem.constants(dout, dq)
@@ -787,8 +783,7 @@ def backward_narrow(
     tiles = triton.cdiv(seq * group, 2 * entries)
     steps, chunks = _division(tiles, batch * kv_heads, processors)
     parts = parts_of_queries(problem, group, steps * 2 * entries, copies=_COPIES)
-    if parts is None:
-        return None
+    assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
     q, dout = aligned(problem.q), aligned(dout)
     narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
@@ -812,6 +807,25 @@ def backward_narrow(
         config=config,
     )  # fmt: skip
     return parts
+
+
+def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
+    """Return how many (batch rows, key-value heads) have their parts in memory at once.
+
+    None: the parts of a single head would take more than they may.
+    """
+    batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
+    entries, group, seq = ROWS // config.keys, problem.group, problem.q.shape[2]
+    tiles = triton.cdiv(seq * group, 2 * entries)
+    row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
+    limit = memory_for_parts(problem)
+    for some_batch, some_heads in shares(batch, kv_heads):
+        heads = some_batch * some_heads
+        steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
+        span = steps * 2 * entries // group + 1 + sum(problem.narrow_reach)
+        if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
+            return some_batch, some_heads
+    return None
 
 
 def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
-        2 * sum(t.numel() for t in problem.tensors), _bytes_of_statistics(problem),
+        _bytes_of_gradients(problem), _bytes_of_statistics(problem),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
@@ -120,7 +120,7 @@ def _division(
     columns: int, gradient_bytes: int, statistics_bytes: int,
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
-    limit = min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES)) - statistics_bytes
+    limit = _limit(gradient_bytes) - statistics_bytes
     count = triton.cdiv(rows, KEYS)
     left, right = wide_reach
     weights = []  # of each tile: the queries that see it
@@ -128,8 +128,7 @@ def _division(
         key = wide_first + tile * KEYS
         weights.append(max(0, min(key + KEYS + left - start, seq) - max(key - right - start, 0)))
     best: tuple[float, Plan] | None = None
-    at_once = [(n, kv_heads) for n in _halves(batch)] + [(1, n) for n in _halves(kv_heads)[1:]]
-    for some_batch, some_heads in at_once:
+    for some_batch, some_heads in shares(batch, kv_heads):
         launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
         heads = some_batch * some_heads
         for tiles in _TILES:
@@ -147,6 +146,24 @@ def _division(
                 if best is None or time < best[0]:
                     best = time, Plan(tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
+
+
+def memory_for_parts(problem: Problem) -> int:
+    """Return how many bytes the narrow pair's parts may take beside the statistics."""
+    return _limit(_bytes_of_gradients(problem)) - _bytes_of_statistics(problem)
+
+
+def shares(batch: int, kv_heads: int) -> list[tuple[int, int]]:
+    """Return (batch rows, key-value heads) that one launch may take, all of them first."""
+    return [(n, kv_heads) for n in _halves(batch)] + [(1, n) for n in _halves(kv_heads)[1:]]
+
+
+def _bytes_of_gradients(problem: Problem) -> int:
+    return 2 * sum(t.numel() for t in problem.tensors)
+
+
+def _limit(gradient_bytes: int) -> int:
+    return min(LIMIT_BYTES, max(2 * gradient_bytes, FLOOR_BYTES))
 
 
 def _halves(count: int) -> list[int]:

@@ -12,13 +12,21 @@ pytest.importorskip("triton")
 from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
+from csrc_free.hopper.key_plan import FLOOR_BYTES, LIMIT_BYTES
 from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
-from simplex_ops.testing import Case, Problem, assert_within_budget, cases, judge
+from simplex_ops.testing import (
+    Case,
+    Problem,
+    assert_matches_reference,
+    assert_within_budget,
+    cases,
+    judge,
+)
 from tools.compiled.launches import recorded
 from tools.compiled.registers import device_of, usage_of
 
@@ -89,6 +97,26 @@ def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, widt
     assert width <= config.keys <= max(16, 2 * width)
     assert config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
     assert narrow.choose(traits, HOPPER, 65) is None
+
+
+@pytest.mark.parametrize("seq", [512, 4096, 32768, 131072])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_parts_of_small_groups_stay_within_their_memory(hopper, group, seq):
+    given = _on_meta(group=group, kv_heads=16, seq=seq)
+    problem = _problem_of(given)
+    config = narrow.choose(problem.traits(given.dout), HOPPER, 32)
+    assert config is not None
+    share = narrow.share_of(problem, config)
+    assert share is not None
+    batch, kv_heads = share
+    some = _on_meta(group=group, kv_heads=kv_heads, seq=seq)
+    dq = torch.empty_like(some.inputs[0][:batch])
+    few = replace(some, inputs=tuple(t[:batch] for t in some.inputs), dout=some.dout[:batch])
+    with recorded(HOPPER):
+        parts = narrow.backward_narrow(_problem_of(few), _statistics_on_meta(few), dq, config)
+    gradients = 2 * sum(t.numel() for t in given.inputs)
+    taken = 4 * (parts.dk.numel() + parts.dv.numel())
+    assert taken <= min(LIMIT_BYTES, max(2 * gradients, FLOOR_BYTES))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +200,6 @@ def _run(given: Problem, *, portable: bool = False) -> dict[str, torch.Tensor]:
         return {"dq": dq}
     assert small is not None, "no kernel here serves this problem"
     parts = narrow.backward_narrow(problem, statistics, dq, small)
-    assert parts is not None
     dk, dv = (
         torch.full_like(problem.k_narrow, torch.nan),
         torch.full_like(problem.v_narrow, torch.nan),
@@ -274,6 +301,12 @@ class TestOnHopper:
         other = _run(replace(given, inputs=tuple(loud)))["dq"][:, :, :53]
         # Not bit for bit: what else is in a tile decides in which steps its exponents are rounded.
         assert (one - other).float().norm() <= 4e-3 * one.float().norm()
+
+    @pytest.mark.parametrize("share", [(2, 2), (1, 2), (1, 1)])
+    def test_heads_may_take_turns(self, share, monkeypatch):
+        monkeypatch.setattr(narrow, "share_of", lambda problem, config: share)
+        case = _case(batch=2, kv_heads=2, group=2, seq=110, w1=90, w2=20)
+        assert_matches_reference(case, torch.ops.simplex.attn, device="cuda")
 
     @pytest.mark.parametrize("group", [8, 64])
     def test_as_the_portable_kernels(self, group):
