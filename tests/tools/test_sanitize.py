@@ -44,6 +44,12 @@ def test_the_small_problems_reach_every_kernel():
         *((f"{name}_kernel", None) for name in ("delta", "backward_wide", "sum_parts", "spans")),
         *(
             (f"hopper_{name}_kernel", None)
-            for name in ("forward", "backward_keys", "backward_wide", "backward_query")
+            for name in (
+                "forward",
+                "backward_keys",
+                "backward_wide",
+                "backward_query",
+                "backward_narrow",
+            )
         ),
     }
