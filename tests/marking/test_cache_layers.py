@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recomputed import generating
 from tiny_llama import VOCABULARY, attention, llama, mark_layers, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -253,3 +253,15 @@ def test_a_mask_is_judged_by_where_a_static_cache_stands():
             continue
         with pytest.raises(UnservedMarkError, match=r"shows a query keys after it"):
             model(tokens(seq=1), **given)
+
+
+@torch.no_grad()
+def test_the_self_attention_of_an_encoder_decoder_cache_is_served():
+    model = generating("gpt2", num_hidden_layers=1)
+    module, x = model.transformer.h[0].attn, torch.randn(2, 6, 32, dtype=torch.float64)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    whole = module(x)[0]
+    for place in range(6):
+        got = module(x[:, place : place + 1], past_key_values=cache)[0]
+        torch.testing.assert_close(got[:, 0], whole[:, place], rtol=1e-9, atol=1e-9)
+    assert cache.self_attention_cache.layers[0].simplex_k2.shape[2] == 6

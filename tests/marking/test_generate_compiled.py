@@ -1,5 +1,6 @@
 """generate() of marked models, compiled: by generate() itself, and by the user."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -81,8 +82,10 @@ def test_a_cache_that_cannot_be_served_is_refused_when_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("family", "dynamic"),
+    [("llama", None), ("llama", True), ("gpt2", None), ("qwen3", None), ("mistral", None)],
+)
 def test_compiled_models_generate_with_any_cache(family, dynamic):
     model, ids = generating(family), tokens(seq=10)
     expected = recomputed(model, ids, left_padded(ids), 6)
@@ -96,14 +99,17 @@ def test_compiled_models_generate_with_any_cache(family, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["the user", "generate"])
+@pytest.mark.parametrize("by", ["the user", "generate", "a named backend"])
 def test_inductor_generates_the_tokens_of_the_whole_prefix(by):
     model, ids = generating(num_hidden_layers=1), tokens(seq=10)
-    expected = recomputed(model, ids, left_padded(ids), 6)
-    how = by_generate("inductor") if by == "generate" else {}
+    expected, how = recomputed(model, ids, left_padded(ids), 6), {}
     if by == "the user":
         model.compile(fullgraph=True)
-    with simplex_ops.enable():
+    else:
+        config = CompileConfig(backend="simplex" if by == "a named backend" else "inductor")
+        config._compile_all_devices = True
+        how = {"cache_implementation": "static", "compile_config": config}
+    with nullcontext() if by == "a named backend" else simplex_ops.enable():
         got = generated(model, ids, left_padded(ids), 6, **how)
     assert_as_recomputed(got, expected, 1e-4)  # Inductor keeps other parts of a norm in float64
     assert len(simplex_ops.last_report().rewritten) == 1
