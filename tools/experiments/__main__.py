@@ -10,9 +10,10 @@ Results are JSON lines in tools/experiments/results. A run is its setting and it
 its line there is not run again, so a command that was stopped goes on when it is given again.
 """
 
+import itertools
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from tools.experiments import cost, hops, language, lines, match3
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
 SMALL = ("hops", "match3")  # they leave most of a GPU idle
+_ENDED = object()
 QUICK_RESULTS = Path("out/experiments")
 
 
@@ -93,20 +95,22 @@ def _run(
     with Progress(*columns, console=console) as progress:
         runs = progress.add_task(f"{name}, runs", total=len(left))
 
-        def run(part: str, setting: Any) -> None:
-            if time.monotonic() > last:
-                return
+        def run(part: str, setting: Any) -> Iterator[None]:
             total = EXPERIMENTS[name].steps(setting)
             present = progress.add_task(f"{part}: starts", total=total)
 
             def watch(step: int, value: float) -> None:
                 progress.update(present, completed=step, description=f"{part}: {value:.3f}")
 
+            if name in SMALL:
+                result = yield from EXPERIMENTS[name].in_parts(setting, device, watch)
+            else:
+                result = EXPERIMENTS[name].measure(setting, device, watch)
             line = {
                 "experiment": name,
                 "part": part,
                 "setting": lines.plain(setting),
-                "result": EXPERIMENTS[name].measure(setting, device, watch),
+                "result": result,
                 "environment": facts,
             }
             lines.append(file, line)
@@ -114,32 +118,24 @@ def _run(
             progress.remove_task(present)
             console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
 
-        if at_once == 1:
-            for part, setting in left:
-                run(part, setting)
-        else:
-            _on_streams(run, left, at_once, device)
+        waiting = (run(part, setting) for part, setting in left)
+        in_turn(itertools.takewhile(lambda _: time.monotonic() <= last, waiting), at_once, device)
         if time.monotonic() > last:
             console.print("out of time: the same command goes on from here")
 
 
-def _on_streams(
-    run: Callable[[str, Any], None], left: list[tuple[str, Any]], at_once: int, device: torch.device
-) -> None:
-    """Run several at a time on one GPU, each in a thread and on a stream of its own."""
-
-    def on_stream(part: str, setting: Any) -> None:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            run(part, setting)
-
-    with ThreadPoolExecutor(at_once) as threads:
-        futures = [threads.submit(on_stream, part, setting) for part, setting in left]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+def in_turn(waiting: Iterator[Iterator[None]], at_once: int, device: torch.device) -> None:
+    """Go on with one run after the other, `at_once` of them, on a GPU each on its own stream."""
+    running: deque[tuple[Iterator[None], Any]] = deque()
+    while True:
+        while len(running) < at_once and (run := next(waiting, None)) is not None:
+            running.append((run, torch.cuda.Stream(device) if device.type == "cuda" else None))
+        if not running:
+            return
+        run, stream = running.popleft()
+        with torch.cuda.stream(stream):
+            if next(run, _ENDED) is not _ENDED:
+                running.append((run, stream))
 
 
 def _asked(
