@@ -71,8 +71,9 @@ def _summary(found: Mapping[str, list[Line]]) -> list[list[str]]:
     for place, of_device in by(found["cost"], where).items():
         ratios = [r for r in map(report_cost.ratio, of_device) if r]
         if ratios:
-            said = f"{min(ratios):.2f} to {max(ratios):.2f} of an ordinary layer's step"
-            rows.append([place, "cost: more than ordinary attention", said])
+            less = sum(r < 1 for r in ratios)
+            said = f"{min(ratios):.2f} to {max(ratios):.2f}, below 1 in {less} of {len(ratios)}"
+            rows.append([place, "cost: more than 1 of an ordinary layer's step", said])
     return rows
 
 
