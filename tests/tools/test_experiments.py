@@ -165,49 +165,6 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch):
     assert len(lines.read(tmp_path / "shards" / "hops.jsonl")) == 4
 
 
-def test_runs_side_by_side_are_those_one_by_one():
-    training = Training(4, batch=4, evaluate_every=2)
-    settings = [hops.Setting(TOY, Shape(("2-simplicial",), 8), training, n) for n in range(6)]
-    found = {}
-
-    def run(setting):
-        result = yield from hops.in_parts(setting, CPU, lambda step, value: order.append(setting))
-        found[setting] = result["curve"]
-
-    order = []
-    command.in_turn((run(setting) for setting in settings), 3, CPU)
-    assert order[:3] == settings[:3]
-    together = dict(found)
-    command.in_turn((run(setting) for setting in settings), 1, CPU)
-    assert order[12:14] == [settings[0]] * 2
-    assert together == found
-    assert len(found) == 6
-
-
-@pytest.mark.gpu
-def test_runs_side_by_side_on_a_gpu_are_those_one_by_one():
-    training = Training(20, batch=8, evaluate_every=5)
-    settings = [hops.Setting(TOY, Shape(("2-simplicial",), 16), training, n) for n in range(4)]
-    device = torch.device("cuda")
-    found = []
-    for at_once in (4, 1):
-        curves = []
-
-        def run(setting, curves=curves):
-            result = yield from hops.in_parts(setting, device, lambda step, value: None)
-            curves.append((setting.seed, result["curve"]))
-
-        command.in_turn((run(setting) for setting in settings), at_once, device)
-        found.append(sorted(curves))
-    assert found[0] == found[1]
-
-
-def test_side_by_side_is_for_small_models_on_a_gpu():
-    result = CliRunner().invoke(app, ["language", "--at-once", "2"])
-    assert result.exit_code == 2
-    assert "hops and match3 on cuda, got language on cpu" in " ".join(result.output.split())
-
-
 def test_intervals_are_those_of_the_tables():
     for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
         assert intervals.t_quantile(freedom) == pytest.approx(expected, abs=1e-3)

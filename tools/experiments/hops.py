@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tools.experiments.model import Kind, Shape, trained_parameters
-from tools.experiments.train import Parts, Training, Watch, at_once, train_in_parts
+from tools.experiments.train import Training, Watch, train
 
 SIMPLICIAL: Kind = "2-simplicial"
 
@@ -79,15 +79,7 @@ def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
 
 
 def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, Any]:
-    return at_once(in_parts(setting, device, watch))
-
-
-def in_parts(setting: Setting, device: torch.device, watch: Watch) -> Parts[dict[str, Any]]:
-    """Measure in parts, so that others may run meanwhile."""
-    task, training = setting.task, setting.training
-    _, result = yield from train_in_parts(
-        setting.shape, task, training, setting.seed, device, watch
-    )
+    _, result = train(setting.shape, setting.task, setting.training, setting.seed, device, watch)
     return result
 
 

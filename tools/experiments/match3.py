@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simplex_ops import SimplicialAttention
 from tools.experiments.model import Kind, Shape
-from tools.experiments.train import Parts, Training, Watch, at_once, train_in_parts
+from tools.experiments.train import Training, Watch, train
 
 WIDTH = 7  # of the constructed head
 _ANGLE_COS, _ANGLE_SIN, _ONE, _BLANK = range(4)  # what the constructed head's input holds
@@ -121,15 +121,7 @@ def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
 
 
 def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, Any]:
-    return at_once(in_parts(setting, device, watch))
-
-
-def in_parts(setting: Setting, device: torch.device, watch: Watch) -> Parts[dict[str, Any]]:
-    """Measure in parts, so that others may run meanwhile."""
-    task, training = setting.task, setting.training
-    _, result = yield from train_in_parts(
-        setting.shape, task, training, setting.seed, device, watch
-    )
+    _, result = train(setting.shape, setting.task, setting.training, setting.seed, device, watch)
     return result
 
 

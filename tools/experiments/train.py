@@ -1,9 +1,9 @@
 """Training of one small model on fresh batches until it can do its task, or to a cap of steps."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,6 @@ class Training:
 
 
 Watch = Callable[[int, float], None]  # step, accuracy or loss at the last evaluation
-T = TypeVar("T")
-Parts = Generator[None, None, T]  # goes on where it is asked to, and returns at the end
 
 
 def train(
@@ -55,40 +53,17 @@ def train(
     device: torch.device,
     watch: Watch | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Train a model as `train_in_parts` does, at once."""
-    return at_once(train_in_parts(shape, task, training, seed, device, watch))
-
-
-def at_once(parts: Parts[T]) -> T:
-    """Return what a generator returns in the end."""
-    while True:
-        try:
-            next(parts)
-        except StopIteration as end:
-            return end.value
-
-
-def train_in_parts(
-    shape: Shape,
-    task: Task,
-    training: Training,
-    seed: int,
-    device: torch.device,
-    watch: Watch | None = None,
-) -> Parts[tuple[Model, dict[str, Any]]]:
     """Train a model drawn from `seed` on data drawn from `seed`; return it and what came of it.
-
-    It yields where a GPU has updates to make, and nothing is to be done here meanwhile.
 
     Every step sees a fresh batch. Accuracy is that of all tokens of 8 held-out batches, the same
     for all runs of a task. The run stops where it was at least 0.99 in 3 evaluations in a row.
     """
+    torch.manual_seed(seed)
+    model = Model(shape, task.fields, task.classes).to(device)
     data = torch.Generator().manual_seed(seed)
     held_out = torch.Generator().manual_seed(HELD_OUT_SEED)
     drawn = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
     tokens, classes = (torch.cat(part).to(device) for part in zip(*drawn, strict=True))
-    torch.manual_seed(seed)
-    model = Model(shape, task.fields, task.classes).to(device)
     update = updates_of(model, drawn[0], training.evaluate_every, device)
     rates = one_cycle(training.learning_rate, training.steps)
 
@@ -102,8 +77,7 @@ def train_in_parts(
     while batches:
         update(batches, rates[done : done + len(batches)])
         done += len(batches)
-        batches = next_batches(done)
-        yield
+        batches = next_batches(done)  # while a GPU works
         curve.append((done, accuracy(model, (tokens, classes))))
         if watch is not None:
             watch(*curve[-1])
