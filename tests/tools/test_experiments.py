@@ -1,6 +1,5 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
-import contextlib
 import json
 from dataclasses import replace
 
@@ -164,29 +163,6 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(tmp_path, monkeypatch):
     run(tmp_path / "shards", "--shard", "0/2")
     run(tmp_path / "shards", "--shard", "0/1")
     assert len(lines.read(tmp_path / "shards" / "hops.jsonl")) == 4
-
-
-def test_runs_side_by_side_are_those_in_turn(monkeypatch):
-    training = Training(4, batch=4, evaluate_every=2)
-    settings = [hops.Setting(TOY, Shape(("2-simplicial",), 8), training, n) for n in range(6)]
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    found = {}
-
-    def run(part, setting):
-        found[setting] = hops.measure(setting, CPU, lambda step, value: None)["curve"]
-
-    command._on_streams(run, [("toy", setting) for setting in settings], 3, CPU)
-    together = dict(found)
-    for setting in settings:
-        run("toy", setting)
-    assert together == found
-
-
-def test_side_by_side_is_for_small_models_on_a_gpu():
-    result = CliRunner().invoke(app, ["language", "--at-once", "2"])
-    assert result.exit_code == 2
-    assert "hops and match3 on cuda, got language on cpu" in " ".join(result.output.split())
 
 
 def test_intervals_are_those_of_the_tables():

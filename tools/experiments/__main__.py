@@ -11,8 +11,6 @@ its line there is not run again, so a command that was stopped goes on when it i
 """
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +24,6 @@ from simplex_ops.env import environment
 from tools.experiments import cost, hops, language, lines, match3
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
-SMALL = ("hops", "match3")  # they leave most of a GPU idle
 QUICK_RESULTS = Path("out/experiments")
 
 
@@ -49,7 +46,6 @@ def main(
         str, typer.Option(help="n/of: every of-th run, from n = 0, for processes side by side")
     ] = "0/1",
     results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="small models side by side on a GPU")] = 1,
     commit: Annotated[str, typer.Option(help="of this code, where it is no checkout")] = "",
 ) -> None:
     """Run an experiment, or write the report of all that have run."""
@@ -65,16 +61,12 @@ def main(
     if unknown:
         parts = ", ".join(experiment.PARTS)
         raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
-    if at_once > 1 and (name.value not in SMALL or device != "cuda"):
-        raise typer.BadParameter(
-            f"--at-once is for {' and '.join(SMALL)} on cuda, got {name.value} on {device}"
-        )
     file, where = folder / f"{name.value}.jsonl", _device(device)
     asked = _asked(experiment, seeds, quick, part)[slice(*_shard(shard))]
     left = _without_lines(asked, file, where)
     last = time.monotonic() + 60 * minutes
     facts = {**environment(where), "commit": commit or lines.commit()}
-    _run(console, name.value, file, left, where, last, facts, at_once)
+    _run(console, name.value, file, left, where, last, facts)
 
 
 def _run(
@@ -85,61 +77,35 @@ def _run(
     device: torch.device,
     last: float,
     facts: dict[str, Any],
-    at_once: int,
 ) -> None:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         runs = progress.add_task(f"{name}, runs", total=len(left))
-
-        def run(part: str, setting: Any) -> None:
+        present = progress.add_task("", total=None)
+        for part, setting in left:
             if time.monotonic() > last:
-                return
+                console.print("out of time: the same command goes on from here")
+                break
             total = EXPERIMENTS[name].steps(setting)
-            present = progress.add_task(f"{part}: starts", total=total)
+            progress.reset(present, total=total, description=f"{part}: starts")
 
-            def watch(step: int, value: float) -> None:
-                progress.update(present, completed=step, description=f"{part}: {value:.3f}")
+            def watch(step: int, value: float, part: str = part) -> None:
+                said = f"{part}: {value:.3f}"
+                progress.update(present, completed=step, description=said)
 
+            result = EXPERIMENTS[name].measure(setting, device, watch)
             line = {
                 "experiment": name,
                 "part": part,
                 "setting": lines.plain(setting),
-                "result": EXPERIMENTS[name].measure(setting, device, watch),
+                "result": result,
                 "environment": facts,
             }
             lines.append(file, line)
             progress.advance(runs)
-            progress.remove_task(present)
             console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
-
-        if at_once == 1:
-            for part, setting in left:
-                run(part, setting)
-        else:
-            _on_streams(run, left, at_once, device)
-        if time.monotonic() > last:
-            console.print("out of time: the same command goes on from here")
-
-
-def _on_streams(
-    run: Callable[[str, Any], None], left: list[tuple[str, Any]], at_once: int, device: torch.device
-) -> None:
-    """Run several at a time on one GPU, each in a thread and on a stream of its own."""
-
-    def on_stream(part: str, setting: Any) -> None:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            run(part, setting)
-
-    with ThreadPoolExecutor(at_once) as threads:
-        futures = [threads.submit(on_stream, part, setting) for part, setting in left]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _asked(

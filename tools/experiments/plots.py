@@ -68,15 +68,16 @@ def losses(
 ) -> None:
     """Draw loss by tokens: a panel for each size, a colour for each arm, a line for each seed."""
     figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
+    places = sorted({arm for arms in panels.values() for arm in arms})
     for axes, (size, arms) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for place, (arm, seeds) in enumerate(sorted(arms.items())):
+        for arm, seeds in sorted(arms.items()):
             for n, curve in enumerate(seeds):
                 axes.plot(
                     [tokens / 1e6 for tokens, _ in curve],
                     [loss for _, loss in curve],
-                    color=mpl.colormaps["tab10"](place),
+                    color=mpl.colormaps["tab10"](places.index(arm)),
                     linewidth=0.8,
                     label=arm if n == 0 else None,
                 )

@@ -1,6 +1,5 @@
 """Training of one small model on fresh batches until it can do its task, or to a cap of steps."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ class Training:
     evaluate_every: int = 50
 
 
-_ONE_AT_A_TIME = threading.Lock()  # the seed is the process's, and so is a capture
 Watch = Callable[[int, float], None]  # step, accuracy or loss at the last evaluation
 
 
@@ -60,14 +58,13 @@ def train(
     Every step sees a fresh batch. Accuracy is that of all tokens of 8 held-out batches, the same
     for all runs of a task. The run stops where it was at least 0.99 in 3 evaluations in a row.
     """
+    torch.manual_seed(seed)
+    model = Model(shape, task.fields, task.classes).to(device)
     data = torch.Generator().manual_seed(seed)
     held_out = torch.Generator().manual_seed(HELD_OUT_SEED)
     drawn = [task.draw(training.batch, held_out) for _ in range(HELD_OUT_BATCHES)]
     tokens, classes = (torch.cat(part).to(device) for part in zip(*drawn, strict=True))
-    with _ONE_AT_A_TIME:
-        torch.manual_seed(seed)
-        model = Model(shape, task.fields, task.classes).to(device)
-        update = updates_of(model, drawn[0], training.evaluate_every, device)
+    update = updates_of(model, drawn[0], training.evaluate_every, device)
     rates = one_cycle(training.learning_rate, training.steps)
 
     def next_batches(done: int) -> list[Batch]:

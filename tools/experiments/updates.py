@@ -87,8 +87,7 @@ def _captured(
                 tensor.zero_()
     torch.cuda.current_stream(device).wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on: each captures in turn, and replays on a stream of its own.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph):
         one()
 
     def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
