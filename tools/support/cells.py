@@ -184,7 +184,7 @@ def generates(compiled: bool, **cache: Any) -> Callable[[Row], None]:
     """Compare the tokens of generate() with recomputing from the whole prefix."""
 
     def run(row: Row) -> None:
-        model = _built(row).double().eval()
+        model = _built(row).eval()
         ids = row.inputs(SIZES[0])
         expected = _recomputed(model, ids)
         # What pads is no token: masks would be made of it.
