@@ -58,10 +58,10 @@ def main(dim: int = 512, layers: int = 8, seq: int = 1024, steps: int = 50) -> N
     for block in blocks:
         block.compile(backend="simplex", fullgraph=True)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy).to_empty(device=kind)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # k2 and v2 come back to their start
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=kind)
+    for module in model.modules():  # k2 and v2 come back to their start
+        getattr(module, "reset_parameters", lambda: None)()
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         tokens = torch.randint(256, (4, seq + 1), device=kind)

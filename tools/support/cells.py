@@ -17,7 +17,6 @@ from tools.support.models import ROWS, VOCABULARY, Row
 
 SIZES = (12, 17)
 NEW_TOKENS = 5
-_CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 class _ForEachSizeError(Exception):
@@ -115,7 +114,7 @@ def _answer(run: Any, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, **_CLOSE)
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
 def eager_as_plain(do: Callable[..., dict[str, Tensor]]) -> Callable[[Row], None]:
@@ -184,7 +183,7 @@ def generates(compiled: bool, **cache: Any) -> Callable[[Row], None]:
     """Compare the tokens of generate() with recomputing from the whole prefix."""
 
     def run(row: Row) -> None:
-        model = _built(row).double().eval()
+        model = _built(row).eval()
         ids = row.inputs(SIZES[0])
         expected = _recomputed(model, ids)
         # What pads is no token: masks would be made of it.
