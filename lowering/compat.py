@@ -14,6 +14,7 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
                                             tracked fakes and their contexts' constraints
     symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
     Tensor._version                         writes into a fake tensor
+    UntypedStorage._cdata                   whether two fake tensors share memory
     node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
     symbolic_shapes.guard_or_false          a claim as a guard; False where no example decides it
 
@@ -148,6 +149,14 @@ def _entries() -> tuple[tuple[Any, str], tuple[Any, str]]:
 def example(value: Any) -> Any:
     """Return the fake tensor or the number that stands for a node; anything else as it is."""
     return value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
+
+
+def share_memory(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Say whether one of two nodes' tensors may be a view of the other."""
+    of = [example(node) for node in (a, b)]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in of):
+        return True
+    return of[0].untyped_storage()._cdata == of[1].untyped_storage()._cdata
 
 
 def is_symbolic(value: Any) -> bool:

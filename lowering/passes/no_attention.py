@@ -3,7 +3,9 @@
 from torch import fx
 
 from lowering import compat
+from lowering.graphs.pairing import is_softmax
 from lowering.graphs.subgraphs import Subgraphs
+from lowering.passes.spelled_out import why_not
 from simplex_ops.marking.call import SDPA
 
 _OTHER_WAYS = ("softmax", "multi_head_attention_forward", "flex_attention")
@@ -19,6 +21,10 @@ def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
                 "checkpointed, or compiled, apart from the module's input: do that to the whole "
                 "module or layer"
             )
+        if is_softmax(node):
+            reason = why_not(node, mark)
+            if reason is not None:
+                return reason
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name in _OTHER_WAYS:
             return (

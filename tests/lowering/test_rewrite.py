@@ -19,9 +19,9 @@ from tiny_llama import (
     attention,
     llama,
     mark_layers,
-    matrix_products,
     randomize,
     sdpa,
+    softcapped,
     states,
     tokens,
     train_step,
@@ -210,23 +210,22 @@ def test_a_split_by_ddp_is_refused_and_goes_with_its_remedy(tmp_path, monkeypatc
         dist.destroy_process_group()
 
 
-def test_another_attention_implementation_is_refused():
+def test_attention_weights_that_are_asked_for_are_refused():
     model = mark_layers(llama(attn_implementation="eager"), 0, 1)
-    message = refusal_of(model, tokens())
+    message = refusal_of(model, tokens(), output_attentions=True)
     assert "2 of 2 marked modules cannot run" in message
-    assert "model.layers.0.self_attn: no scaled_dot_product_attention" in message
+    assert "model.layers.0.self_attn: its attention weights are used 2 times" in message
 
 
 def test_a_mark_never_takes_the_attention_of_the_next_layer():
-    stack = Residual(mark(Attention(matrix_products)), Attention())
+    stack = Residual(mark(Attention(softcapped)), Attention())
     message = refusal_of(stack, states())
-    assert "blocks.0: no scaled_dot_product_attention takes its query" in message
-    assert "it attends by softmax" in message
+    assert "blocks.0: its attention scores pass through tanh" in message
     assert list(last_report().unmarked) == ["blocks.1"]
 
 
 def test_a_refusal_names_those_that_were_served():
-    stack = Residual(*(randomize(mark(Attention(f))) for f in (None, matrix_products, None)))
+    stack = Residual(*(randomize(mark(Attention(f))) for f in (None, softcapped, None)))
     assert "1 of 3 marked modules cannot run" in refusal_of(stack, states())
     assert [r.module for r in last_report().rewritten] == ["blocks.0", "blocks.2"]
 
@@ -245,7 +244,7 @@ def test_a_refusal_names_those_that_were_served():
         ),
         (
             lambda q, k, v, **_: F.scaled_dot_product_attention(
-                q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
+                q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True
             ),
             "key has 4 heads and k2 has 2",
         ),
