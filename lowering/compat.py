@@ -241,6 +241,7 @@ def module_stack(node: torch.fx.Node) -> dict[str, str]:
     return {key: _readable(path) for key, (path, _) in stack.items()}
 
 
+@functools.lru_cache(maxsize=4096)
 def _readable(path: str) -> str:
     # L['self']._modules['layers']._modules['0'] and L['self'].layers[0] are both layers.0
     path = re.sub(r"^L\['\w+'\]\.?", "", path)

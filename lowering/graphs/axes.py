@@ -46,8 +46,7 @@ def _before(node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
     if not is_tensor(node):
         return []
     if name_of(node) == "getitem" and isinstance(first, fx.Node) and not is_tensor(first):
-        is_cut = name_of(first) in _CUTS
-        return [(first.args[0], axis)] if is_cut else []  # pyright: ignore[reportReturnType]
+        return _before_parts(first, axis)
     if not isinstance(first, (fx.Node, str, list, tuple)):
         return []
     if is_permutation(node):
@@ -68,6 +67,14 @@ def _before(node: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
         for n in node.all_input_nodes
         if is_tensor(n) and len(shape_of(n)) == len(sizes) and shape_of(n)[axis] == sizes[axis]
     ]
+
+
+def _before_parts(cut: fx.Node, axis: int) -> list[tuple[fx.Node, int]]:
+    source: Any = cut.args[0]
+    if name_of(cut) == "unbind":
+        gone = argument(cut, 1, "dim", 0) % len(shape_of(source))
+        return [(source, axis + (axis >= gone))]
+    return [(source, axis)] if name_of(cut) in _CUTS else []
 
 
 def _before_view(source: Any, sizes: tuple[int, ...], axis: int) -> list[tuple[fx.Node, int]]:

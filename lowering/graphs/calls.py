@@ -29,9 +29,12 @@ _PRIMES = (2, 3, 5, 7, 11, 13)
 def name_of(node: fx.Node) -> str:
     """Return PyTorch's name of what a node calls, the same for a function, a method, an operator.
 
-    In place or not it is the same name. Of a function of anyone else's it is empty.
+    In place or not it is the same name. It is empty of a function of anyone else's, and of one that
+    is given a tensor to write its result to.
     """
     target: Any = node.target
+    if "out" in node.kwargs:
+        return ""
     if node.op == "call_method":
         return _plain(target)
     if node.op != "call_function":
@@ -76,6 +79,11 @@ def is_tensor(value: Any) -> bool:
 def dtype_of(node: fx.Node) -> torch.dtype:
     """Return a tensor's dtype."""
     return compat.example(node).dtype
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    """Say whether a tensor is differentiated."""
+    return compat.example(node).requires_grad
 
 
 def constant(value: Any) -> float | None:

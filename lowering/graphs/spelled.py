@@ -12,6 +12,7 @@ scores sum over, "d" the width of v. An axis may hold several, outermost first, 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from lowering import compat
@@ -28,6 +29,7 @@ from lowering.graphs.calls import (
     is_view,
     live_users,
     name_of,
+    needs_gradient,
     order_of,
     shape_of,
 )
@@ -127,6 +129,7 @@ class _Reader:
     batch: int
     rows: int
     masks: list[Masking] = field(default_factory=list)
+    hidden: list[float] = field(default_factory=list)  # the scores where each mask hides a key
     scale: float = 1.0
     dropout_p: float = 0.0
     sizes: dict[str, int] = field(default_factory=dict)
@@ -140,6 +143,9 @@ class _Reader:
                 "attend by scaled_dot_product_attention, or unmark() the module",
             )
         end, last, between = self._after_softmax()
+        made_of = (first.left.node, first.right.node)
+        if not needs_gradient(self.softmax) and any(map(needs_gradient, made_of)):
+            raise NotSpelled("its attention weights are made without gradients")
         left, right = _peeled(first.left), _peeled(first.right)
         held = self._held(first, shape_of(start), left, right)
         axes = self._before_softmax(start, [held[a] for a in first.axes])
@@ -286,7 +292,11 @@ class _Reader:
                 self._factor(node, scores, name)
             elif name == "add" and argument(node, 2, "alpha", 1) == 1:
                 first, second = argument(node, 0, "input"), argument(node, 1, "other")
-                self._mask(second if first is scores else first, axes, "added", node)
+                added = second if first is scores else first
+                if not is_tensor(added) or not dtype_of(added).is_floating_point:
+                    raise self._unread_scores(node)
+                self._mask(added, axes, "added", node)
+                self.hidden.append(torch.finfo(dtype_of(added)).min)
             elif name == "masked_fill":
                 mask, value = argument(node, 1, "mask"), argument(node, 2, "value")
                 self._hide(mask, value, axes, node, is_shown=False)
@@ -294,6 +304,13 @@ class _Reader:
                 self._where(node, scores, axes)
             else:
                 raise self._unread_scores(node)
+        for score in self.hidden:
+            if score > _HIDING:
+                raise NotSpelled(
+                    f"its attention scores are {score:g} in the end where a mask says so, which "
+                    "does not hide",
+                    'fill with float("-inf")',
+                )
         return axes
 
     def _steps(self, start: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -332,7 +349,9 @@ class _Reader:
                 f"its attention scores are multiplied by {factor} after they were masked",
                 "multiply them before",
             )
-        self.scale *= factor if name == "mul" else 1 / factor
+        factor = factor if name == "mul" else 1 / factor
+        self.scale *= factor
+        self.hidden = [score * factor for score in self.hidden]
 
     def _where(self, node: fx.Node, scores: fx.Node, axes: list[Axis]) -> None:
         condition, shown, other = node.args
@@ -343,12 +362,12 @@ class _Reader:
 
     def _hide(self, mask: Any, value: Any, axes: list[Axis], node: fx.Node, is_shown: bool) -> None:
         filled = constant(value)
-        if filled is None or filled > _HIDING:
-            what = "a tensor" if filled is None else filled
+        if filled is None:
             raise NotSpelled(
-                f"its attention scores are {what} where a mask says so, which hides nothing",
+                f"its attention scores are filled from a tensor where a mask says so ({node.name})",
                 'fill with float("-inf")',
             )
+        self.hidden.append(filled)
         self._mask(mask, axes, "seen" if is_shown else "hidden", node)
 
     def _mask(self, mask: Any, axes: list[Axis], kind: str, node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import small_models
 import torch
-from passed import compiled, passed_alone
+from passed import passed_alone
 from tiny_llama import assert_same, randomize, tokens, train_step
 
 from lowering.report import last_report
@@ -31,11 +31,18 @@ def _two(name, **how):
 @pytest.mark.parametrize("name", small_models.NAMES)
 def test_a_model_trains_as_its_sdpa_twin_does(name):
     eager, sdpa = _two(name)
-    got = train_step(compiled(eager.train()), eager, tokens())
+    got = train_step(passed_alone(eager.train()), eager, tokens())
     assert_same(got, train_step(sdpa.train(), sdpa, tokens()))
     report = last_report()
     assert len(report.rewritten) == len(report.joined) == 2
     assert len(report.folded) == (0 if name == "gpt2" else 2)
+
+
+def test_a_checkpointed_layer_is_served():
+    eager, sdpa = _two("llama")
+    eager.train().gradient_checkpointing_enable({"use_reentrant": False})
+    got = train_step(passed_alone(eager), eager, tokens())
+    assert_same(got, train_step(sdpa.train(), sdpa, tokens()))
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def _additive(x):
 
 def _filled(x):
     hidden = ~_causal(x)
-    return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    return torch.zeros(x.shape[1], x.shape[1]).masked_fill(hidden, float("-inf"))
 
 
 def _chosen(x):

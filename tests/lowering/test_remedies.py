@@ -52,12 +52,15 @@ def test_layers_compiled_alone_are_named_as_in_the_model():
     assert "model.layers.1.self_attn: its attention dropout is 0.1" in message
 
 
+@torch.no_grad()
 def test_without_the_weights_that_were_asked_for_it_is_served():
-    model = mark_layers(llama(attn_implementation="eager"), 1)
-    message = refusal_of(model, tokens(), output_attentions=True)
+    model, x = mark_layers(llama(attn_implementation="eager"), 1), states()
+    places = model.model.rotary_emb(x, torch.arange(12)[None])
+    message = refusal_of(attention(model, 1), x, position_embeddings=places, attention_mask=None)
+    assert "model.layers.1.self_attn: its attention weights are used 2 times" in message
     assert "ask for none (output_attentions=False)" in message
     torch._dynamo.reset()
-    got = passed_alone(model)(tokens(), output_attentions=False).logits
+    got = passed_alone(model)(tokens()).logits
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(got, model(tokens()).logits)
 
@@ -68,7 +71,7 @@ def _checkpointed(q, k, v, **options):
 
 def test_attention_checkpointed_inside_its_module_is_refused_and_around_it_served():
     message = refusal_of(mark(Attention(_checkpointed)), states())
-    assert "is called in a part of the module that is checkpointed" in message
+    assert "its attention is in a part of the module that is checkpointed" in message
     torch._dynamo.reset()
     module, x = randomize(mark(Attention(), window=(5, 3))), states().requires_grad_()
 

@@ -69,14 +69,12 @@ def test_a_spelling_is_read_where_sizes_are_symbolic():
 
 def test_gradients_are_those_of_the_call():
     called = _marked()
-    spelled = _like(called, Spelling(
-        "einsum of sequences first", "repeat_interleave", "both", "added", "float32 and back", "none"
-    ))  # fmt: skip
+    products = "einsum of sequences first"
+    spelling = Spelling(products, "repeat_interleave", "both", "added", "float32 and back", "none")
+    spelled = _like(called, spelling)
     for run in (called, passed_alone(spelled)):
         run(states()).square().sum().backward()
-    for (name, got), wanted in zip(
-        spelled.named_parameters(), called.parameters(), strict=True
-    ):
+    for (name, got), wanted in zip(spelled.named_parameters(), called.parameters(), strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -125,6 +123,15 @@ def _attend(
 
 _BIAS, _TEMPERATURE = nn.Parameter(torch.zeros(12, 12)), nn.Parameter(torch.ones(()))
 
+
+def _without_gradients(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    with torch.no_grad():
+        s = q @ k.mT
+        p = s.masked_fill(_above(s), HIDDEN).softmax(-1)
+    return p @ v
+
+
 NEAR_MISSES = {
     "a factor on P": (
         lambda q, k, v, **_: _attend(q, k, v, weights=lambda p: p * torch.ones(4, 1, 1)),
@@ -154,7 +161,7 @@ NEAR_MISSES = {
         lambda q, k, v, **_: _attend(
             q, k, v, scores=lambda s: s.masked_fill(_above(s), -5.0), hide=False
         ),
-        "its attention scores are -5.0 where a mask says so, which hides nothing",
+        "its attention scores are -5 in the end where a mask says so, which does not hide",
     ),
     "a temperature": (
         lambda q, k, v, **_: _attend(q, k, v, scores=lambda s: s * _TEMPERATURE),
@@ -182,6 +189,16 @@ NEAR_MISSES = {
         lambda q, k, v, **_: _attend(q, k, v, hide=False),
         "its attention hides no keys, and the module was marked with is_causal=True",
     ),
+    "shown again by a factor": (
+        lambda q, k, v, **_: _attend(
+            q, k, v, scores=lambda s: s.masked_fill(_above(s), -1e4) / 8**4, hide=False
+        ),
+        "its attention scores are -2.44141 in the end where a mask says so",
+    ),
+    "weights without gradients": (
+        _without_gradients,
+        "its attention weights are made without gradients",
+    ),
     "turned after it was masked": (
         lambda q, k, v, **_: _attend(q, k, v, scores=lambda s: s * -1.0),
         "its attention scores are multiplied by -1.0 after they were masked",
@@ -191,8 +208,7 @@ NEAR_MISSES = {
         "its attention weights pass through getitem",
     ),
     "another function than softmax": (
-        lambda q, k, v, **_: (q @ k.repeat_interleave(2, 1).mT).relu()
-        @ v.repeat_interleave(2, 1),
+        lambda q, k, v, **_: (q @ k.repeat_interleave(2, 1).mT).relu() @ v.repeat_interleave(2, 1),
         "no scaled_dot_product_attention in its graph takes its query",
     ),
     "keys in the order of tiles": (
@@ -256,7 +272,8 @@ def test_what_is_not_marked_stays_as_it_is():
     middle = x + passed_alone(stack.blocks[0])(x)
     torch.testing.assert_close(run(x), middle + stack.blocks[1](middle))
     ((before, after),) = graphs
-    assert before == after and "softmax" in " ".join(after)
+    assert before == after
+    assert "softmax" in " ".join(after)
 
 
 @pytest.mark.parametrize("repeat", spellings.REPEATS)
@@ -268,3 +285,47 @@ def test_repeated_keys_of_a_call_are_folded_back(repeat):
     called = _marked()
     torch.testing.assert_close(passed_alone(_like(called, attend))(states()), called(states()))
     assert len(last_report().folded) == 1
+
+
+class Packed(nn.Module):
+    """One projection for queries, keys and values, cut in three in one way or another."""
+
+    def __init__(self, cut: object, attend: object) -> None:
+        super().__init__()
+        self.qkv, self.cut, self.attend = nn.Linear(32, 96), cut, attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attend(*self.cut(self.qkv(x)))  # pyright: ignore[reportCallIssue]
+        return out.transpose(1, 2).flatten(2)
+
+
+CUTS = {
+    "unbind": lambda t: (p.transpose(1, 2) for p in t.unflatten(-1, (3, 4, 8)).unbind(2)),
+    "index": lambda t: t.view(*t.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4),
+    "split": lambda t: (p.unflatten(-1, (4, 8)).transpose(1, 2) for p in t.split(32, -1)),
+    "heads first": lambda t: (
+        p.unflatten(-1, (4, 8)).permute(0, 2, 1, 3) for p in torch.chunk(t, 3, dim=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@torch.no_grad()
+def test_as_many_rows_as_heads_are_told_apart(cut):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # [H, B, N, D]
+        s = torch.einsum("hbid,hbjd->hbij", q, k) / 8**0.5
+        p = s.masked_fill(_above(s), HIDDEN).softmax(-1)
+        return torch.einsum("hbij,hbjd->bhid", p, v)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    how = {"window": (5, 3), "kv_heads": 4, "head_dim": 8}
+    called = randomize(mark(Packed(CUTS[cut], call), **how))
+    spelled = mark(Packed(CUTS[cut], attend), **how)
+    spelled.load_state_dict(called.state_dict())
+    for batch in (4, 3):
+        torch.testing.assert_close(
+            passed_alone(spelled)(states(4, batch)), called(states(4, batch))
+        )

@@ -39,7 +39,7 @@ REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
     "before transposing": lambda t: t.transpose(1, 2).repeat_interleave(2, dim=2).transpose(1, 2),
 }  # fmt: skip
 
-Score, Value = Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]
+Pair = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 
 def _merged(t: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _split(t: Tensor, like: Tensor) -> Tensor:
     return t.view(len(like), 4, *t.shape[1:])
 
 
-PRODUCTS: dict[str, tuple[Score, Value]] = {
+PRODUCTS: dict[str, Pair] = {
     "matmul": (lambda q, k: torch.matmul(q, k.transpose(2, 3)), torch.matmul),
     "@": (lambda q, k: q @ k.mT, lambda p, v: p @ v),
     "method": (
@@ -69,7 +69,7 @@ PRODUCTS: dict[str, tuple[Score, Value]] = {
             ) * 2,
             q,
         ),
-        lambda p, v: torch.matmul(p, v),
+        torch.matmul,
     ),
     "einsum": (
         lambda q, k: torch.einsum("bhid,bhjd->bhij", q, k),
@@ -84,7 +84,7 @@ PRODUCTS: dict[str, tuple[Score, Value]] = {
         lambda p, v: torch.einsum("...ij,...jd->...id", p, v),
     ),
 }  # fmt: skip
-GROUPED: dict[str, tuple[Score, Value]] = {
+GROUPED: dict[str, Pair] = {
     "einsum of groups": (
         lambda q, k: torch.einsum("bkgid,bkjd->bkgij", q.unflatten(1, (2, 2)), k),
         lambda p, v: torch.einsum("bkgij,bkjd->bkgid", p, v).flatten(1, 2),
