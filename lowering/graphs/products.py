@@ -79,7 +79,7 @@ def _stretched(
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation, operands = node.args[0], node.args[1:]
+    equation, operands = node.args[0], tuple[Any, ...](node.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2 or not all(map(is_tensor, operands)):

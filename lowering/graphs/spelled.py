@@ -9,13 +9,13 @@ heads and the groups that share them are axes of their own, "i" the queries, "j"
 scores sum over, "d" the width of v. An axis may hold several, outermost first, as that of bmm.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from lowering import compat
 from lowering.graphs.axes import axis_in_mark
 from lowering.graphs.calls import (
     argument,
@@ -102,9 +102,9 @@ def _product_before(node: Any, seen: set[fx.Node]) -> fx.Node | None:
     seen.add(node)
     if is_product(node):
         return node
-    size = compat.example(node).numel()
+    size = math.prod(shape_of(node))
     inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-    alike = [n for n in inputs if compat.known(compat.example(n).numel() == size)]
+    alike = [n for n in inputs if math.prod(shape_of(n)) == size]
     return next((found for n in alike if (found := _product_before(n, seen)) is not None), None)
 
 
@@ -386,7 +386,7 @@ class _Reader:
     def _softmax_axis(self, axes: list[Axis]) -> str:
         dim = argument(self.softmax, 1, "dim")
         axis: Axis = axes[dim] if isinstance(dim, int) else ()
-        if axis not in (("l",), ("r",)):
+        if len(axis) != 1 or axis[0] not in ("l", "r"):
             raise NotSpelled(
                 f"its softmax runs over axis {dim} of the scores, which are not keys",
                 "take it over the keys, or unmark() the module",
