@@ -58,6 +58,7 @@ def test_one_graph_serves_all_lengths_and_padding():
     torch.testing.assert_close(got, sdpa(tokens(), attention_mask=padding).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_in_bfloat16_and_under_autocast_it_is_the_same_operator():
     eager, sdpa = _two("qwen3")
