@@ -14,6 +14,7 @@ Seen in 2.11, 2.13, 2.14 and 2.15:
                                             tracked fakes and their contexts' constraints
     symbolic_shapes.statically_known_true   a claim about symbolic sizes, without a guard
     Tensor._version                         writes into a fake tensor
+    UntypedStorage._cdata                   whether two fake tensors share memory
     node.meta["grapharg"]                   on an input of the graph: .example, the weight itself
     symbolic_shapes.guard_or_false          a claim as a guard; False where no example decides it
 
@@ -150,6 +151,14 @@ def example(value: Any) -> Any:
     return value.meta.get("example_value") if isinstance(value, torch.fx.Node) else value
 
 
+def share_memory(a: torch.fx.Node, b: torch.fx.Node) -> bool:
+    """Say whether one of two nodes' tensors may be a view of the other."""
+    of = [example(node) for node in (a, b)]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in of):
+        return True
+    return of[0].untyped_storage()._cdata == of[1].untyped_storage()._cdata
+
+
 def is_symbolic(value: Any) -> bool:
     """Say whether a number is a symbol, which may differ from call to call of a graph."""
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
@@ -232,6 +241,7 @@ def module_stack(node: torch.fx.Node) -> dict[str, str]:
     return {key: _readable(path) for key, (path, _) in stack.items()}
 
 
+@functools.lru_cache(maxsize=4096)
 def _readable(path: str) -> str:
     # L['self']._modules['layers']._modules['0'] and L['self'].layers[0] are both layers.0
     path = re.sub(r"^L\['\w+'\]\.?", "", path)

@@ -34,11 +34,17 @@ class Refused:
 
 @dataclass(frozen=True)
 class Report:
-    """What one graph held. `unmarked` names the modules whose attention no mark asked for."""
+    """What one graph held. `unmarked` names the modules whose attention no mark asked for.
+
+    `joined` names the marked modules whose attention was spelled out and became one call, `folded`
+    those whose keys and values were repeated to all heads and are no more.
+    """
 
     rewritten: tuple[Rewritten, ...] = ()
     refused: tuple[Refused, ...] = ()
     unmarked: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
 
     def raise_if_refused(self) -> None:
         """Raise UnservedMarkError naming every refused mark and its reason."""
@@ -51,11 +57,18 @@ class Report:
             f"{lines}"
         )
 
+    def _prepared(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return (
+            ("attention spelled out, made one call", self.joined),
+            ("keys and values repeated to all heads, folded back", self.folded),
+        )
+
     def __str__(self) -> str:
         parts = (
             ("rewritten", self.rewritten),
             ("refused", self.refused),
             ("left as they were, not marked", self.unmarked),
+            *((title, items) for title, items in self._prepared() if items),
         )
         return "\n".join(
             f"{title}: {len(items)}" + "".join(f"\n  - {item}" for item in items)

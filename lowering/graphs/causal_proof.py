@@ -24,6 +24,32 @@ from lowering.graphs.writes import writer_into
 _HIDES_MORE = "it hides other keys than those after the query"
 
 
+class CausalProofs:
+    """What one run of the pass has proven: layers share a mask, and it is read once for all."""
+
+    def __init__(self, subgraphs: Subgraphs) -> None:
+        self._subgraphs = subgraphs
+        self._holds: dict[Any, bool] = {}
+        self._is_written: dict[fx.Node, bool] = {}
+
+    def holds(self, mask: fx.Node, query: Tensor, key: Tensor) -> bool:
+        """Say whether a mask is proven to be causal, for attention of these sizes."""
+        asked = (mask, compat.identity_of(query), compat.identity_of(key))
+        if asked not in self._holds:
+            try:
+                prove_causal(mask, query, key, self._subgraphs)
+                self._holds[asked] = True
+            except NotProven:
+                self._holds[asked] = False
+        return self._holds[asked]
+
+    def is_written(self, mask: fx.Node) -> bool:
+        """Say whether a mask's graph writes into it."""
+        if mask not in self._is_written:
+            self._is_written[mask] = writer_into(mask.graph, {mask: None}) is not None
+        return self._is_written[mask]
+
+
 def prove_causal(mask: fx.Node, query: Tensor, key: Tensor, subgraphs: Subgraphs) -> None:
     """Prove that `mask` is causal for this attention in every call of its graph.
 

@@ -95,8 +95,28 @@ class Claims:
         return result
 
 
-Value = Linear | Claims
-_V = TypeVar("_V", Linear, Claims)
+@dataclass(frozen=True)
+class Filled:
+    """The same floating point number everywhere."""
+
+    number: float
+
+    def map(self, change: Callable[[Linear], Linear]) -> "Filled":
+        return self
+
+
+@dataclass(frozen=True)
+class Added:
+    """A mask that is added to scores: 0 where `seen` is true, the dtype's smallest or less else."""
+
+    seen: Claims
+
+    def map(self, change: Callable[[Linear], Linear]) -> "Added":
+        return Added(self.seen.map(change))
+
+
+Value = Linear | Claims | Filled | Added
+_V = TypeVar("_V", Linear, Claims, Added)
 
 
 @dataclass(frozen=True)
@@ -108,7 +128,9 @@ class Operand:
 
 
 def read_rule(wanted: fx.Node, known: dict[fx.Node, Any]) -> Claims:
-    """Return the claims under which a mask of truth values is true. `known` collects what was read.
+    """Return the claims under which a mask shows a key: is true, or adds 0 where it is additive.
+
+    `known` collects what was read.
 
     Raises:
         Unread: some node that the mask comes from is not understood, or depends on an input.
@@ -123,10 +145,11 @@ def read_rule(wanted: fx.Node, known: dict[fx.Node, Any]) -> Claims:
         pending.pop()
         if node not in known:
             known[node] = _read(node, known)
-    rule = known[wanted]
-    if not isinstance(rule, Operand) or not isinstance(rule.value, Claims):
+    rule = known[wanted].value if isinstance(known[wanted], Operand) else None
+    rule = rule.seen if isinstance(rule, Added) else rule
+    if not isinstance(rule, Claims):
         raise Unread
-    return rule.value
+    return rule
 
 
 def _read(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
@@ -203,6 +226,8 @@ def _filled(out: Tensor, number: Any) -> Value:
         if out.dtype != torch.bool or number not in (0, 1):
             raise Unread
         return Claims() if number else Claims(None)
+    if out.dtype.is_floating_point and isinstance(number, (int, float)):
+        return Filled(float(number))
     if out.dtype not in _INTEGERS:
         raise Unread
     return Linear((0,) * out.dim(), _integer(number))
@@ -290,12 +315,57 @@ def _not(out: Tensor, a: Any) -> Value:
 
 def _tril(out: Tensor, x: Any, diagonal: Any = 0) -> Value:
     below = Linear((0,) * (out.dim() - 2) + (1, -1), _integer(diagonal))
-    return _as(Claims, x).both(Claims.that_not_negative(below))
+    return _cut(out, x, Claims.that_not_negative(below))
 
 
 def _triu(out: Tensor, x: Any, diagonal: Any = 0) -> Value:
     above = Linear((0,) * (out.dim() - 2) + (-1, 1), -_integer(diagonal))
-    return _as(Claims, x).both(Claims.that_not_negative(above))
+    return _cut(out, x, Claims.that_not_negative(above))
+
+
+def _cut(out: Tensor, x: Any, kept: Claims) -> Value:
+    """Read what is 0, or false, but for a triangle."""
+    if out.dtype.is_floating_point:
+        if not _hides(x, out):
+            raise Unread
+        return Added(kept.negated())
+    return _as(Claims, x).both(kept)
+
+
+def _tensor(out: Tensor, number: Any, dtype: Any = None, device: Any = None) -> Value:
+    return _filled(out, number)
+
+
+def _where(out: Tensor, condition: Any, x: Any, y: Any) -> Value:
+    shown = _truth(condition, out)
+    if _is_zero(x) and _hides(y, out):
+        return Added(shown)
+    if _hides(x, out) and _is_zero(y):
+        return Added(shown.negated())
+    raise Unread
+
+
+def _masked_fill(out: Tensor, x: Any, mask: Any, number: Any) -> Value:
+    if not _hides(number, out):
+        raise Unread
+    before = Claims() if _is_zero(x) else _spread(x, Added, out).seen
+    return Added(before.both(_truth(mask, out).negated()))
+
+
+def _float(operand: Any) -> float | None:
+    value = operand.value if isinstance(operand, Operand) else operand
+    number = value.number if isinstance(value, Filled) else value
+    return number if isinstance(number, (int, float)) else None
+
+
+def _is_zero(operand: Any) -> bool:
+    return _float(operand) == 0
+
+
+def _hides(operand: Any, out: Tensor) -> bool:
+    number = _float(operand)
+    least = torch.finfo(out.dtype).min if out.dtype.is_floating_point else None
+    return number is not None and least is not None and number <= least
 
 
 def _same(out: Tensor, x: Any, *_: Any, dtype: Any = None, device: Any = None) -> Value:
@@ -306,6 +376,8 @@ def _same(out: Tensor, x: Any, *_: Any, dtype: Any = None, device: Any = None) -
 
 
 def _expand(out: Tensor, x: Any, *_: Any) -> Value:
+    if out.dtype.is_floating_point:
+        return _spread(x, Added, out)
     return _spread(x, Claims, out) if out.dtype == torch.bool else _spread(x, Linear, out)
 
 
@@ -385,13 +457,13 @@ def _cumsum(out: Tensor, x: Any, dim: Any) -> Value:
 _READERS: dict[str, Callable[..., Value]] = {
     "arange": _arange, "ones": _ones, "zeros": _zeros, "full": _full,
     "new_ones": _ones, "new_zeros": _zeros, "new_full": _new_full,
-    "ones_like": _ones, "zeros_like": _zeros,
+    "ones_like": _ones, "zeros_like": _zeros, "tensor": _tensor,
     "add": _add, "sub": _sub, "diff": _diff, "cumsum": _cumsum,
     "le": _le, "lt": _lt, "ge": _ge, "gt": _gt, "eq": _eq, "ne": _ne,
     "and_": _and, "logical_and": _and, "bitwise_and": _and,
     "or_": _or, "logical_or": _or, "bitwise_or": _or,
     "invert": _not, "inv": _not, "logical_not": _not, "bitwise_not": _not,
-    "tril": _tril, "triu": _triu,
+    "tril": _tril, "triu": _triu, "where": _where, "masked_fill": _masked_fill,
     "to": _same, "bool": _same, "contiguous": _same, "clone": _same,
     "expand": _expand, "unsqueeze": _unsqueeze, "getitem": _getitem,
 }  # fmt: skip

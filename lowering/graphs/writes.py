@@ -36,6 +36,18 @@ def writer_into(graph: fx.Graph, read: Collection[fx.Node]) -> str | None:
     return None
 
 
+def written_into(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that are written into, directly or through a view."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        for base in _written(node):
+            view = base
+            while isinstance(base, fx.Node) and compat.share_memory(view, base):
+                found.add(base)
+                base = base.args[0] if base.args else None
+    return found
+
+
 def _written(node: fx.Node) -> Iterator[Any]:
     out = node.kwargs.get("out")
     yield from out if isinstance(out, (tuple, list)) else (out,)
@@ -43,11 +55,12 @@ def _written(node: fx.Node) -> Iterator[Any]:
         arguments = node.target._schema.arguments
         given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
         yield from (given.get(a.name) for a in arguments if a.alias_info and a.alias_info.is_write)
-    elif _writes_first(node):
+    elif writes_first(node):
         yield node.args[0] if node.args else None
 
 
-def _writes_first(node: fx.Node) -> bool:
+def writes_first(node: fx.Node) -> bool:
+    """Say whether a call changes its first argument."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__")

@@ -24,7 +24,6 @@ stays in the graph and is refused with its reason; it would raise when run, and 
 before that.
 """
 
-import contextlib
 import operator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -32,16 +31,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from lowering import compat
-from lowering.graphs.causal_proof import prove_causal
+from lowering.graphs.causal_proof import CausalProofs
 from lowering.graphs.names import Names
-from lowering.graphs.not_proven import NotProven
+from lowering.graphs.pairing import is_mark, marks_behind, spelled_out_outputs, within
 from lowering.graphs.subgraphs import Subgraphs
-from lowering.graphs.writes import writer_into
 from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
 from simplex_ops.marking.call import SDPA, Expected, SdpaCall, refusal, with_mask
-from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.ranges import RANGES_OP
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
@@ -53,12 +50,12 @@ def rewrite(gm: fx.GraphModule) -> Report:
     It never raises on a graph that it does not understand; `Report.raise_if_refused` does.
     """
     subgraphs, names = Subgraphs(gm), Names()
-    marks = [n for graph in subgraphs.modules for n in graph.nodes if _calls(n, MARK_OP)]
-    pairs = _pair(marks, subgraphs)
+    marks = [n for graph in subgraphs.modules for n in graph.nodes if is_mark(n)]
+    pairs, proofs = _pair(marks, subgraphs), CausalProofs(subgraphs)
     rewritten: list[Rewritten] = []
     refused: list[Refused] = []
     for mark in marks:
-        found = _serve_or_refuse(mark, pairs, subgraphs, names)
+        found = _serve_or_refuse(mark, pairs, subgraphs, proofs, names)
         (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
     for graph in {mark.graph for mark in marks}:
         graph.lint()
@@ -87,17 +84,21 @@ def _pair(marks: list[fx.Node], subgraphs: Subgraphs) -> _Pairs:
         for n in graph.nodes
         if n.op == "call_function" and n.target is SDPA
     ]
-    marks_of = {call: _marks_behind(call) for call in calls}
+    stops = {graph: spelled_out_outputs(graph) for graph in {call.graph for call in calls}}
+    marks_of = {
+        call: marks_behind(SdpaCall.bind(call.args, call.kwargs).query, call, stops[call.graph])
+        for call in calls
+    }
     calls_of = {mark: [c for c in calls if mark in marks_of[c]] for mark in marks}
     return _Pairs(calls_of, marks_of, [c for c in calls if not marks_of[c]])
 
 
 def _serve_or_refuse(
-    mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs, names: Names
+    mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs, proofs: CausalProofs, names: Names
 ) -> Rewritten | Refused:
     try:
         name = names.of(mark) if compat.module_stack(mark) else names.searched(mark, _k2(mark))
-        return _serve(mark, name, pairs, subgraphs)
+        return _serve(mark, name, pairs, subgraphs, proofs)
     except _Unserved as reason:
         return Refused(names.searched(mark, _k2(mark)), str(reason))
     except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
@@ -105,7 +106,9 @@ def _serve_or_refuse(
         return Refused(names.searched(mark, _k2(mark)), reason)
 
 
-def _serve(mark: fx.Node, name: str, pairs: _Pairs, subgraphs: Subgraphs) -> Rewritten:
+def _serve(
+    mark: fx.Node, name: str, pairs: _Pairs, subgraphs: Subgraphs, proofs: CausalProofs
+) -> Rewritten:
     call = _only_call(mark, pairs, subgraphs)
     x, k2, v2, mask, w1, w2, q_start = _positional(mark)
     options = {name: _constant(mark.kwargs[name]) for name in _OPTIONS if name in mark.kwargs}
@@ -129,7 +132,7 @@ def _serve(mark: fx.Node, name: str, pairs: _Pairs, subgraphs: Subgraphs) -> Rew
     )
     if q_start is not None:
         options["q_start"] = q_start
-    bounds = _bounds(given, call, is_causal, q_start, seen, subgraphs)
+    bounds = _bounds(given, call, is_causal, q_start, seen, proofs)
     if bounds is not None:
         options["kv_bounds"] = bounds
     _put(call, inputs, {"scale": seen.scale, **options})
@@ -161,7 +164,7 @@ def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
             "the query of its scaled_dot_product_attention comes from other marks too: "
             "unmark all but one of the modules that make it"
         )
-    if any(_within(other, mark) for other in pairs.unmarked):
+    if any(within(other, mark) for other in pairs.unmarked):
         raise _Unserved(
             "its module calls scaled_dot_product_attention again, with a query that does not come "
             "from the module's input, and a mark takes over exactly one call: mark a module that "
@@ -176,7 +179,7 @@ def _bounds(
     is_causal: bool,
     q_start: Any,
     seen: SdpaCall,
-    subgraphs: Subgraphs,
+    proofs: CausalProofs,
 ) -> fx.Node | None:
     """Return what makes kv_bounds of a mask, before a call; None where the mask says nothing."""
     mask, graph = given.attn_mask, call.graph
@@ -185,15 +188,13 @@ def _bounds(
         return None
     if q_start is not None:
         options["q_start"] = q_start
-    elif is_causal:
-        with contextlib.suppress(NotProven):
-            prove_causal(mask, seen.query, seen.key, subgraphs)
-            return None
+    elif is_causal and proofs.holds(mask, seen.query, seen.key):
+        return None
     for node in graph.nodes:  # layers share a mask; what is written into it may come between them
         if node is call:
             break
         same = node.target is RANGES_OP and node.args[0] is mask and node.kwargs == options
-        if same and writer_into(graph, {mask: None}) is None:
+        if same and not proofs.is_written(mask):
             return node
     with graph.inserting_before(call):
         sizes = [
@@ -212,48 +213,6 @@ def _put(call: fx.Node, inputs: tuple[Any, ...], options: dict[str, Any]) -> Non
     attn.meta = {key: value for key, value in call.meta.items() if key != "example_value"}
     call.replace_all_uses_with(out)
     graph.erase_node(call)
-
-
-def _marks_behind(call: fx.Node) -> list[fx.Node]:
-    """Walk back from a call's query to marks, but not through other attention.
-
-    Attention between the two belongs to an earlier layer: without that stop, a layer that nobody
-    marked would take the mark of the layer before it.
-    """
-    found: list[fx.Node] = []
-    pending, seen = [SdpaCall.bind(call.args, call.kwargs).query], set()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if _calls(node, MARK_OP):
-            if _traced_within(call, node):
-                found.append(node)
-        elif node.target is not SDPA and not _calls(node, ATTN_OP):
-            pending.extend(node.all_input_nodes)
-    return found
-
-
-def _traced_within(call: fx.Node, mark: fx.Node) -> bool:
-    """Say whether a call was traced inside the module that emitted a mark, where both are known.
-
-    Where attention between two layers is not a node of its own (plain matrix products), dataflow
-    alone would pair a mark with the next layer's call.
-    """
-    known = compat.module_stack(call) and compat.module_stack(mark)
-    return not known or _within(call, mark)
-
-
-def _within(node: fx.Node, mark: fx.Node) -> bool:
-    owner = compat.module_stack(mark)
-    if not owner:  # the frame that Dynamo traced is the module's own
-        return compat.is_dynamos(mark.graph)
-    return next(reversed(owner)) in compat.module_stack(node)
-
-
-def _calls(node: fx.Node, op: Any) -> bool:
-    return node.op == "call_function" and node.target in (op, op.overloadpacket)
 
 
 def _positional(mark: fx.Node) -> tuple[Any, ...]:

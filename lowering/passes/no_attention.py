@@ -3,7 +3,9 @@
 from torch import fx
 
 from lowering import compat
+from lowering.graphs.pairing import is_softmax
 from lowering.graphs.subgraphs import Subgraphs
+from lowering.passes.spelled_out import why_not
 from simplex_ops.marking.call import SDPA
 
 _OTHER_WAYS = ("softmax", "multi_head_attention_forward", "flex_attention")
@@ -15,10 +17,13 @@ def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
         inside = [body for body in subgraphs.bodies_of(node) if _attends(body, subgraphs)]
         if inside:
             return (
-                "its scaled_dot_product_attention is called in a part of the module that is "
-                "checkpointed, or compiled, apart from the module's input: do that to the whole "
-                "module or layer"
+                "its attention is in a part of the module that is checkpointed, or compiled, apart "
+                "from the module's input: do that to the whole module or layer"
             )
+        if is_softmax(node):
+            reason = why_not(node, mark)
+            if reason is not None:
+                return reason
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name in _OTHER_WAYS:
             return (
@@ -50,6 +55,8 @@ def _made_from(mark: fx.Node) -> list[fx.Node]:
 
 def _attends(body: fx.Graph, subgraphs: Subgraphs) -> bool:
     return any(
-        node.target is SDPA or any(_attends(b, subgraphs) for b in subgraphs.bodies_of(node))
+        node.target is SDPA
+        or is_softmax(node)
+        or any(_attends(b, subgraphs) for b in subgraphs.bodies_of(node))
         for node in body.nodes
     )

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from torch import fx
 
-from lowering.passes import marks
+from lowering.passes import folded_heads, marks, spelled_out
 from lowering.report import Report
 
 Pass = Callable[[fx.GraphModule], Report]
 
-PASSES: tuple[Pass, ...] = (marks.rewrite,)
+PASSES: tuple[Pass, ...] = (spelled_out.join, folded_heads.fold, marks.rewrite)
 
 
 def identity() -> str:
@@ -29,4 +29,6 @@ def run_passes(gm: fx.GraphModule) -> Report:
         tuple(r for report in found for r in report.rewritten),
         tuple(r for report in found for r in report.refused),
         tuple(r for report in found for r in report.unmarked),
+        tuple(r for report in found for r in report.joined),
+        tuple(r for report in found for r in report.folded),
     )

@@ -11,8 +11,8 @@ from tiny_llama import (
     assert_same,
     llama,
     mark_layers,
-    matrix_products,
     randomize,
+    softcapped,
     states,
     tokens,
     train_step,
@@ -190,8 +190,8 @@ def test_enable_and_options_leave_one_report(backend):
 
 
 def test_enable_refuses_what_the_backend_refuses():
-    module = mark(Attention(matrix_products))
-    with lowering.enable(), pytest.raises(Exception, match=r"no scaled_dot_product_attention"):
+    module = mark(Attention(softcapped))
+    with lowering.enable(), pytest.raises(Exception, match=r"pass through tanh"):
         torch.compile(module)(states())
 
 

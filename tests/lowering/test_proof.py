@@ -51,6 +51,19 @@ def _additive(x):
     return hidden.triu(1).expand(x.shape[0], 1, -1, -1)
 
 
+def _filled(x):
+    hidden = ~_causal(x)
+    return torch.zeros(x.shape[1], x.shape[1]).masked_fill(hidden, float("-inf"))
+
+
+def _chosen(x):
+    return torch.where(_causal(x), torch.tensor(0.0), torch.finfo(torch.float32).min)
+
+
+def _multiplied(x):
+    return (1.0 - torch.ones(x.shape[1], x.shape[1]).tril()) * torch.finfo(torch.float32).min
+
+
 def _two_dimensions(x):
     return _causal(x)[0, 0]
 
@@ -81,11 +94,12 @@ def _chunks_of_16(x):
     return _causal(x) & (rows[:, None] // 16 == rows // 16)
 
 
-BY_RULE = [_causal, _two_dimensions, _three_dimensions, _lower, _not_above]
+ADDED_BY_RULE = [_additive, _filled, _chosen]
+BY_RULE = [_causal, _two_dimensions, _three_dimensions, _lower, _not_above, *ADDED_BY_RULE]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("make", [*BY_RULE, _additive, _within_16, _chunks_of_16])
+@pytest.mark.parametrize("make", [*BY_RULE, _multiplied, _within_16, _chunks_of_16])
 def test_a_causal_mask_is_proven_and_left_out(make, dynamic):
     model, x = Masked(make), states()
     expected = model.attention(x)
@@ -113,7 +127,7 @@ def test_a_window_wider_than_the_sequence_is_guarded_and_not_compiled_for_each_s
     assert backend.graphs == 3
 
 
-@pytest.mark.parametrize("make", [_additive, _chunks_of_16])
+@pytest.mark.parametrize("make", [_multiplied, _chunks_of_16])
 def test_a_mask_proven_at_a_size_is_compiled_again_at_another(make):
     model, backend = Masked(make, window=(40, 3)), Counted()
     run = torch.compile(model, backend=backend, fullgraph=True)
@@ -153,7 +167,7 @@ def test_a_sliding_window_from_the_config_is_not_lost_at_longer_sequences(dynami
 
 
 def test_where_sizes_must_stay_symbolic_a_mask_known_at_one_size_is_looked_at_when_it_runs():
-    model = Masked(_additive)
+    model = Masked(_multiplied)
     run = passed_alone(model)
     for seq in (12, 13):
         x = states(seq)

@@ -10,9 +10,9 @@ from tiny_llama import (
     attention,
     llama,
     mark_layers,
-    matrix_products,
     randomize,
     sdpa,
+    softcapped,
     states,
     tokens,
 )
@@ -46,20 +46,23 @@ def test_a_graph_break_in_another_layer_is_no_matter_nor_are_layers_compiled_alo
 
 
 def test_layers_compiled_alone_are_named_as_in_the_model():
-    model = mark_layers(llama(attn_implementation="eager"), 1)
+    model = mark_layers(llama(attention_dropout=0.1), 1).train()
     model.model.layers[1].compile(backend=Passed(eager))
     message = refusal_in(lambda: model(tokens()))
-    assert "model.layers.1.self_attn: no scaled_dot_product_attention" in message
+    assert "model.layers.1.self_attn: its attention dropout is 0.1" in message
 
 
-def test_another_implementation_is_named_and_sdpa_is_served():
-    model = mark_layers(llama(attn_implementation="eager"), 1)
-    message = refusal_of(model, tokens())
-    assert "it attends by softmax" in message
-    assert 'attn_implementation="sdpa"' in message
+@torch.no_grad()
+def test_without_the_weights_that_were_asked_for_it_is_served():
+    model, x = mark_layers(llama(attn_implementation="eager"), 1), states()
+    places = model.model.rotary_emb(x, torch.arange(12)[None])
+    message = refusal_of(attention(model, 1), x, position_embeddings=places, attention_mask=None)
+    assert "model.layers.1.self_attn: its attention weights are used 2 times" in message
+    assert "ask for none (output_attentions=False)" in message
     torch._dynamo.reset()
+    got = passed_alone(model)(tokens()).logits
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(passed_alone(model)(tokens()).logits, model(tokens()).logits)
+    torch.testing.assert_close(got, model(tokens()).logits)
 
 
 def _checkpointed(q, k, v, **options):
@@ -68,7 +71,7 @@ def _checkpointed(q, k, v, **options):
 
 def test_attention_checkpointed_inside_its_module_is_refused_and_around_it_served():
     message = refusal_of(mark(Attention(_checkpointed)), states())
-    assert "is called in a part of the module that is checkpointed" in message
+    assert "its attention is in a part of the module that is checkpointed" in message
     torch._dynamo.reset()
     module, x = randomize(mark(Attention(), window=(5, 3))), states().requires_grad_()
 
@@ -108,9 +111,9 @@ def test_a_second_call_from_another_query_is_not_left_ordinary():
 def test_a_mark_whose_module_attends_from_elsewhere_alone_is_refused():
     class Elsewhere(Latent):
         def __init__(self):
-            super().__init__(matrix_products)
+            super().__init__(softcapped)
 
-    assert "takes its query from the marked input" in refusal_of(mark(Elsewhere()), states())
+    assert "its attention scores pass through tanh" in refusal_of(mark(Elsewhere()), states())
 
 
 def test_a_graph_that_the_pass_does_not_understand_is_refused_and_not_raised_from(monkeypatch):
