@@ -460,6 +460,7 @@ _READERS: dict[str, Callable[..., Value]] = {
     "ones_like": _ones, "zeros_like": _zeros, "tensor": _tensor,
     "add": _add, "sub": _sub, "diff": _diff, "cumsum": _cumsum,
     "le": _le, "lt": _lt, "ge": _ge, "gt": _gt, "eq": _eq, "ne": _ne,
+    "__eq__": _eq, "__ne__": _ne,  # what torch 2.11 traces for == and !=
     "and_": _and, "logical_and": _and, "bitwise_and": _and,
     "or_": _or, "logical_or": _or, "bitwise_or": _or,
     "invert": _not, "inv": _not, "logical_not": _not, "bitwise_not": _not,

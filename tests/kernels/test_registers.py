@@ -86,6 +86,16 @@ def test_what_is_in_the_table_or_was_compiled_before_is_not_compiled_again(tmp_p
     assert registers.measure(["sm_80"], known=known) == ({"sm_80": every}, [])
 
 
+def test_a_quick_check_compiles_one_workload_and_what_the_table_does_not_know():
+    pytest.importorskip("triton")
+    programs = registers.fingerprints("sm_80")
+    known = {("sm_80", program): Usage(1, 2, 3) for program in programs.values()}
+    kept = registers.without_sample(known, ["sm_80"])
+    compiled = {name for name, program in programs.items() if ("sm_80", program) not in kept}
+    kernels = ("forward", "delta", "backward_wide", "backward_keys", "sum_parts")
+    assert compiled == {f"{kernel}_kernel gqa8-2k" for kernel in kernels}
+
+
 KERNEL = """
 import triton
 import triton.language as tl

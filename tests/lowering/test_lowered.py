@@ -94,7 +94,7 @@ def test_it_compiles_to_the_kernels_of_eager_code(dynamic):
 
 
 CASES = {
-    **{name: (sizes[:3], sizes[3:], {}) for name, sizes in GROUPS.items()},
+    **{name: (GROUPS[name][:3], GROUPS[name][3:], {}) for name in ("alone", "large")},
     "determinant": ((4, 2, 48), (20, 5), {"form": "determinant", "k2_bias": 1.0}),
     "strassen": ((4, 2, 64), (20, 5), {"form": "strassen", "is_causal": False}),
     "exchanged": ((4, 2, 64), (5, 20), {}),
@@ -103,8 +103,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", CASES)
+# Sizes decide among groups and at one position, and they are symbols where dynamic.
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [*((name, False) for name in CASES), *((n, True) for n in ("alone", "large", "one position"))],
+)
 def test_it_launches_what_eager_code_launches(name, dynamic):
     sizes, windows, options = CASES[name]
     compiled = compiled_for_gpu(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from passed import Passed, compiled, refusal_of
+from passed import Passed, compiled, passed_alone, refusal_of
 from tiny_llama import (
     Attention,
     Residual,
@@ -25,6 +25,7 @@ from tiny_llama import (
     train_step,
 )
 from torch import fx, nn
+from torch._dynamo.backends.debugging import eager
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.backend import serve_marks
@@ -40,11 +41,13 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize(
-    "how", ["static", "dynamic", "static cache", "static checkpoint", "dynamic checkpoint"]
+    "how", ["static", "static cache", "static checkpoint", "dynamic checkpoint"]
 )
 def test_a_compiled_llama_computes_what_eager_does(how, device):
     dynamic = "dynamic" in how
-    model = mark_layers(llama(use_cache="cache" in how, device=device), 0, 1, window=(9, 4)).train()
+    layers = range(1 if dynamic else 2)  # symbolic sizes take five times as long
+    model = llama(len(layers), use_cache="cache" in how, device=device)
+    mark_layers(model, *layers, window=(9, 4)).train()
     if "checkpoint" in how:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = tokens(device=device)
@@ -52,20 +55,21 @@ def test_a_compiled_llama_computes_what_eager_does(how, device):
     got = train_step(compiled(model, dynamic=dynamic), model, ids)
     assert_same(got, expected)
     assert [str(r) for r in last_report().rewritten] == [
-        f"model.layers.{i}.self_attn: trilinear, w1=9, w2=4" for i in (0, 1)
+        f"model.layers.{i}.self_attn: trilinear, w1=9, w2=4" for i in layers
     ]
 
 
 @pytest.mark.parametrize("form", ["determinant", "strassen"])
 def test_other_forms_compile_to_what_eager_computes(form):
-    model = mark_layers(llama(), 1, window=(9, None), form=form, init="random", k2_bias=0.5)
+    model = llama(layers=1)
+    mark_layers(model, 0, window=(9, None), form=form, init="random", k2_bias=0.5)
     expected = train_step(model, model, tokens())
     assert_same(train_step(compiled(model), model, tokens()), expected)
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast_computes_what_it_does_in_eager(inside):
-    model = mark_layers(llama(), 0, 1, window=(9, 4)).train()
+    model = mark_layers(llama(layers=1), 0, window=(9, 4)).train()
 
     def cast(ids):
         with torch.autocast("cpu", torch.bfloat16):
@@ -80,7 +84,7 @@ def test_autocast_computes_what_it_does_in_eager(inside):
     whole = compiled(model)
     run = torch.compile(cast, backend=Passed(), fullgraph=True) if inside else outside
     assert_same(train_step(run, model, tokens()), expected)
-    assert len(last_report().rewritten) == 2
+    assert len(last_report().rewritten) == 1
 
 
 def test_layers_compiled_one_by_one_share_a_graph():
@@ -92,8 +96,8 @@ def test_layers_compiled_one_by_one_share_a_graph():
     assert len(backend.reports) == 1
 
 
-def test_one_graph_serves_several_lengths():
-    model = mark_layers(llama(), 1, window=(9, 4))
+def test_one_graph_serves_several_lengths(device):
+    model = mark_layers(llama(layers=1, device=device), 0, window=(9, 4)).train()
     counter = CompileCounterWithBackend("aot_eager")
 
     def backend(gm, example_inputs):
@@ -103,17 +107,18 @@ def test_one_graph_serves_several_lengths():
     run = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     compiled_once = None  # Dynamo starts over within the first call, to make floats constants
     for seq in (24, 7, 40):
-        ids = tokens(seq)
+        ids = tokens(seq, device=device)
         assert_same(train_step(run, model, ids), train_step(model, model, ids))
         compiled_once = compiled_once or counter.frame_count
         assert counter.frame_count == compiled_once
+    assert [r.module for r in last_report().rewritten] == ["model.layers.0.self_attn"]
 
 
 def test_a_compiled_mark_stays_within_its_window():
     model, ids = mark_layers(llama(layers=1), 0, window=(5, 3)), tokens(batch=1)
     changed = ids.clone()
     changed[0, 9] = (ids[0, 9] + 1) % 64
-    run = compiled(model)
+    run = passed_alone(model)
     with torch.no_grad():
         differs = (run(ids).logits != run(changed).logits).any(-1)[0]
     assert differs.nonzero().flatten().tolist() == [9, 10, 11, 12, 13]
@@ -121,8 +126,8 @@ def test_a_compiled_mark_stays_within_its_window():
 
 def test_only_marked_layers_are_rewritten():
     model = mark_layers(llama(layers=4), 1, window=(9, 4))
-    expected = train_step(model, model, tokens())
-    assert_same(train_step(compiled(model), model, tokens()), expected)
+    expected = model(tokens()).logits
+    torch.testing.assert_close(passed_alone(model)(tokens()).logits, expected)
     report = last_report()
     assert [r.module for r in report.rewritten] == ["model.layers.1.self_attn"]
     assert list(report.unmarked) == [f"model.layers.{i}.self_attn" for i in (0, 2, 3)]
@@ -159,7 +164,7 @@ def test_a_module_that_is_not_causal_is_rewritten():
 def test_a_late_mark_a_new_window_and_an_unmark_compile_again():
     model, ids = llama(), tokens()
     module = attention(model, 1)
-    run = compiled(model)
+    run = passed_alone(model)
     plain = run(ids).logits
     mark_layers(model, 1, window=(3, 2))
     late = run(ids).logits
@@ -201,7 +206,7 @@ def test_a_split_by_ddp_is_refused_and_goes_with_its_remedy(tmp_path, monkeypatc
         message = refusal_of(parallel, tokens(), fullgraph=False)
         assert "DDPOptimizer did (set torch._dynamo.config.optimize_ddp = False)" in message
         with torch._dynamo.config.patch(optimize_ddp=False):
-            run = torch.compile(parallel, backend=Passed())
+            run = torch.compile(parallel, backend=Passed(eager))
             assert_same(train_step(run, model, tokens()), train_step(model, model, tokens()))
         assert len(last_report().rewritten) == 2
     finally:
@@ -260,7 +265,7 @@ def test_what_the_operator_refuses_is_refused_when_compiled():
 
 def test_dropout_is_refused_under_dynamic_shapes_too():
     model = mark_layers(llama(attention_dropout=0.1), 0).train()
-    run = torch.compile(model, backend=Passed(), dynamic=True)
+    run = torch.compile(model, backend=Passed(eager), dynamic=True)
     with pytest.raises(Exception, match=r"its attention dropout is 0\.1"):
         run(tokens())
 

@@ -10,15 +10,11 @@ from torch import nn
 from lowering import last_report
 from lowering.backend import serve_marks
 from simplex_ops import mark, marked_modules
-from simplex_ops.marking import windows_in_graphs
 
 
 @pytest.fixture(autouse=True)
-def _no_window_changed_yet(monkeypatch):
+def _fresh_dynamo():
     torch._dynamo.reset()
-    monkeypatch.setattr(windows_in_graphs, "_seen", set())
-    with torch.compiler.config.patch(dynamic_sources=""):
-        yield
 
 
 class Counted:

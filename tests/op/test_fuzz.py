@@ -38,13 +38,13 @@ def test_long_chains_are_within_the_budget(case, device):
 
 
 @given(case=cases(dtypes=DTYPES, max_work=200_000))
-@(settings() if ASKED else settings(max_examples=800))
+@(settings() if ASKED else settings(max_examples=500))
 def test_the_operator_is_within_its_budget(case):
     assert_matches_reference(case)
 
 
 @given(case=cases(max_seq=70, max_head_dim=24, max_heads=4, max_batch=2, max_work=2_000_000))
-@(settings() if ASKED else settings(max_examples=200))
+@(settings() if ASKED else settings(max_examples=120))
 def test_longer_sequences_are_within_the_budget(case):
     """More than one block of queries, keys and offsets."""
     assert_matches_reference(case)

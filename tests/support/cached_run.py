@@ -42,12 +42,10 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-MARK = {"module": 0, "window": (5, 3), "form": "trilinear"}
+MARK = {"window": (5, 3), "form": "trilinear"}
 MARKS = {
     "same": {},
-    "window": {"window": (5, 2)},
     "form": {"form": "strassen"},
-    "module": {"module": 1},
 }
 
 
@@ -79,9 +77,7 @@ def changed(change: str) -> Iterator[dict]:
 def step(mark: dict, device: str) -> None:
     """Compile, and run forward and backward."""
     torch.manual_seed(0)
-    model = nn.Sequential(Attention(), Attention())
-    simplex_ops.mark(model[mark["module"]], window=mark["window"], form=mark["form"])
-    model.to(device)
+    model = simplex_ops.mark(Attention(), **mark).to(device)
     x = torch.randn(2, 12, 16, device=device)
     torch.compile(model, backend=lowering.simplex, fullgraph=True)(x).sum().backward()
 
