@@ -802,7 +802,7 @@ def backward_keys(
         sums = [
             torch.empty(plan.splits, *t.shape, dtype=torch.float32, device=t.device) for t in sums
         ]
-    items = parts.dk.shape[0] * plan.splits * heads
+    items = parts.count * plan.splits * heads
     slots_of_rows = triton.next_power_of_2(problem.group)
     launch(
         hopper_backward_keys_kernel, min(problem.device.multiprocessors, items),

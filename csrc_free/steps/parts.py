@@ -24,8 +24,11 @@ class Parts:
     from where the first query's narrow window begins if the parts follow the queries; or all rows.
     """
 
-    dk: Tensor  # float32 [parts, B, Hkv, copies * slots, D], zeroed
-    dv: Tensor  # float32 [parts, B, Hkv, copies * slots, Dv], zeroed
+    # Of one dimension: PyTorch asks of each whether it is 1, and a trace would serve one part or many.
+    dk: Tensor  # float32, zeroed, of [count, B, Hkv, copies, slots, D]
+    dv: Tensor  # float32, zeroed, of [count, B, Hkv, copies, slots, Dv]
+    count: int
+    slots: int
     rows: int
     per_position: int
     shift: int
@@ -36,7 +39,7 @@ class Parts:
     @property
     def numbers(self) -> tuple[int, int, int]:
         """Return slots, rows and shift, as the kernels take them."""
-        return self.dk.shape[3] // self.copies, self.rows, self.shift
+        return self.slots, self.rows, self.shift
 
     def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
         """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
@@ -46,7 +49,7 @@ class Parts:
         names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
         launch(
             sum_parts_kernel, batch * kv_heads * rows,
-            self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.dk.shape[0],
+            self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.count,
             *self.numbers, narrow_left, seq, problem.keys, start,
             *dk.stride()[:3], *dv.stride()[:3],
             COPIES=self.copies, PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
@@ -86,15 +89,17 @@ def _allocate(
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     value_dim = problem.v_narrow.shape[3]
     do_move = tracing.holds(span < narrow_rows)
-    shape = (count, batch, kv_heads, copies * (span if do_move else narrow_rows))
-    size = 4 * math.prod(shape) * (head_dim + value_dim)
-    if tracing.holds(size > LIMIT_BYTES) and tracing.holds(count > 1):
+    slots = span if do_move else narrow_rows
+    size = math.prod((count, batch, kv_heads, copies, slots))
+    if tracing.holds(4 * size * (head_dim + value_dim) > LIMIT_BYTES) and tracing.holds(count > 1):
         return None
     dk, dv = (
-        torch.zeros(*shape, dim, dtype=torch.float32, device=problem.q.device)
+        torch.zeros(size * dim, dtype=torch.float32, device=problem.q.device)
         for dim in (head_dim, value_dim)
     )
     if not do_move:
         rows, shift = 0, 0
     do_follow_queries = do_move and do_follow_queries
-    return Parts(dk, dv, rows, per_position, shift, do_move, do_follow_queries, copies)
+    return Parts(
+        dk, dv, count, slots, rows, per_position, shift, do_move, do_follow_queries, copies
+    )  # fmt: skip
