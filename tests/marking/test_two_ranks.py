@@ -15,7 +15,7 @@ from torch.distributed import checkpoint
 from simplex_ops import mark_like
 from simplex_ops.testing import assert_within_budget
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in (0, 1)
     ]
     try:
-        assert [rank.wait(290) for rank in ranks] == [0, 0]
+        assert [rank.wait(590) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # half a minute each on two free cores
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "tools" / "examples"
 LAYER = "model.layers.3.self_attn"
@@ -39,7 +41,7 @@ def said_by(program: list[str], folder: Path) -> str:
     }
     done = subprocess.run(
         [sys.executable, *program], cwd=folder, env=environment, capture_output=True, text=True,
-        check=False, timeout=290,
+        check=False, timeout=590,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
