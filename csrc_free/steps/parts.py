@@ -24,7 +24,7 @@ class Parts:
     from where the first query's narrow window begins if the parts follow the queries; or all rows.
     """
 
-    # Of one dimension: PyTorch asks of each whether it is 1, and a trace would serve one part or many.
+    # Of one dimension: PyTorch asks of each whether it is 1, and a trace would serve one answer.
     dk: Tensor  # float32, zeroed, of [count, B, Hkv, copies, slots, D]
     dv: Tensor  # float32, zeroed, of [count, B, Hkv, copies, slots, Dv]
     count: int

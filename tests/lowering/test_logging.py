@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from passed import Passed, refusal_of
-from tiny_llama import Attention, Residual, llama, mark_layers, states, tokens
+from tiny_llama import Attention, Residual, llama, mark_layers, softcapped, states, tokens
 from torch._dynamo.backends.debugging import eager
 
 import simplex_ops
@@ -35,10 +35,10 @@ def test_a_report_names_what_was_rewritten_and_what_was_left(caplog):
 
 
 def test_a_refusal_is_logged_with_its_reason(caplog):
-    model = mark_layers(llama(attn_implementation="eager"), 0)
+    model = Residual(simplex_ops.mark(Attention(softcapped)))
     with caplog.at_level(logging.INFO, "simplex_ops"):
-        refusal_of(model, tokens())
-    assert "refused: 1\n  - model.layers.0.self_attn: no scaled_dot_product" in caplog.text
+        refusal_of(model, states())
+    assert "refused: 1\n  - blocks.0: its attention scores pass through tanh" in caplog.text
 
 
 def test_a_layer_compiled_alone_is_named_as_in_its_model_also_behind_a_compiled_one():
