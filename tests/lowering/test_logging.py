@@ -35,10 +35,10 @@ def test_a_report_names_what_was_rewritten_and_what_was_left(caplog):
 
 
 def test_a_refusal_is_logged_with_its_reason(caplog):
-    model = mark_layers(llama(attn_implementation="eager"), 0)
+    model = mark_layers(llama(attention_dropout=0.1), 0).train()
     with caplog.at_level(logging.INFO, "simplex_ops"):
         refusal_of(model, tokens())
-    assert "refused: 1\n  - model.layers.0.self_attn: no scaled_dot_product" in caplog.text
+    assert "refused: 1\n  - model.layers.0.self_attn: its attention dropout is 0.1" in caplog.text
 
 
 def test_a_layer_compiled_alone_is_named_as_in_its_model_also_behind_a_compiled_one():
