@@ -75,7 +75,7 @@ def packaged_files() -> set[str]:
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
     }
 
 
@@ -98,7 +98,9 @@ def test_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert (said["License-Expression"], said["Requires-Python"]) == ("BSD-3-Clause", ">=3.11")
     needed = [r for r in said.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert needed == ["torch>=2.11"]
-    assert {"test", "testing", "tools", "triton"} == set(said.get_all("Provides-Extra", []))
+    assert {"models", "test", "testing", "tools", "triton"} == set(
+        said.get_all("Provides-Extra", [])
+    )
     points = wheel.read(f"{info}/entry_points.txt").decode().split()
     assert points == ["[torch_dynamo_backends]", "simplex", "=", "lowering.backend:simplex"]
     assert "Redistribution" in wheel.read(f"{info}/licenses/LICENSE").decode()
