@@ -10,6 +10,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 ARGS ?=
 # Processes that share the tests: one a core, up to eight, each with a torch of its own in memory.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
+INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py
 
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.
@@ -27,14 +28,14 @@ suite: $(VENV)/.test
 	$(BIN)/python -m pytest $(PARALLEL) $(or $(strip $(ARGS)),-m "not slow")
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 
-slow: $(VENV)/.test ## what test leaves out: kernels compiled against the table of registers, the demo
+slow: $(VENV)/.test ## what test leaves out: what compiles, builds or trains for long
 	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-all: $(VENV)/.test $(VENV)/.models ## every test, problems drawn anew, more of them, and the support table: an hour
 	SIMPLEX_FUZZ_EXAMPLES=2000 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PARALLEL)
-	SIMPLEX_FUZZ_EXAMPLES=100 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+	SIMPLEX_FUZZ_EXAMPLES=100 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 	$(BIN)/python -m tools.support --tier 2 --write
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate

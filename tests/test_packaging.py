@@ -18,6 +18,8 @@ from packaging.utils import canonicalize_name
 
 import simplex_ops
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("csrc_free", "lowering", "simplex_ops")
 VERSION = simplex_ops.__version__

@@ -196,6 +196,7 @@ def test_tiles_of_64_columns_have_more_keys(width, tiles):
     assert (config.tiles, config.block_n) == tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "arguments", "spills"),
     [

@@ -123,6 +123,7 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         assert chosen <= one_each * 1.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "most_spills"), [
         (GROUP8, 450),
@@ -151,6 +152,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     assert usage.shared <= HOPPER.shared_limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
     with recorded(HOPPER) as launches:

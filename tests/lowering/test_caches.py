@@ -37,6 +37,7 @@ def run(sources: Path, cache: Path, device: str, *changes: str) -> dict[str, lis
     return {change: found for change, *found in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_new_processes_hit_for_the_same_model_and_miss_for_any_other(device, tmp_path):
     sources, cache = tmp_path / "sources", tmp_path / "cache"
