@@ -61,26 +61,36 @@ def fold(gm: fx.GraphModule) -> Report:
 
 
 def _fold(call: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> bool:
-    given = SdpaCall.bind(call.args, call.kwargs)
-    marks = marks_behind(given.query, call, stops)
-    if len(marks) != 1 or not (is_tensor(given.key) and is_tensor(given.value)):
-        return False
-    heads = shape_of(marks[0].args[1])[1]
-    if any(len(shape_of(n)) != 4 or shape_of(n)[1] <= heads for n in (given.key, given.value)):
-        return False
     try:
-        before = [_before_repeat(n, heads) for n in (given.key, given.value)]
+        found = _read(call, stops, written)
     except Exception:  # noqa: BLE001 (whatever it is, the keys stay as they are)
         return False
-    if any(source is None or source.node in written for source in before):
+    if found is None:
         return False
+    given, sources = found
     with call.graph.inserting_before(call):
-        key, value = (source.emit(call.graph) for source in before if source is not None)
+        key, value = (source.emit(call.graph) for source in sources)
     new = replace(given, key=key, value=value, enable_gqa=True)
     names = [field.name for field in fields(SdpaCall)]
     call.args, call.kwargs = tuple(getattr(new, name) for name in names), {}
     erase_unused([given.key, given.value])
     return True
+
+
+def _read(
+    call: fx.Node, stops: set[fx.Node], written: set[fx.Node]
+) -> "tuple[SdpaCall, list[_Source]] | None":
+    """Return a marked call and where its keys and values come from; None: it stays as it is."""
+    given = SdpaCall.bind(call.args, call.kwargs)
+    marks = marks_behind(given.query, call, stops)
+    if len(marks) != 1 or not (is_tensor(given.key) and is_tensor(given.value)):
+        return None
+    heads = shape_of(marks[0].args[1])[1]
+    if any(len(shape_of(n)) != 4 or shape_of(n)[1] <= heads for n in (given.key, given.value)):
+        return None
+    sources = [_before_repeat(n, heads) for n in (given.key, given.value)]
+    known = [source for source in sources if source is not None and source.node not in written]
+    return (given, known) if len(known) == len(sources) else None
 
 
 @dataclass(frozen=True)
