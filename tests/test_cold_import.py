@@ -93,6 +93,7 @@ def test_operator_runs_where_no_gpu_is_visible() -> None:
         CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["simplex_ops", "torch.utils.flop_counter"])
 def test_flops_are_counted_whichever_is_imported_first(first: str) -> None:
     count = """

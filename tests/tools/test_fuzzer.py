@@ -84,6 +84,7 @@ def test_one_case_runs_from_the_command_line():
     assert "passed" in result.output
 
 
+@pytest.mark.slow
 def test_a_short_run_ends_well():
     app = typer.Typer()
     app.command()(fuzz.main)
