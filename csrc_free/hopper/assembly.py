@@ -101,13 +101,6 @@ def warpgroup():
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _agree_at_barrier():
-    return (
-        "{ .reg .pred any; bar.red.or.pred any, $1, 128, simplex_flag0; selp.b32 $0, 1, 0, any; }"
-    )
-
-
 @gluon.jit
 def is_any_above_here(parts, EXPONENT: gl.constexpr, side):
     """Do what `is_any_above` does where two warpgroups run one program: `side` says which it is."""

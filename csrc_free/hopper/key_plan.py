@@ -8,6 +8,7 @@ import triton
 
 from csrc_free.device.descriptors import can_describe
 from csrc_free.problem import Problem, block
+from csrc_free.steps.parts import LIMIT_BYTES
 
 # A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
@@ -16,7 +17,6 @@ ROWS = 64
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
 MULTIPROCESSORS = 132  # of an H100 or H200 with all its power
-LIMIT_BYTES = 2**30
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.
 FLOOR_BYTES = 2**27

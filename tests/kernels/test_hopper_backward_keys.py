@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton.experimental.gluon")
 
 from csrc_free.hopper import backward, key_plan
-from csrc_free.hopper.key_plan import KEYS, LIMIT_BYTES, Plan, plan_of
+from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics
+from csrc_free.steps.parts import LIMIT_BYTES
 from csrc_free.traits import DEVICES
 from simplex_ops.contract.windows import reach
 from simplex_ops.testing import Case, assert_matches_reference, cases

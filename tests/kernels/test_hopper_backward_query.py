@@ -12,11 +12,12 @@ pytest.importorskip("triton")
 from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
-from csrc_free.hopper.key_plan import FLOOR_BYTES, LIMIT_BYTES
+from csrc_free.hopper.key_plan import FLOOR_BYTES
 from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
+from csrc_free.steps.parts import LIMIT_BYTES
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
 from simplex_ops.testing import (

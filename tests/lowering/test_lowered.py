@@ -19,7 +19,6 @@ from tools.compiled.launches import recorded
 BF16 = torch.bfloat16
 # heads, kv_heads, head_dim, windows: each way in which Hopper computes.
 GROUPS = {"alone": (2, 2, 128, 32, 8), "group": (16, 2, 64, 128, 16), "large": (64, 1, 64, 32, 8)}
-GRADIENTS = ("dq", "dk1", "dk2", "dv1", "dv2")
 
 
 @pytest.fixture(autouse=True)

@@ -261,10 +261,6 @@ def _by_chance(x):
     return _causal(x) & (torch.rand(x.shape[1], x.shape[1]) >= 0)
 
 
-def _from_data(x):
-    return torch.ones(int(x.abs().sum().item() > 0) * x.shape[1], x.shape[1]).tril().bool()
-
-
 AS_EAGER = [
     _banded, _strictly, _dense, _soft, _written, _filled, _into_out, _through_relu,
     _after_the_writes, _by_chance, _single, lambda x: _causal(x) & (x[:, None, :, :1] < 9),
