@@ -81,7 +81,7 @@ def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
         return None
     for keys in (16, 32, MOST_KEYS):
         # The entries of both warpgroups are whole positions.
-        if narrow_window <= keys and 2 * (ROWS // keys) % traits.group == 0:
+        if narrow_window <= keys and 2 * (ROWS // keys) % triton.next_power_of_2(traits.group) == 0:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -98,7 +98,7 @@ def _serves(traits: Traits, device: Device) -> bool:
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
-        and traits.group in (1, 2, 4)
+        and 1 <= traits.group <= 4
     )
 
 
@@ -147,6 +147,7 @@ def _fetch_rows(
     K_HALVES: gl.constexpr = BLOCK_D // 64
     V_HALVES: gl.constexpr = BLOCK_DV // 64
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
+    HEADS: gl.constexpr = _power_of_two(GROUP)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         first = item % chunks * steps
         for tile in range(first, gl.minimum(first + steps, tiles)):
@@ -166,7 +167,7 @@ def _fetch_rows(
                         + PAIRS * V_HALVES * v_narrow.block_type.nbytes,
                     )
                     for g in gl.static_range(PAIRS):
-                        key = p0 + (r * ENTRIES + 2 * g) // GROUP - sizes[6]
+                        key = p0 + (r * ENTRIES + 2 * g) // HEADS - sizes[6]
                         for half in gl.static_range(K_HALVES):
                             tma.async_copy_global_to_shared(
                                 k_narrow, [batch, kv_head, key - narrow_first, 64 * half], bar,
@@ -181,6 +182,12 @@ def _fetch_rows(
 
 
 @gluon.constexpr_function
+def _power_of_two(group):
+    """Return the entries of a position: a group's heads, and of three heads a fourth for nobody."""
+    return 1 << (group - 1).bit_length()
+
+
+@gluon.constexpr_function
 def _loaded(rows, columns):
     """Return the layout in which a warpgroup loads a few rows from memory."""
     across = max(4 // rows, 1)
@@ -190,7 +197,8 @@ def _loaded(rows, columns):
 @gluon.jit
 def _load_entries(
     pointer, strides, batch, kv_head, entry, seq,
-    GROUP: gl.constexpr, ENTRIES: gl.constexpr, DIMS: gl.constexpr, COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, ENTRIES: gl.constexpr, DIMS: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Load the rows of q or dout from entry `entry` of a key-value head on.
 
@@ -199,13 +207,14 @@ def _load_entries(
     layout: gl.constexpr = _loaded(ENTRIES, COLUMNS)
     entries = entry + gl.arange(0, ENTRIES, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    i = entries // GROUP
-    head = kv_head * GROUP + entries % GROUP
+    i = entries // HEADS
+    head = kv_head * GROUP + entries % HEADS
     at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     at += i.to(gl.int64) * strides[2]
+    is_real = (i < seq) & (entries % HEADS < GROUP)
     return gl.load(
         pointer + (at * 8)[:, None] + columns[None, :],
-        mask=(i < seq)[:, None] & (columns < DIMS)[None, :], other=0.0,
+        mask=is_real[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
 
@@ -315,7 +324,7 @@ def _split_pairs(x, ENTRIES: gl.constexpr):
 
 @gluon.jit
 def _add_to_part(
-    part, base, slots, value, first_entry: gl.constexpr, GROUP: gl.constexpr, DIMS: gl.constexpr,
+    part, base, slots, value, first_entry: gl.constexpr, HEADS: gl.constexpr, DIMS: gl.constexpr,
     KEYS: gl.constexpr, ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
 ):  # fmt: skip
     """Add the rows of a step to a part, of which `base` is the slot of position 0's first key.
@@ -323,7 +332,7 @@ def _add_to_part(
     What the entries of a pair add to one key is added first; one pair comes after another.
     """
     if ENTRIES == 1:
-        _add_rows(part, base + first_entry // GROUP, slots, value, 0, 64, DIMS, KEYS)
+        _add_rows(part, base + first_entry // HEADS, slots, value, 0, 64, DIMS, KEYS)
     else:
         first, second = _split_pairs(value, ENTRIES)
         layout: gl.constexpr = first.type.layout
@@ -332,7 +341,7 @@ def _add_to_part(
         if IS_SHIFTED:
             both = gl.where((y == 0)[:, None], first, both)
         for g in gl.static_range(ENTRIES // 2):
-            to = base + (first_entry + 2 * g) // GROUP
+            to = base + (first_entry + 2 * g) // HEADS
             _add_rows(part, to, slots, both, g * KEYS, KEYS, DIMS, KEYS)
             if IS_SHIFTED:
                 _add_rows(part, to + KEYS, slots, second, g * KEYS, 1, DIMS, KEYS)
@@ -423,11 +432,12 @@ def _consume(
         q_start_default,
     ) = sizes  # fmt: skip
     slots, part_rows, part_shift = part_sizes
+    HEADS: gl.constexpr = _power_of_two(GROUP)
     ENTRIES: gl.constexpr = 64 // KEYS
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     # The second entry of a pair stands one position on: it sees the same keys but the first, and
     # in its place the newest.
-    IS_SHIFTED: gl.constexpr = ENTRIES > 1 and GROUP == 1
+    IS_SHIFTED: gl.constexpr = ENTRIES > 1 and HEADS == 1
     of_logits: gl.constexpr = accumulator(BLOCK_N)
     of_keys: gl.constexpr = accumulator(BLOCK_D)
     of_operand: gl.constexpr = operand(BLOCK_D)
@@ -474,10 +484,10 @@ def _consume(
             start = gl.load(q_start + batch)
         newest = start - narrow_left + KEYS - narrow_first  # of entry 0
         next_q = _load_entries(
-            q, q_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, HEAD_DIM, BLOCK_D
+            q, q_strides, batch, kv_head, entry, seq, GROUP, HEADS, ENTRIES, HEAD_DIM, BLOCK_D
         )
         next_do = _load_entries(
-            dout, do_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, VALUE_DIM, BLOCK_DV
+            dout, do_strides, batch, kv_head, entry, seq, GROUP, HEADS, ENTRIES, VALUE_DIM, BLOCK_DV
         )
         if IS_SHIFTED:
             next_k = _load_newest(
@@ -498,11 +508,11 @@ def _consume(
             do_row.store(next_do)
             next_q = _load_entries(
                 q, q_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
-                GROUP, ENTRIES, HEAD_DIM, BLOCK_D,
+                GROUP, HEADS, ENTRIES, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             next_do = _load_entries(
                 dout, do_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
-                GROUP, ENTRIES, VALUE_DIM, BLOCK_DV,
+                GROUP, HEADS, ENTRIES, VALUE_DIM, BLOCK_DV,
             )  # fmt: skip
             if IS_SHIFTED:
                 k_last.store(next_k)
@@ -518,11 +528,11 @@ def _consume(
             total = gl.zeros([32, BLOCK_D], gl.float32, by_column)
             second_total = total
             if count > 0:
-                i = i0 + entry_of_row // GROUP
-                position = p0 + entry_of_row // GROUP
+                i = i0 + entry_of_row // HEADS
+                position = p0 + entry_of_row // HEADS
                 lo = gl.maximum(position - wide_left, wide_first)
                 hi = gl.minimum(position + wide_right + 1, keys)
-                narrow_key = p0 + first_entry // GROUP - narrow_left + y
+                narrow_key = p0 + first_entry // HEADS - narrow_left + y
                 narrow_lo = gl.maximum(position - narrow_left, narrow_first)
                 narrow_hi = gl.minimum(position + narrow_right + 1, keys)
                 if HAS_BOUNDS:
@@ -534,7 +544,9 @@ def _consume(
                     narrow_lo = gl.maximum(narrow_lo, low)
                     narrow_hi = gl.minimum(narrow_hi, high)
                 seen = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
-                at = bh * seq * GROUP + i * GROUP + entry_of_row % GROUP
+                if GROUP < HEADS:
+                    seen = seen & (entry_of_row % HEADS < GROUP)
+                at = bh * seq * GROUP + i * GROUP + entry_of_row % HEADS
                 shift = gl.load(lse2 + at, mask=seen, other=INFINITY)
                 row_delta = gl.load(delta + at, mask=seen, other=0.0)
                 buffer = 2 * r + (n & 1)
@@ -619,7 +631,7 @@ def _consume(
                 mbarrier.arrive(k_empty.index(buffer), count=1)
 
                 base = p0 - narrow_left - narrow_first
-                base -= slot_base(item % chunks, part_rows, GROUP, part_shift)
+                base -= slot_base(item % chunks, part_rows, HEADS, part_shift)
                 if PARTS_FOLLOW_QUERIES:
                     begin = gl.minimum(gl.maximum(p0 - i0 - narrow_left, -seq), keys)
                     base -= begin - narrow_first
@@ -628,38 +640,41 @@ def _consume(
                 of_entry = _rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES)
                 _add_to_part(
                     dk_parts + part * HEAD_DIM, base, slots, t * to_float32(of_entry) * scale,
-                    r * ENTRIES, GROUP, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
+                    r * ENTRIES, HEADS, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 of_entry = _rows_of_entries(do_row, u.to(gl.bfloat16), ENTRIES)
                 _add_to_part(
                     dv_parts + part * VALUE_DIM, base, slots, u * to_float32(of_entry),
-                    r * ENTRIES, GROUP, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
+                    r * ENTRIES, HEADS, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 n += 1
             to = dq + batch.to(gl.int64) * dq_strides[0]
-            _store_sums(to, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEAD_DIM, PAIRS)
+            _store_sums(
+                to, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS
+            )
             if ENTRIES > 1:
                 _store_sums(
                     to, second_total * scale, entry + 1, kv_head, seq, dq_strides,
-                    GROUP, HEAD_DIM, PAIRS,
+                    GROUP, HEADS, HEAD_DIM, PAIRS,
                 )  # fmt: skip
 
 
 @gluon.jit
 def _store_sums(
-    to, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    PAIRS: gl.constexpr,
+    to, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Store sums of rows [32, columns], those of every second entry from `entry` on."""
     total = gl.sum(gl.reshape(x, [PAIRS, 32 // PAIRS, x.shape[1]]), 1)
     layout: gl.constexpr = total.type.layout
     entries = entry + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    at = (kv_head * GROUP + entries % GROUP).to(gl.int64) * strides[1]
-    at += (entries // GROUP).to(gl.int64) * strides[2]
+    at = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
+    at += (entries // HEADS).to(gl.int64) * strides[2]
+    is_real = (entries // HEADS < seq) & (entries % HEADS < GROUP)
     gl.store(
         to + at[:, None] + columns[None, :], total.to(gl.bfloat16),
-        mask=(entries // GROUP < seq)[:, None] & (columns < HEAD_DIM)[None, :],
+        mask=is_real[:, None] & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip
 
 
@@ -686,7 +701,8 @@ def hopper_backward_narrow_kernel(
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
-    P: gl.constexpr = 2 * ENTRIES // GROUP
+    HEADS: gl.constexpr = _power_of_two(GROUP)
+    P: gl.constexpr = 2 * ENTRIES // HEADS
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
     of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
@@ -779,10 +795,11 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    group, entries, processors = problem.group, ROWS // config.keys, problem.device.multiprocessors
-    tiles = triton.cdiv(seq * group, 2 * entries)
+    heads, entries = triton.next_power_of_2(problem.group), ROWS // config.keys
+    processors = problem.device.multiprocessors
+    tiles = triton.cdiv(seq * heads, 2 * entries)
     steps, chunks = _division(tiles, batch * kv_heads, processors)
-    parts = parts_of_queries(problem, group, steps * 2 * entries, copies=_COPIES)
+    parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
     q, dout = aligned(problem.q), aligned(dout)
@@ -815,14 +832,15 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     None: the parts of a single head would take more than they may.
     """
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
-    entries, group, seq = ROWS // config.keys, problem.group, problem.q.shape[2]
-    tiles = triton.cdiv(seq * group, 2 * entries)
+    entries, seq = ROWS // config.keys, problem.q.shape[2]
+    per_position = triton.next_power_of_2(problem.group)
+    tiles = triton.cdiv(seq * per_position, 2 * entries)
     row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
         steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
-        span = steps * 2 * entries // group + 1 + sum(problem.narrow_reach)
+        span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
         if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
             return some_batch, some_heads
     return None
