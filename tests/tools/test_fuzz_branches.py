@@ -11,7 +11,7 @@ import typer
 pytest.importorskip("triton.experimental.gluon")
 
 from csrc_free import problem as problems
-from csrc_free.hopper import serve
+from csrc_free.hopper import key_plan, serve
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
 from simplex_ops.testing import Case, Problem
@@ -31,6 +31,7 @@ FORWARD = {"grad_mask": (False,) * 5}
 def on_hopper(monkeypatch):
     monkeypatch.setattr(problems, "device_of", lambda device: DEVICES["sm_90"])
     monkeypatch.setattr(serve, "USEFUL_FROM", 0.0)
+    monkeypatch.setattr(key_plan, "MULTIPROCESSORS", 1)
 
 
 def taken(case: Case, change=None, lse=0.0) -> set[str]:

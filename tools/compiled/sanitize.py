@@ -4,12 +4,11 @@
     python -m tools.compiled.sanitize --check initcheck --workers 8 --logs out/sanitize
 
 It needs compute-sanitizer on the PATH, or --program. Each small problem runs in processes of its
-own, several at once: first alone, which compiles its kernels, then under each check. It ends with
-exit code 1 where one of them found an error or a hazard, did not end in time, or failed.
+own, one after the other for each check, several problems at once. It ends with exit code 1 where
+one found an error or a hazard, did not end in time, or failed.
 """
 
 import contextlib
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -59,27 +58,14 @@ def implementations() -> tuple[contextlib.AbstractContextManager[None], ...]:
     return contextlib.nullcontext(), portable_alone()
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One problem under one check; None is none."""
-
-    check: str | None
-    number: int
-
-    def command(self, program: str) -> list[str]:
-        """Return the command that runs it."""
-        bare = [sys.executable, "-m", "tools.compiled.sanitize", "--bare", str(self.number)]
-        if self.check is None:
-            return bare
-        return [program, "--tool", self.check, "--error-exitcode", "1", *bare]
-
-
-def result_of(run: Run, program: str, seconds: float, logs: Path | None) -> str:
-    """Run a problem; return what the check said at its end, "ok" where that is nothing bad."""
+def result_of(tool: str, number: int, program: str, seconds: float, logs: Path | None) -> str:
+    """Run a problem under a tool; return "ok", or what is wrong as the tool's last line says it."""
+    bare = [sys.executable, "-m", "tools.compiled.sanitize", "--bare", str(number)]
     try:
         ended = subprocess.run(
-            run.command(program), check=False, text=True, timeout=seconds,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [program, "--tool", tool, "--error-exitcode", "1", *bare],
+            check=False, text=True, timeout=seconds, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         output = error.output or b""
@@ -88,7 +74,7 @@ def result_of(run: Run, program: str, seconds: float, logs: Path | None) -> str:
         said, code = ended.stdout, ended.returncode
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
-        (logs / f"{run.check or 'alone'}-{run.number}.txt").write_text(said)
+        (logs / f"{tool}-{number}.txt").write_text(said)
     if code is None:
         return f"no end within {seconds:.0f} s"
     lines = [line for line in said.splitlines() if line.strip()]
@@ -119,12 +105,15 @@ def main(
         raise typer.BadParameter("compute-sanitizer is not on the PATH")
     numbers = only or range(len(CASES))
     failed = 0
+
+    def results(number: int) -> list[tuple[str, str]]:
+        tools = check or ["memcheck", "racecheck"]
+        return [(tool, result_of(tool, number, found, seconds, logs)) for tool in tools]
+
     with ThreadPoolExecutor(workers) as pool:
-        for tool in (None, *(check or ["memcheck", "racecheck"])):
-            runs = [Run(tool, number) for number in numbers]
-            results = pool.map(lambda run: result_of(run, found, seconds, logs), runs)
-            for run, result in zip(runs, results, strict=True):
-                typer.echo(f"{tool or 'alone'} {result}: {CASES[run.number]!r}")
+        for number, of_tools in zip(numbers, pool.map(results, numbers), strict=True):
+            for tool, result in of_tools:
+                typer.echo(f"{tool} {result}: {CASES[number]!r}")
                 failed += result != "ok"
     typer.echo(f"{failed} failed")
     if failed:

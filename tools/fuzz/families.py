@@ -16,7 +16,9 @@ from simplex_ops.testing.case import BOUNDS, LAYOUTS_OF_ONE
 # Rows whose batch or head stride is 0 have no descriptor, and take the portable kernels.
 LAYOUTS = ("contiguous", "transposed", "fused", "strided")
 LAYOUTS_OF_GRADIENTS = tuple(layout for layout in LAYOUTS_OF_ONE if layout != "expanded")
-AMPLITUDES = (1.0, 1.0, 1.0, 0.0, 8.0, 30.0, 100.0, 1000.0)
+# Of q, and so of the logits. Beyond, a rounding changes which pair is the first in so many rows
+# that the error budget, of a few draws, is a matter of luck: tests/kernels hold those otherwise.
+AMPLITUDES = (1.0, 1.0, 1.0, 0.0, 8.0, 30.0, 100.0)
 NO_GRADIENT = (False,) * 5
 GROUPS = (*range(1, 9), 10, 12, 13, 16, 20, 24, 28, 31, 32, 40, 48, 63, 64)
 DIMS = st.sampled_from((40, 48, 64, 72, 80, 96, 104, 120, 128))
@@ -33,7 +35,7 @@ class Family:
         seq: range of N.
         wide_rows, wide: ranges of the wide pair's rows and window; no rows: as many as queries.
         narrow_rows, narrow: the same of the narrow pair; no rows: as many as queries.
-        heads: ranges of B and Hkv.
+        batch, kv_heads: a range of B, and Hkv.
         has_bias: k2 and v2 have biases.
         is_exchanged: k1 and v1 are the narrow pair, so that biases are the wide pair's.
         has_bounds, has_starts: kv_bounds and q_start are there.
@@ -50,7 +52,7 @@ class Family:
     wide_rows: tuple[int, int] | None = None
     narrow_rows: tuple[int, int] | None = None
     batch: tuple[int, int] = (1, 2)
-    kv_heads: tuple[int, int] = (2, 2)
+    kv_heads: int = 1
     form: str = "trilinear"
     dtype: torch.dtype = torch.bfloat16
     is_causal: bool = True
@@ -62,54 +64,56 @@ class Family:
     through: str = "both"
 
 
-_ONE, _TWO, _MANY = (1, 1), (2, 2), (11, 11)  # key-value heads
 FAMILIES = (
-    Family("64 heads", 64, (128, 128), (1, 24), (40, 64), (4, 40), (50, 90), (4, 44)),
+    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (4, 40), (50, 90), (4, 44)),
     Family(
-        "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 12), (97, 128), (3, 30),
-        (193, 256), (4, 30), is_causal=False, has_bounds=True, has_starts=True,
+        "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (3, 30),
+        (193, 256), (4, 40), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "64 heads, long", 64, (128, 128), (1, 6), (385, 512), (4, 36), (385, 420), (4, 40),
-        kv_heads=_ONE, has_bounds=True,
+        "64 heads, long", 64, (128, 128), (1, 3), (385, 512), (4, 36), (385, 420), (4, 40),
+        has_bounds=True,
     ),
     Family(
-        "64 heads, strassen, biases", 64, (64, 64), (1, 16), (65, 128), (4, 36), (128, 140),
-        (4, 40), form="strassen", has_bias=True, has_bounds=True,
+        "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 36), (128, 140),
+        (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
     ),
     Family(
-        "64 heads, float16", 64, (128, 128), (1, 12), (129, 192), (4, 36), (192, 200), (4, 40),
+        "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (4, 36), (192, 200), (4, 40),
         dtype=torch.float16, has_bounds=True, has_gradients=False,
     ),
-    Family("8 heads, tail", 8, (128, 128), (74, 100), (58, 73), (8, 48), kv_heads=_ONE),
-    Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (8, 40), (393, 410), (8, 60)),
+    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 40)),
     Family(
-        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 40), (94, 101), (5, 40),
-        (201, 240), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
+        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (8, 40), (393, 410), (8, 50),
+        kv_heads=2,
     ),
     Family(
-        "16 heads, strassen, biases", 16, (64, 64), (4, 40), (142, 190), (4, 36), (190, 210),
-        (4, 40), form="strassen", has_bias=True, has_bounds=True,
+        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 40),
+        (201, 240), (8, 40), is_causal=False, has_bounds=True, has_starts=True, kv_heads=2,
     ),
     Family(
-        "12 heads, exchanged, biases", 12, (96, 80), (4, 40), (190, 205), (6, 40), (205, 220),
-        (6, 40), has_bias=True, is_exchanged=True,
+        "16 heads, strassen, biases", 16, (64, 64), (4, 24), (142, 190), (4, 36), (190, 210),
+        (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
     ),
     Family(
-        "32 heads, float16, strassen", 32, (128, 96), (2, 16), (128, 143), (4, 40), (143, 160),
+        "12 heads, exchanged, biases", 12, (96, 80), (4, 30), (190, 205), (6, 40), (205, 220),
+        (6, 40), has_bias=True, is_exchanged=True, kv_heads=2,
+    ),
+    Family(
+        "32 heads, float16, strassen", 32, (128, 96), (2, 12), (128, 143), (4, 40), (143, 160),
         (4, 40), form="strassen", dtype=torch.float16, has_bias=True, has_gradients=False,
     ),
     Family(
-        "4 heads", 4, (128, 128), (16, 40), (50, 65), (4, 16), (129, 150), (8, 24), (3, 3), _MANY,
-        through="out",
+        "4 heads", 4, (128, 128), (16, 40), (50, 65), (4, 16), (129, 150), (8, 24), batch=(3, 3),
+        kv_heads=3, through="out",
     ),
     Family(
-        "1 head, bounds", 1, (128, 128), (64, 80), (66, 129), (17, 32), (129, 140), (32, 40),
-        (3, 3), _MANY, has_bounds=True,
+        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (17, 32), (129, 140), (32, 40),
+        batch=(3, 3), kv_heads=3, has_bounds=True,
     ),
     Family(
         "2 heads, biases, starts", 2, (128, 128), (32, 60), (98, 129), (4, 16), (129, 150),
-        (16, 30), (3, 3), _MANY, has_bias=True, has_starts=True,
+        (16, 30), batch=(3, 3), kv_heads=3, has_bias=True, has_starts=True,
     ),
 )  # fmt: skip
 
@@ -139,7 +143,7 @@ def member(draw: st.DrawFn, family: Family) -> Case:
     )
     return Case(
         batch=within(family.batch),
-        kv_heads=within(family.kv_heads),
+        kv_heads=family.kv_heads,
         group=family.group,
         seq=seq,
         keys1=None if keys1 == seq else keys1,

@@ -1,6 +1,6 @@
 """What a fuzzing process does besides where the Hopper kernels are fuzzed."""
 
-import hashlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,23 +26,29 @@ def strategy(drawn: str, seed: int, max_work: int) -> "st.SearchStrategy[Case]":
     return member(FAMILIES[seed % len(FAMILIES)])
 
 
-def serve_all() -> None:
-    """Let the Hopper kernels serve in this process what others would be faster at, too."""
-    from csrc_free.hopper import serve
+def serve_all(*, have_one_division: bool = False) -> None:
+    """Let the Hopper kernels serve in this process what others would be faster at, or raise.
+
+    With one division of the key side's work it is the same program whatever the sizes.
+    """
+    from csrc_free.attn import PortableWarning
+    from csrc_free.hopper import key_plan, serve
 
     serve.USEFUL_FROM = 0.0
     serve.MOST_POSITIONS_OF_64_COLUMNS = 64
+    if have_one_division:
+        key_plan.MULTIPROCESSORS = 1
+    warnings.simplefilter("error", PortableWarning)
 
 
 def note_compilations() -> None:
     """Have Triton say in this process what it compiles, into COMPILED."""
     from triton import knobs
 
-    def note(**said: Any) -> None:
-        digest = hashlib.sha256(repr(said["key"]).encode()).hexdigest()[:16]
-        COMPILED.add(f"{said['fn'].name} {digest}")
+    def note(*, metadata: dict[str, Any], **_: Any) -> None:
+        COMPILED.add(f"{metadata['name']} {metadata['hash'][:16]}")
 
-    knobs.runtime.jit_cache_hook = note
+    knobs.compilation.listener = note
 
 
 def branches_of(problem: Problem, lse: torch.Tensor) -> list[str]:
