@@ -32,34 +32,88 @@ def pair_of(
 
 @triton.jit
 def load_keys(
-    pair, j, keys, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr
+    pair, j, keys, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile [keys, BLOCK_D] of the keys from position j on; 0 past the last.
+    """Load a tile [keys, BLOCK_D] of the keys from position j on, as an operand; 0 past the last.
 
-    `keys` counts 0, 1, .. in the type of indices. float16 comes back as float32, as in `load_rows`.
+    `keys` counts 0, 1, .. in the type of indices.
     """
     k, _v, stride, _stride_v, _k_bias, _v_bias, batch, kv_head, first, row_count = pair
-    return _load_tile(
-        k, stride, batch, kv_head, j - first, row_count, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS
+    return _load_operand(
+        k,
+        stride,
+        batch,
+        kv_head,
+        j - first,
+        row_count,
+        keys,
+        HEAD_DIM,
+        BLOCK_D,
+        DESCRIPTORS,
+        DTYPE,
+        PRECISION,
     )
 
 
 @triton.jit
 def load_values(
-    pair, j, keys, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, DESCRIPTORS: tl.constexpr
+    pair, j, keys, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Load a tile [keys, BLOCK_DV] of the values, as `load_keys` does."""
     _k, v, _stride_k, stride, _k_bias, _v_bias, batch, kv_head, first, row_count = pair
-    return _load_tile(
-        v, stride, batch, kv_head, j - first, row_count, keys, VALUE_DIM, BLOCK_DV, DESCRIPTORS
+    return _load_operand(
+        v,
+        stride,
+        batch,
+        kv_head,
+        j - first,
+        row_count,
+        keys,
+        VALUE_DIM,
+        BLOCK_DV,
+        DESCRIPTORS,
+        DTYPE,
+        PRECISION,
     )
 
 
 @triton.jit
-def _load_tile(
+def _load_operand(
     source, stride, batch, kv_head, row, row_count, keys,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Load a tile from `row` on; in parts, each from its own row_count rows of the tensor."""
+    if PRECISION == "bf16x6":
+        end = row_count - row
+        first = _load_tile(
+            source, stride, batch, kv_head, row, end, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS
+        )
+        second = _load_tile(
+            source, stride, batch, kv_head, row + row_count, end, keys, HEAD_DIM, BLOCK_D,
+            DESCRIPTORS,
+        )  # fmt: skip
+        third = _load_tile(
+            source, stride, batch, kv_head, row + 2 * row_count, end, keys, HEAD_DIM, BLOCK_D,
+            DESCRIPTORS,
+        )  # fmt: skip
+        x = (first, second, third)
+    else:
+        x = _load_tile(
+            source, stride, batch, kv_head, row, row_count - row, keys, HEAD_DIM, BLOCK_D,
+            DESCRIPTORS,
+        ).to(DTYPE)  # fmt: skip
+    return x
+
+
+@triton.jit
+def _load_tile(
+    source, stride, batch, kv_head, row, left, keys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of which `left` rows are there; a descriptor sees to that where all is."""
     if DESCRIPTORS:
         x = load_described(source, batch, kv_head, row, 0, keys.shape[0], BLOCK_D)
         if x.dtype == tl.float16:
@@ -67,7 +121,7 @@ def _load_tile(
     else:
         x = load_rows(
             source + row.to(tl.int64) * stride, keys, stride, tl.arange(0, BLOCK_D),
-            row + keys < row_count, HEAD_DIM,
+            keys < left, HEAD_DIM,
         )  # fmt: skip
     return x
 

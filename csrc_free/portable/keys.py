@@ -17,6 +17,7 @@ from csrc_free.device.tiles import look, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_queries
@@ -153,13 +154,13 @@ def backward_keys_kernel(
             queries, narrow, wide, same + key_first - narrow_first, same + key_first < key_end,
             sees_key, log2_scale,
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            DOT_DTYPE,
+            DOT_DTYPE, PRECISION,
         )  # fmt: skip
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
                 (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
-                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM, PRECISION,
-                TILE_STAGES, DESCRIPTORS,
+                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, DOT_DTYPE, PRECISION, TILE_STAGES, DESCRIPTORS,
             )  # fmt: skip
             k, k_prev = load_keys_of_rows(
                 narrow, same + key - narrow_first, same == 0, FORM, HAS_NARROW_BIAS, HEAD_DIM,
@@ -191,7 +192,7 @@ def backward_keys_kernel(
                 queries, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
                 sees_key, log2_scale,
                 FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                DOT_DTYPE,
+                DOT_DTYPE, PRECISION,
             )  # fmt: skip
         dq_offs = i * stride_dq_n + head * stride_dq_h
         tl.store(
@@ -212,6 +213,7 @@ def write_query_and_narrow(
         tiles_of_a_part *= 2
         parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
     tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    problem = with_wide_parts(problem)
     launch_backward(
         backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
         problem, statistics,

@@ -23,6 +23,7 @@ from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.forms import TRILINEAR, load_rows
 from csrc_free.device.pair import biases_of, load_keys_of_rows, load_values_of_rows, pair_of
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.shared_memory import backward_bytes
@@ -130,12 +131,15 @@ def _wide_tile(
 def _virtual_keys(
     wide, narrow, row, key_mask, narrow_row, has_key,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return k_j ∘ k_m [BLOCK_N, BLOCK_D] and v_j ∘ v_m [BLOCK_N, BLOCK_DV]."""
     k, v = _wide_tile(wide, row, key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
     k_row, v_row = _narrow_key(narrow, narrow_row, has_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-    return (k * k_row[None, :]).to(DOT_DTYPE), (v * v_row[None, :]).to(DOT_DTYPE)
+    vk = operand(k * k_row[None, :], DOT_DTYPE, PRECISION)
+    vv = operand(v * v_row[None, :], DOT_DTYPE, PRECISION)
+    return vk, vv
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -228,7 +232,7 @@ def backward_pairs_kernel(
     m = m_first + shift % tl.maximum(count, 1)
     vk, vv = _virtual_keys(
         wide, narrow, keys, key_mask, m - narrow_first, count > 0,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     for turn in range(count):
         flat_first = tl.maximum(query_first, m - narrow_end + 1) * GROUP
@@ -255,10 +259,10 @@ def backward_pairs_kernel(
                 )
                 row_lse2 = tl.load(lse2 + statistics + row, mask=mask, other=float("inf"))
                 row_delta = tl.load(delta + statistics + row, mask=mask, other=0.0)
-            query = query.to(DOT_DTYPE)
-            do = do.to(DOT_DTYPE)
-            s = tl.dot(vk, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            dp = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
+            query = operand(query, DOT_DTYPE, PRECISION)
+            do = operand(do, DOT_DTYPE, PRECISION)
+            s = product(vk, transposed(query, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
+            dp = product(vv, transposed(do, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - row_lse2[None, :])
             # Scalars where they decide: a reduction over rows would cost a barrier an iteration.
             last_flat = tl.minimum(flat + BLOCK_Q, flat_end) - 1
@@ -282,9 +286,9 @@ def backward_pairs_kernel(
                 key = (key_first + keys)[:, None]
                 visible = (key >= lo[None, :]) & (key < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            y = tl.dot(p.to(DOT_DTYPE), do, y, input_precision=PRECISION)
+            y = product(operand(p, DOT_DTYPE, PRECISION), do, y, PRECISION)
             ds = p * (dp - row_delta[None, :])
-            x = tl.dot(ds.to(DOT_DTYPE), query, x, input_precision=PRECISION)
+            x = product(operand(ds, DOT_DTYPE, PRECISION), query, x, PRECISION)
 
         k, v = _wide_tile(wide, keys, key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
         k_row, v_row = _narrow_key(
@@ -306,7 +310,7 @@ def backward_pairs_kernel(
         m = m_first + (turn + 1 + shift) % count
         vk, vv = _virtual_keys(
             wide, narrow, keys, key_mask, m - narrow_first, True,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE, PRECISION,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import attend_backward, virtual_rows
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
@@ -176,13 +177,13 @@ def backward_query_kernel(
     vq, vdo, shift, row_dp = virtual_rows(
         queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
         FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-        DOT_DTYPE,
+        DOT_DTYPE, PRECISION,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
             (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
             NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-            PRECISION, TILE_STAGES, DESCRIPTORS,
+            BLOCK_D, BLOCK_DV, DOT_DTYPE, PRECISION, TILE_STAGES, DESCRIPTORS,
         )  # fmt: skip
         if NEEDS_DQ:
             k, k_prev = load_keys_of_rows(
@@ -217,7 +218,7 @@ def backward_query_kernel(
         vq, vdo, shift, row_dp = virtual_rows(
             queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
             FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            DOT_DTYPE,
+            DOT_DTYPE, PRECISION,
         )  # fmt: skip
 
     if NEEDS_DQ:
@@ -235,6 +236,7 @@ def backward_query_kernel(
 
 def write_query(problem: Problem, statistics: Statistics, config: Config, dq: Tensor) -> None:
     """Write dq alone."""
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, None, NEEDS_DQ=True, FILLS_DK=False, FILLS_DV=False)
 
 
@@ -245,6 +247,7 @@ def write_query_and_narrow(
     parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
     if parts is None:
         return False
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=True, FILLS_DK=True, FILLS_DV=False)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=False, FILLS_DK=False, FILLS_DV=True)
     sum_parts(parts, narrow, problem)

@@ -19,6 +19,7 @@ from csrc_free.device.pair import (
     load_values,
     load_values_of_rows,
 )
+from csrc_free.device.products import operand, product, transposed
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def virtual_rows(
     FORM: tl.constexpr, SIGN: tl.constexpr,
     HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
     q, dout, query_offs, dout_offs, mask, lse2, delta = queries
@@ -59,14 +61,18 @@ def virtual_rows(
         query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale,
         FORM, HAS_WIDE_BIAS,
     )  # fmt: skip
-    return vq.to(DOT_DTYPE), vdo.to(DOT_DTYPE), shift, row_dp
+    vq = operand(vq, DOT_DTYPE, PRECISION)
+    vdo = operand(vdo, DOT_DTYPE, PRECISION)
+    return vq, vdo, shift, row_dp
 
 
 @triton.jit
 def attend_backward(
     virtual, sight, wide, keys, is_huge, scale, log2_scale,
     NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
@@ -78,25 +84,26 @@ def attend_backward(
     lo, hi, first, last, full_lo, full_hi = sight
     k_bias, v_bias = biases_of(wide)
     BLOCK_N: tl.constexpr = keys.shape[0]
-    dvq = tl.zeros(vq.shape, tl.float32)
-    t = tl.zeros(vdo.shape, tl.float32)
-    sigma = tl.zeros([vq.shape[0]], tl.float32)
-    mass = tl.zeros([vq.shape[0]], tl.float32)
+    M: tl.constexpr = shift.shape[0]
+    dvq = tl.zeros([M, BLOCK_D], tl.float32)
+    t = tl.zeros([M, BLOCK_DV], tl.float32)
+    sigma = tl.zeros([M], tl.float32)
+    mass = tl.zeros([M], tl.float32)
     for j in tl.range(first, last, BLOCK_N, num_stages=TILE_STAGES):
-        k = load_keys(wide, j, keys, HEAD_DIM, vq.shape[1], DESCRIPTORS).to(vq.dtype)
-        s = tl.dot(vq, tl.trans(k), input_precision=PRECISION)
-        v = load_values(wide, j, keys, VALUE_DIM, vdo.shape[1], DESCRIPTORS).to(vdo.dtype)
+        k = load_keys(wide, j, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS, DOT_DTYPE, PRECISION)
+        s = product(vq, transposed(k, PRECISION), None, PRECISION)
+        v = load_values(wide, j, keys, VALUE_DIM, BLOCK_DV, DESCRIPTORS, DOT_DTYPE, PRECISION)
         if NEEDS_DVQ:
-            dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
+            dp = product(vdo, transposed(v, PRECISION), None, PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
         if (j < full_lo) | (j + BLOCK_N > full_hi) | is_huge:
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
             p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
         if NEEDS_T:
-            t = tl.dot(p.to(v.dtype), v, t, input_precision=PRECISION)
+            t = product(operand(p, DOT_DTYPE, PRECISION), v, t, PRECISION)
         if NEEDS_DVQ:
             ds = p * (dp + row_dp[:, None])
-            dvq = tl.dot(ds.to(k.dtype), k, dvq, input_precision=PRECISION)
+            dvq = product(operand(ds, DOT_DTYPE, PRECISION), k, dvq, PRECISION)
             if NEEDS_SUMS:
                 sigma += tl.sum(ds, 1)
         if NEEDS_SUMS:
