@@ -115,8 +115,11 @@ def write_gradients(
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
     near = within_int32(problem)
-    is_half = problem.q.dtype == torch.float16
-    ranges = half_range.ranges_of(problem, statistics) if is_half else None
+    ranges = None
+    if problem.q.dtype == torch.float16 and (
+        isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config)
+    ):
+        ranges = half_range.ranges_of(near, statistics)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         _run_keys(near, statistics, choice.keys, wide, narrow, ranges)
         wide, narrow = nothing, nothing

@@ -168,10 +168,9 @@ def backward_keys(
 
     For float16 some of what it takes is multiplied by powers of two, and so are the parts.
     """
-    delta, lse2 = statistics.delta, statistics.lse2
-    k_narrow, v_narrow, factors = problem.k_narrow, problem.v_narrow, None
+    delta, lse2, factors = statistics.delta, statistics.lse2, None
     if scaled is not None:
-        k_narrow, v_narrow, delta, lse2, factors, _ = scaled
+        problem, delta, lse2, factors, _ = scaled
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     heads = batch * kv_heads
@@ -188,11 +187,11 @@ def backward_keys(
         _statistic(delta, slots_of_rows, 0.0),
         _statistic(lse2, slots_of_rows, math.inf),
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
-        k_narrow, v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
+        problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start, factors,
         *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, KEYS), plan.tiles,
         *parts.numbers,
-        *k_narrow.stride()[:3], *v_narrow.stride()[:3],
+        *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases(),
         FORM=CODES[problem.form], HEADS=slots_of_rows, DO_ACCUMULATE=plan.tiles > 1,

@@ -178,9 +178,9 @@ def backward_query(
 ) -> None:  # fmt: skip
     """Write dq [B, H, N, D] with what `choose` found for the problem."""
     dout, delta, lse2, has_huge = statistics
-    k_narrow, v_narrow, factors, row_factors = problem.k_narrow, problem.v_narrow, None, None
+    factors = row_factors = None
     if scaled is not None:
-        k_narrow, v_narrow, delta, lse2, factors, row_factors = scaled
+        problem, delta, lse2, factors, row_factors = scaled
     batch, _, seq, _ = problem.q.shape
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
@@ -188,7 +188,7 @@ def backward_query(
     tiles = triton.cdiv(seq, positions)
     kv_heads, *sizes = problem.sizes()
     items = tiles * batch * kv_heads
-    narrow = [aligned(t) for t in (k_narrow, v_narrow)]
+    narrow = [aligned(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
         "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_WIDE_BIAS", "HAS_NARROW_BIAS",
         "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV",

@@ -4,7 +4,8 @@ A product of two float16 numbers may be past 65504, or below what float16 can ho
 dS. Operands are therefore multiplied by powers of two, which change no bit of theirs and are
 divided out of float32 sums:
 
-    narrow keys and values  so that none of their products with the other factor reaches 2^15
+    narrow keys and values  so that none of their products with the other factor reaches 2^15;
+                            their biases are added first
     P                       by 2^15, in the key-value gradients, where it is an operand
     dS                      by the power of two that keeps P · (dP - delta) below 2^15: one for all
                             rows of a key-value head where rows are summed, else one for each
@@ -13,6 +14,7 @@ The largest numbers are taken over a key-value head, of finite numbers alone. Th
 |dout| · max |v_wide| · max of v_narrow + |delta|, of Euclidean lengths.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,8 +68,7 @@ class Ranges(NamedTuple):
 class Scaled(NamedTuple):
     """What a kernel takes in place of its own, with powers of two in it, and those."""
 
-    k_narrow: Tensor
-    v_narrow: Tensor
+    problem: Problem  # its narrow pair multiplied, with its biases in it
     delta: Tensor  # float32 [B, Hkv, N, G]
     lse2: Tensor  # the same
     factors: Tensor  # float32 [B, Hkv, 8]
@@ -100,7 +101,7 @@ def _raise_to(largest, place: tl.constexpr, x):
 
 @triton.jit(do_not_specialize=["wide_rows", "narrow_rows"])
 def largest_of_keys_kernel(
-    k_wide, v_wide, k_narrow, v_narrow, largest, kv_heads, wide_rows, narrow_rows,
+    k_wide, v_wide, k_narrow, v_narrow, largest, kv_heads, wide_rows, narrow_rows, k_bias, v_bias,
     stride_kw_b, stride_kw_h, stride_kw_n, stride_vw_b, stride_vw_h, stride_vw_n,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -137,8 +138,8 @@ def largest_of_keys_kernel(
     _raise_to(largest, _K_WIDE, tl.max(tl.max(_finite(k), 1), 0))
     _raise_to(largest, _V_WIDE, tl.max(tl.max(v, 1), 0))
     _raise_to(largest, _LENGTH, tl.sqrt(tl.max(tl.sum(v * v, 1), 0)))
-    _raise_to(largest, _K_NARROW, tl.max(tl.max(_finite(other_k), 1), 0))
-    _raise_to(largest, _V_NARROW, tl.max(tl.max(_finite(other_v), 1), 0))
+    _raise_to(largest, _K_NARROW, tl.max(tl.max(_finite(other_k + k_bias), 1), 0))
+    _raise_to(largest, _V_NARROW, tl.max(tl.max(_finite(other_v + v_bias), 1), 0))
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def _exponents(largest, IS_OF_KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def scaled_narrow_kernel(
-    k, v, largest, scaled_k, scaled_v, kv_heads, rows,
+    k, v, largest, scaled_k, scaled_v, kv_heads, rows, k_bias, v_bias,
     stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
     IS_OF_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -216,7 +217,7 @@ def scaled_narrow_kernel(
     )
     tl.store(
         scaled_k + ((bh * rows + row) * HEAD_DIM)[:, None] + columns[None, :],
-        (x * _power(k_exponent)).to(tl.float16),
+        ((x + k_bias) * _power(k_exponent)).to(tl.float16),
         mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip
     x = load_rows(
@@ -225,7 +226,7 @@ def scaled_narrow_kernel(
     )  # fmt: skip
     tl.store(
         scaled_v + ((bh * rows + row) * VALUE_DIM)[:, None] + value_columns[None, :],
-        (x * _power(v_exponent)).to(tl.float16),
+        ((x + v_bias) * _power(v_exponent)).to(tl.float16),
         mask=mask[:, None] & (value_columns < VALUE_DIM)[None, :],
     )  # fmt: skip
 
@@ -284,7 +285,7 @@ def ranges_of(problem: Problem, statistics: Statistics) -> Ranges:
     launch(
         largest_of_keys_kernel,
         triton.cdiv(max(wide_rows, narrow_rows), config.block_q) * batch * kv_heads,
-        *keys, largest, kv_heads, wide_rows, narrow_rows,
+        *keys, largest, kv_heads, wide_rows, narrow_rows, *problem.biases()[2:],
         *(stride for t in keys for stride in t.stride()[:3]), **sizes, config=config,
     )  # fmt: skip
     launch(
@@ -304,15 +305,17 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
         t.contiguous() for t in (statistics.delta, statistics.lse2, *ranges)
     )
     k, v = problem.k_narrow, problem.v_narrow
+    to_k, to_v = k.new_empty(k.shape), v.new_empty(v.shape)
     found = Scaled(
-        k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(delta),
+        dataclasses.replace(problem, k_narrow=to_k, v_narrow=to_v, k2_bias=0.0, v2_bias=0.0),
+        torch.empty_like(delta),
         torch.empty_like(lse2) if is_of_keys else lse2,
         delta.new_empty(batch, kv_heads, 8),
         delta.new_empty(2, *(delta.shape if not is_of_keys else (0,))),
     )  # fmt: skip
     launch(
         scaled_narrow_kernel, triton.cdiv(rows, config.block_q) * batch * kv_heads,
-        k, v, largest, found.k_narrow, found.v_narrow, kv_heads, rows,
+        k, v, largest, to_k, to_v, kv_heads, rows, *problem.biases()[2:],
         *k.stride()[:3], *v.stride()[:3], IS_OF_KEYS=is_of_keys,
         HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), config=config,

@@ -109,9 +109,11 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
 
 def why_not_half(problem: Problem) -> str | None:
     """Return what of a float16 problem cannot be scaled by powers of two, or None."""
-    if problem.q.dtype == torch.float16 and (problem.form != "trilinear" or any(problem.biases())):
-        return "in float16 for the trilinear form without biases"
-    return None
+    if problem.q.dtype != torch.float16:
+        return None
+    if problem.form != "trilinear":
+        return f"in float16 for the trilinear form alone, got {problem.form}"
+    return "a bias of the wide pair in float16" if any(problem.biases()[:2]) else None
 
 
 def _bytes_of_statistics(problem: Problem) -> int:

@@ -162,7 +162,7 @@ def test_a_measured_table_says_what_was_measured_when_and_with_what(path):
 
 def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
     table = {
-        "serves": {"dtypes": ["bfloat16"], "forms": ["trilinear"], "columns_to": 128},
+        "serves": {"precisions": [None], "forms": ["trilinear"], "columns_to": 128},
         "lines": {"forward": [{"when": {"groups": 8}, "config": {}}]},
     }
     monkeypatch.setattr(measured, "table", lambda name: table)

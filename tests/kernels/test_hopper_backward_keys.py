@@ -47,7 +47,7 @@ def _plan(workload, device=HOPPER):
         ({"dtype": torch.float32}, "for bfloat16 and float16, got torch.float32"),
         (
             {"dtype": torch.float16, "form": "strassen"},
-            "in float16 for the trilinear form without biases",
+            "in float16 for the trilinear form alone, got strassen",
         ),
         ({"form": "determinant"}, "for the forms trilinear and strassen, got determinant"),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
