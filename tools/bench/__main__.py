@@ -24,9 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simplex_ops.env import environment
+from tools.bench.anchors import copy_rate
 from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
+from tools.bench.curves import BANDWIDTH
 from tools.bench.plot import Bar, plot_rates
-from tools.workloads import WORKLOADS, Direction, useful_flops
+from tools.workloads import SWEEPS, WORKLOADS, Direction, useful_flops
 
 YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}
 # The least fraction of the yardstick's rate.
@@ -221,6 +223,9 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help="a workload's name, again for more; default: all")
     ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="N, G or w1, again for more: see tools.bench.curves")
+    ] = None,
     direction: Annotated[str, typer.Option(help="forward, backward or both")] = "both",
     fbgemm: Annotated[
         Path | None, typer.Option(help="a checkout of pytorch/FBGEMM, to run its kernels")
@@ -245,10 +250,12 @@ def main(
         raise typer.BadParameter("--device cuda: this PyTorch sees no GPU")
     if direction not in ("forward", "backward", "both"):
         raise typer.BadParameter(f"--direction is forward, backward or both, got {direction!r}")
-    rows = _rows(workload, direction, where, quick)
+    rows = _rows(workload, direction, where, quick, sweep)
     if quick:
         seconds = min(seconds, 0.3)
     facts = environment(where)
+    if sweep and where.type == "cuda":
+        facts[BANDWIDTH] = round(copy_rate(where) / 1e9)
     started = time.monotonic()
     lines: list[dict[str, object]] = []
     with Progress(
@@ -282,14 +289,19 @@ def main(
         raise typer.Exit(1)
 
 
-def _rows(names: list[str] | None, direction: str, device: torch.device, quick: bool) -> list[Row]:
+def _rows(
+    names: list[str] | None, direction: str, device: torch.device, quick: bool,
+    sweeps: list[str] | None = None,
+) -> list[Row]:  # fmt: skip
+    if unswept := sorted(set(sweeps or ()) - set(SWEEPS)):
+        raise typer.BadParameter(f"no sweep {', '.join(unswept)}; there are: {', '.join(SWEEPS)}")
     unknown = sorted(set(names or ()) - set(WORKLOADS))
     if unknown:
         known = ", ".join(WORKLOADS)
         raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are: {known}")
-    chosen = [WORKLOADS[n] for n in names] if names else [
-        w for w in WORKLOADS.values() if w.device == device.type
-    ]  # fmt: skip
+    chosen = [WORKLOADS[n] for n in names or ()]
+    chosen += [w for name in sweeps or () for w in SWEEPS[name].values()]
+    chosen = chosen or [w for w in WORKLOADS.values() if w.device == device.type]
     rows = [
         Row(w, d) for w in chosen for d in w.directions if direction in (d, "both")
     ]  # fmt: skip
