@@ -88,7 +88,7 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     # Of the window itself, however few keys there are: each row is at its place in it.
     config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
     if config is None:
-        return "for 1, 2 or 4 heads, trilinear, and a narrow window of up to 64 keys"
+        return "for 1 to 4 heads, trilinear, and a narrow window of up to 64 keys"
     if narrow_side.share_of(problem, config) is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return config

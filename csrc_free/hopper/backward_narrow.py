@@ -17,31 +17,25 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from csrc_free.device.descriptors import can_describe
-from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
-from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
+from csrc_free.hopper.attend_narrow import attend_narrow
+from csrc_free.hopper.bring_narrow import bring_narrow_rows, bring_wide_tiles
+from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
+from csrc_free.hopper.entries import power_of_two
 from csrc_free.hopper.key_plan import memory_for_parts, shares
-from csrc_free.hopper.layouts import accumulator, operand, permuted_rows, rows_of
-from csrc_free.hopper.query_items import UNIT, aligned, place, seen_only, spread, to_float32
+from csrc_free.hopper.layouts import permuted_rows
+from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
-from csrc_free.steps.parts_sum import slot_base
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
 MOST_KEYS = ROWS  # of a narrow window
-INFINITY = gl.constexpr(float("inf"))
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
@@ -81,7 +75,7 @@ def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
         return None
     for keys in (16, 32, MOST_KEYS):
         # The entries of both warpgroups are whole positions.
-        if narrow_window <= keys and 2 * (ROWS // keys) % traits.group == 0:
+        if narrow_window <= keys and 2 * (ROWS // keys) % triton.next_power_of_2(traits.group) == 0:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -98,569 +92,8 @@ def _serves(traits: Traits, device: Device) -> bool:
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
-        and traits.group in (1, 2, 4)
+        and 1 <= traits.group <= 4
     )
-
-
-@gluon.jit
-def _fetch_tiles(
-    k_wide, v_wide, k_ring, v_ring, full, empty, kv_bounds, q_start, sizes,
-    items, chunks, steps, tiles, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    """Bring the wide tiles of every step, the newest first."""
-    passed = 0
-    wide_first = gl.maximum(sizes[2], sizes[3]) - sizes[2]
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        first = item % chunks * steps
-        for tile in range(first, gl.minimum(first + steps, tiles)):
-            batch, kv_head, _, _, top, count, tails, _, _, _, _ = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
-            )  # fmt: skip
-            for t in range(count):
-                slot = passed % SLOTS
-                row = top - wide_first - (t + 1 - tails) * BLOCK_N
-                if t < tails:
-                    row = top - wide_first - (count - 1) * BLOCK_N - TAIL
-                wait_empty(empty, slot, passed // SLOTS)
-                mbarrier.expect(
-                    full.index(slot), k_wide.block_type.nbytes + v_wide.block_type.nbytes
-                )
-                at = [batch, kv_head, row, 0]
-                tma.async_copy_global_to_shared(k_wide, at, full.index(slot), k_ring.index(slot))
-                tma.async_copy_global_to_shared(v_wide, at, full.index(slot), v_ring.index(slot))
-                passed += 1
-
-
-@gluon.jit
-def _fetch_rows(
-    k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
-    kv_bounds, q_start, sizes, items, chunks, steps, tiles,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, ENTRIES: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    """Bring each warpgroup the narrow keys and values of its pairs of entries, one step ahead."""
-    n = 0
-    narrow_first = gl.maximum(sizes[2], sizes[3]) - sizes[3]
-    K_HALVES: gl.constexpr = BLOCK_D // 64
-    V_HALVES: gl.constexpr = BLOCK_DV // 64
-    PAIRS: gl.constexpr = (ENTRIES + 1) // 2
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        first = item % chunks * steps
-        for tile in range(first, gl.minimum(first + steps, tiles)):
-            batch, kv_head, _, p0, _, count, _, _, _, _, _ = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
-            )  # fmt: skip
-            if count > 0:
-                for r in gl.static_range(2):
-                    buffer = 2 * r + (n & 1)
-                    bar = rows_full.index(r)
-                    wait_empty(k_empty, buffer, n >> 1)
-                    wait_empty(v_empty, r, n)
-                    mbarrier.expect(
-                        bar,
-                        PAIRS * K_HALVES * k_narrow.block_type.nbytes
-                        + PAIRS * V_HALVES * v_narrow.block_type.nbytes,
-                    )
-                    for g in gl.static_range(PAIRS):
-                        key = p0 + (r * ENTRIES + 2 * g) // GROUP - sizes[6]
-                        for half in gl.static_range(K_HALVES):
-                            tma.async_copy_global_to_shared(
-                                k_narrow, [batch, kv_head, key - narrow_first, 64 * half], bar,
-                                k_blocks.index((buffer * K_HALVES + half) * PAIRS + g),
-                            )  # fmt: skip
-                        for half in gl.static_range(V_HALVES):
-                            tma.async_copy_global_to_shared(
-                                v_narrow, [batch, kv_head, key - narrow_first, 64 * half], bar,
-                                v_blocks.index((r * V_HALVES + half) * PAIRS + g),
-                            )  # fmt: skip
-                n += 1
-
-
-@gluon.constexpr_function
-def _loaded(rows, columns):
-    """Return the layout in which a warpgroup loads a few rows from memory."""
-    across = max(4 // rows, 1)
-    return gl.BlockedLayout([1, 2], [1, 32], [4 // across, across], [1, 0])
-
-
-@gluon.jit
-def _load_entries(
-    pointer, strides, batch, kv_head, entry, seq,
-    GROUP: gl.constexpr, ENTRIES: gl.constexpr, DIMS: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """Load the rows of q or dout from entry `entry` of a key-value head on.
-
-    Strides are in units of 8 elements: so the compiler knows that pairs of elements are aligned.
-    """
-    layout: gl.constexpr = _loaded(ENTRIES, COLUMNS)
-    entries = entry + gl.arange(0, ENTRIES, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    i = entries // GROUP
-    head = kv_head * GROUP + entries % GROUP
-    at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
-    at += i.to(gl.int64) * strides[2]
-    return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
-        mask=(i < seq)[:, None] & (columns < DIMS)[None, :], other=0.0,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _load_newest(
-    pointer, strides, batch, kv_head, row, rows,
-    PAIRS: gl.constexpr, DIMS: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """Load narrow rows row, row + 2, ...: those that a pair's second entry sees, not its first."""
-    layout: gl.constexpr = _loaded(PAIRS, COLUMNS)
-    row += 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
-    at += row.to(gl.int64) * strides[2]
-    return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
-        mask=((row >= 0) & (row < rows))[:, None] & (columns < DIMS)[None, :], other=0.0,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _by_pairs(x, ENTRIES: gl.constexpr):
-    """Return rows [64, columns] as [pairs, eights of a pair's keys, 2 entries, 8 keys, columns].
-
-    The two entries of a pair are two rows of the same thread.
-    """
-    PAIRS: gl.constexpr = ENTRIES // 2
-    return gl.reshape(x, [PAIRS, 4 // PAIRS, 2, 8, x.shape[1]])
-
-
-@gluon.jit
-def _rows_of_entries(rows, like, ENTRIES: gl.constexpr):
-    """Load the row of each entry and repeat it for its keys, in the layout of `like`."""
-    COLUMNS: gl.constexpr = like.shape[1]
-    if ENTRIES == 1:
-        found = spread(rows, like, 1, COLUMNS)
-    else:
-        x = _by_pairs(like, ENTRIES)
-        layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
-        pairs = gl.zeros([ENTRIES // 2, 2, COLUMNS], like.dtype, layout)
-        flat = gl.reshape(pairs, [ENTRIES, COLUMNS])
-        found = gl.reshape(rows.load(flat.type.layout), [ENTRIES // 2, 2, COLUMNS])
-        found = gl.convert_layout(found, layout, assert_trivial=True)
-        found = _flat(gl.expand_dims(gl.expand_dims(found, 1), 3), x, like)
-    return found
-
-
-@gluon.jit
-def _flat(found, by_pairs, like):
-    """Repeat `found` for all that it is the same of, and return it in the layout of `like`."""
-    found, _ = gl.broadcast(found, by_pairs)
-    return gl.convert_layout(gl.reshape(found, like.shape), like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _narrow_rows(
-    raw, newest, like, KEYS: gl.constexpr, ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr
-):  # fmt: skip
-    """Return the narrow row of each row, in the layout of `like`."""
-    COLUMNS: gl.constexpr = like.shape[1]
-    if ENTRIES == 1:
-        found = raw.load(like.type.layout)
-    else:
-        x = _by_pairs(like, ENTRIES)
-        PAIRS: gl.constexpr = ENTRIES // 2
-        layout: gl.constexpr = gl.SliceLayout(2, x.type.layout)
-        keys = gl.zeros([PAIRS, 4 // PAIRS, 8, COLUMNS], like.dtype, layout)
-        flat = gl.reshape(keys, [32, COLUMNS])
-        keys = gl.reshape(raw.load(flat.type.layout), [PAIRS, 4 // PAIRS, 8, COLUMNS])
-        keys = gl.convert_layout(keys, layout, assert_trivial=True)
-        found = _flat(gl.expand_dims(keys, 2), x, like)
-    if IS_SHIFTED:
-        x = _by_pairs(like, ENTRIES)
-        of_pair: gl.constexpr = gl.SliceLayout(
-            1, gl.SliceLayout(2, gl.SliceLayout(3, x.type.layout))
-        )
-        last = gl.expand_dims(gl.expand_dims(newest.load(of_pair), 1), 2)
-        last = _flat(gl.expand_dims(last, 3), x, like)
-        row = gl.arange(0, 64, layout=rows_of(like.type.layout))
-        is_last = (row % 16 == 8) & (row // 2 % KEYS < 8)
-        found = of_rows(is_last, last, found)
-    return found
-
-
-@gluon.jit
-def _virtual(
-    raw, newest, rows, seen, bias, HAS_BIAS: gl.constexpr, KEYS: gl.constexpr,
-    ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
-):  # fmt: skip
-    """Return narrow rows [64, columns] times the row of their entry; 0 where not seen."""
-    COLUMNS: gl.constexpr = raw.shape[1]
-    like = gl.zeros([64, COLUMNS], gl.bfloat16, accumulator(COLUMNS))
-    x = _narrow_rows(raw, newest, like, KEYS, ENTRIES, IS_SHIFTED)
-    y = _rows_of_entries(rows, like, ENTRIES)
-    made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
-    seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
-    return of_rows(seen, made, gl.zeros_like(made))
-
-
-@gluon.jit
-def _split_pairs(x, ENTRIES: gl.constexpr):
-    """Return the rows of the first and of the second entry of each pair, [32, columns] each."""
-    COLUMNS: gl.constexpr = x.shape[1]
-    first, second = gl.split(gl.permute(_by_pairs(x, ENTRIES), (0, 1, 3, 4, 2)))
-    return gl.reshape(first, [32, COLUMNS]), gl.reshape(second, [32, COLUMNS])
-
-
-@gluon.jit
-def _add_to_part(
-    part, base, slots, value, first_entry: gl.constexpr, GROUP: gl.constexpr, DIMS: gl.constexpr,
-    KEYS: gl.constexpr, ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
-):  # fmt: skip
-    """Add the rows of a step to a part, of which `base` is the slot of position 0's first key.
-
-    What the entries of a pair add to one key is added first; one pair comes after another.
-    """
-    if ENTRIES == 1:
-        _add_rows(part, base + first_entry // GROUP, slots, value, 0, 64, DIMS, KEYS)
-    else:
-        first, second = _split_pairs(value, ENTRIES)
-        layout: gl.constexpr = first.type.layout
-        y = gl.arange(0, 32, layout=rows_of(layout)) % KEYS
-        both = first + second
-        if IS_SHIFTED:
-            both = gl.where((y == 0)[:, None], first, both)
-        for g in gl.static_range(ENTRIES // 2):
-            to = base + (first_entry + 2 * g) // GROUP
-            _add_rows(part, to, slots, both, g * KEYS, KEYS, DIMS, KEYS)
-            if IS_SHIFTED:
-                _add_rows(part, to + KEYS, slots, second, g * KEYS, 1, DIMS, KEYS)
-            if ENTRIES > 2:
-                thread_barrier()
-
-
-@gluon.jit
-def _add_rows(
-    part, slot, slots, value, first: gl.constexpr, count: gl.constexpr, DIMS: gl.constexpr,
-    KEYS: gl.constexpr,
-):  # fmt: skip
-    """Add `count` rows from `first` on to as many slots, of which there are `slots`.
-
-    Rows of other slots are of keys that their entries do not see: they add zero, wherever they do,
-    and a mask would be a branch around every addition.
-    """
-    layout: gl.constexpr = value.type.layout
-    row = gl.arange(0, value.shape[0], layout=rows_of(layout))
-    column = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
-    slot = gl.minimum(gl.maximum(slot + row - first, 0), slots - 1)
-    to = part + (slot * DIMS)[:, None] + column[None, :]
-    if (value.shape[0] == count) and (value.shape[1] == DIMS):
-        gl.atomic_add(to, value, sem="relaxed")
-    else:
-        is_there = (row >= first) & (row < first + count)
-        gl.atomic_add(to, value, mask=is_there[:, None] & (column < DIMS)[None, :], sem="relaxed")
-
-
-@gluon.jit
-def _attend(
-    s, u, shift, row_delta, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge, use_acc,
-    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
-):  # fmt: skip
-    """Return dS [64, BLOCK_N] of a tile of wide keys and its logits s, and u, still in flight."""
-    dp = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
-    dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
-    p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
-    packed = gl.convert_layout(pack_bfloat16(p), OPERAND)
-    u = warpgroup_mma(packed, v, u, use_acc=use_acc, is_async=True)
-    dp = warpgroup_mma_wait(1, deps=(dp,))
-    return p * (dp - row_delta[:, None]), u
-
-
-@gluon.jit
-def _attend_tail(
-    t, u, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
-    TAIL: gl.constexpr, OPERAND: gl.constexpr,
-):  # fmt: skip
-    """Return the sums of dS · k and P · v over the few keys of a tail; t and u are overwritten."""
-    layout: gl.constexpr = accumulator(TAIL)
-    rows: gl.constexpr = rows_of(layout)
-    shift = gl.convert_layout(shift, rows, assert_trivial=True)
-    row_delta = gl.convert_layout(row_delta, rows, assert_trivial=True)
-    lo = gl.convert_layout(lo, rows, assert_trivial=True)
-    hi = gl.convert_layout(hi, rows, assert_trivial=True)
-    nothing = gl.zeros([64, TAIL], gl.float32, layout)
-    s = warpgroup_mma(vq, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    dp = warpgroup_mma(vdo, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
-    u = warpgroup_mma(
-        gl.convert_layout(pack_bfloat16(p), OPERAND), v, u, use_acc=False, is_async=True
-    )
-    t = warpgroup_mma(ds, k, t, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(t, u))
-
-
-@gluon.jit
-def _consume(
-    r: gl.constexpr, k_raw, v_raw, vq_tiles, vdo_tiles, q_rows, do_rows, k_newest, v_newest,
-    rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
-    q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
-    sizes, q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
-    items, chunks, steps, tiles, scale, log2_scale, k_bias, v_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
-    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, KEYS: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    """Compute every second ENTRIES entries: their dq, and what they add to the item's part."""
-    (
-        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-        q_start_default,
-    ) = sizes  # fmt: skip
-    slots, part_rows, part_shift = part_sizes
-    ENTRIES: gl.constexpr = 64 // KEYS
-    PAIRS: gl.constexpr = (ENTRIES + 1) // 2
-    # The second entry of a pair stands one position on: it sees the same keys but the first, and
-    # in its place the newest.
-    IS_SHIFTED: gl.constexpr = ENTRIES > 1 and GROUP == 1
-    of_logits: gl.constexpr = accumulator(BLOCK_N)
-    of_keys: gl.constexpr = accumulator(BLOCK_D)
-    of_operand: gl.constexpr = operand(BLOCK_D)
-    of_rows: gl.constexpr = rows_of(of_logits)
-    by_column: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
-    vq = vq_tiles.index(r)
-    vdo = vdo_tiles.index(r)
-    q_row = q_rows.index(r)
-    do_row = do_rows.index(r)
-    k_last = k_newest.index(r)
-    v_last = v_newest.index(r)
-    sums = vq_tiles._reinterpret(
-        gl.float32, [2, 32, BLOCK_D], gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-    ).index(r)
-    keys = gl.maximum(wide_rows, narrow_rows)
-    wide_first = keys - wide_rows
-    narrow_first = keys - narrow_rows
-    no_logits = gl.zeros([64, BLOCK_N], gl.float32, of_logits)
-    t = gl.zeros([64, BLOCK_D], gl.float32, of_keys)
-    u = gl.zeros([64, BLOCK_DV], gl.float32, accumulator(BLOCK_DV))
-    row = gl.arange(0, 64, layout=of_rows)
-    if ENTRIES == 1:
-        first_entry = r + row * 0
-        entry_of_row = first_entry
-        y = row
-    else:
-        among_32 = row // 16 * 8 + row % 8
-        first_entry = r * ENTRIES + among_32 // KEYS * 2
-        entry_of_row = first_entry + row // 8 % 2
-        y = among_32 % KEYS
-        if IS_SHIFTED:
-            y = gl.where((y == 0) & (entry_of_row > first_entry), KEYS, y)
-    n = 0
-    passed = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        first = item % chunks * steps
-        bh = (item // chunks).to(gl.int64)
-        is_huge = gl.load(has_huge + bh) != 0
-        batch = item // chunks // kv_heads
-        kv_head = item // chunks % kv_heads
-        entry = first * (2 * ENTRIES) + r * ENTRIES
-        start = q_start_default
-        if HAS_Q_START:
-            start = gl.load(q_start + batch)
-        newest = start - narrow_left + KEYS - narrow_first  # of entry 0
-        next_q = _load_entries(
-            q, q_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, HEAD_DIM, BLOCK_D
-        )
-        next_do = _load_entries(
-            dout, do_strides, batch, kv_head, entry, seq, GROUP, ENTRIES, VALUE_DIM, BLOCK_DV
-        )
-        if IS_SHIFTED:
-            next_k = _load_newest(
-                k_rows, k_strides, batch, kv_head, newest + entry, narrow_rows,
-                PAIRS, HEAD_DIM, BLOCK_D,
-            )  # fmt: skip
-            next_v = _load_newest(
-                v_rows, v_strides, batch, kv_head, newest + entry, narrow_rows,
-                PAIRS, VALUE_DIM, BLOCK_DV,
-            )  # fmt: skip
-        for tile in range(first, gl.minimum(first + steps, tiles)):
-            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 4,
-            )  # fmt: skip
-            entry = tile * (2 * ENTRIES) + r * ENTRIES
-            q_row.store(next_q)
-            do_row.store(next_do)
-            next_q = _load_entries(
-                q, q_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
-                GROUP, ENTRIES, HEAD_DIM, BLOCK_D,
-            )  # fmt: skip
-            next_do = _load_entries(
-                dout, do_strides, batch, kv_head, entry + 2 * ENTRIES, seq,
-                GROUP, ENTRIES, VALUE_DIM, BLOCK_DV,
-            )  # fmt: skip
-            if IS_SHIFTED:
-                k_last.store(next_k)
-                v_last.store(next_v)
-                next_k = _load_newest(
-                    k_rows, k_strides, batch, kv_head, newest + entry + 2 * ENTRIES, narrow_rows,
-                    PAIRS, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
-                next_v = _load_newest(
-                    v_rows, v_strides, batch, kv_head, newest + entry + 2 * ENTRIES, narrow_rows,
-                    PAIRS, VALUE_DIM, BLOCK_DV,
-                )  # fmt: skip
-            total = gl.zeros([32, BLOCK_D], gl.float32, by_column)
-            second_total = total
-            if count > 0:
-                i = i0 + entry_of_row // GROUP
-                position = p0 + entry_of_row // GROUP
-                lo = gl.maximum(position - wide_left, wide_first)
-                hi = gl.minimum(position + wide_right + 1, keys)
-                narrow_key = p0 + first_entry // GROUP - narrow_left + y
-                narrow_lo = gl.maximum(position - narrow_left, narrow_first)
-                narrow_hi = gl.minimum(position + narrow_right + 1, keys)
-                if HAS_BOUNDS:
-                    at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
-                    low = gl.load(at, mask=i < seq, other=0)
-                    high = gl.load(at + 1, mask=i < seq, other=0)
-                    lo = gl.maximum(lo, low)
-                    hi = gl.minimum(hi, high)
-                    narrow_lo = gl.maximum(narrow_lo, low)
-                    narrow_hi = gl.minimum(narrow_hi, high)
-                seen = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
-                at = bh * seq * GROUP + i * GROUP + entry_of_row % GROUP
-                shift = gl.load(lse2 + at, mask=seen, other=INFINITY)
-                row_delta = gl.load(delta + at, mask=seen, other=0.0)
-                buffer = 2 * r + (n & 1)
-                wait_full(rows_full, r, n)
-                vq.store(
-                    _virtual(
-                        k_raw.index(buffer), k_last, q_row, seen, k_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
-                )  # fmt: skip
-                vdo.store(
-                    _virtual(
-                        v_raw.index(r), v_last, do_row, seen, v_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
-                )  # fmt: skip
-                fence_async_shared()
-                arrive(v_empty, r)
-                wait_full(full, (passed + tails) % SLOTS, (passed + tails) // SLOTS)
-                s = warpgroup_mma(
-                    vq, k_ring.index((passed + tails) % SLOTS).permute((1, 0)), no_logits,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
-                s = warpgroup_mma_wait(0, deps=(s,))
-                if TAIL > 0:  # noqa: SIM102, the first is known at compile time
-                    if tails > 0:
-                        slot = passed % SLOTS
-                        wait_full(full, slot, passed // SLOTS)
-                        t, u = _attend_tail(
-                            t, u, shift, row_delta, vq, vdo,
-                            k_ring.index(slot).slice(0, TAIL), v_ring.index(slot).slice(0, TAIL),
-                            log2_scale, top - (count - 1) * BLOCK_N - TAIL,
-                            lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
-                        )  # fmt: skip
-                        arrive(empty, slot)
-                key = top - BLOCK_N
-                for j in range(tails, count - 1):
-                    slot = (passed + j) % SLOTS
-                    ahead = (passed + j + 1) % SLOTS
-                    ds, u = _attend(
-                        s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
-                        lo, hi, full_lo, full_hi, is_huge, j > 0, BLOCK_N, of_logits, of_operand,
-                    )  # fmt: skip
-                    packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
-                    t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=j > 0, is_async=True)
-                    wait_full(full, ahead, (passed + j + 1) // SLOTS)
-                    s = warpgroup_mma(
-                        vq, k_ring.index(ahead).permute((1, 0)), no_logits,
-                        use_acc=False, is_async=True,
-                    )  # fmt: skip
-                    t, u = warpgroup_mma_wait(1, deps=(t, u))
-                    mbarrier.arrive(empty.index(slot), count=1)
-                    s = warpgroup_mma_wait(0, deps=(s,))
-                    key -= BLOCK_N
-                slot = (passed + count - 1) % SLOTS
-                ds, u = _attend(
-                    s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
-                    lo, hi, full_lo, full_hi, is_huge, count > 1, BLOCK_N, of_logits, of_operand,
-                )  # fmt: skip
-                packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
-                t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=count > 1, is_async=True)
-                t, u = warpgroup_mma_wait(0, deps=(t, u))
-                mbarrier.arrive(empty.index(slot), count=1)
-                passed += count
-
-                narrow = _narrow_rows(
-                    k_raw.index(buffer), k_last, t.to(gl.bfloat16), KEYS, ENTRIES, IS_SHIFTED
-                )
-                narrow = to_float32(narrow)
-                if HAS_BIAS:
-                    narrow += k_bias
-                if ENTRIES == 1:
-                    pairs = gl.sum(gl.reshape(t * narrow, [4, 2, 8, BLOCK_D]), 1)
-                    sums.store(gl.reshape(pairs, [32, BLOCK_D]))
-                    total = sums.load(by_column)
-                else:
-                    one, other = _split_pairs(t * narrow, ENTRIES)
-                    sums.store(one)
-                    total = sums.load(by_column)
-                    sums.store(other)
-                    second_total = sums.load(by_column)
-                mbarrier.arrive(k_empty.index(buffer), count=1)
-
-                base = p0 - narrow_left - narrow_first
-                base -= slot_base(item % chunks, part_rows, GROUP, part_shift)
-                if PARTS_FOLLOW_QUERIES:
-                    begin = gl.minimum(gl.maximum(p0 - i0 - narrow_left, -seq), keys)
-                    base -= begin - narrow_first
-                heads = (items // chunks).to(gl.int64)
-                part = (((item % chunks) * heads + bh) * 2 + r) * slots
-                of_entry = _rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES)
-                _add_to_part(
-                    dk_parts + part * HEAD_DIM, base, slots, t * to_float32(of_entry) * scale,
-                    r * ENTRIES, GROUP, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
-                )  # fmt: skip
-                of_entry = _rows_of_entries(do_row, u.to(gl.bfloat16), ENTRIES)
-                _add_to_part(
-                    dv_parts + part * VALUE_DIM, base, slots, u * to_float32(of_entry),
-                    r * ENTRIES, GROUP, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
-                )  # fmt: skip
-                n += 1
-            to = dq + batch.to(gl.int64) * dq_strides[0]
-            _store_sums(to, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEAD_DIM, PAIRS)
-            if ENTRIES > 1:
-                _store_sums(
-                    to, second_total * scale, entry + 1, kv_head, seq, dq_strides,
-                    GROUP, HEAD_DIM, PAIRS,
-                )  # fmt: skip
-
-
-@gluon.jit
-def _store_sums(
-    to, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    PAIRS: gl.constexpr,
-):  # fmt: skip
-    """Store sums of rows [32, columns], those of every second entry from `entry` on."""
-    total = gl.sum(gl.reshape(x, [PAIRS, 32 // PAIRS, x.shape[1]]), 1)
-    layout: gl.constexpr = total.type.layout
-    entries = entry + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    at = (kv_head * GROUP + entries % GROUP).to(gl.int64) * strides[1]
-    at += (entries // GROUP).to(gl.int64) * strides[2]
-    gl.store(
-        to + at[:, None] + columns[None, :], total.to(gl.bfloat16),
-        mask=(entries // GROUP < seq)[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_NUMBERS)
@@ -686,7 +119,8 @@ def hopper_backward_narrow_kernel(
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
-    P: gl.constexpr = 2 * ENTRIES // GROUP
+    HEADS: gl.constexpr = power_of_two(GROUP)
+    P: gl.constexpr = 2 * ENTRIES // HEADS
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
     of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
@@ -738,7 +172,7 @@ def hopper_backward_narrow_kernel(
     part_sizes = (slots, part_rows, part_shift)
     gl.warp_specialize(
         [
-            (_consume, (
+            (attend_narrow, (
                 0, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
                 rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
                 q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts,
@@ -748,7 +182,7 @@ def hopper_backward_narrow_kernel(
                 GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
             )),
-            (_consume, (
+            (attend_narrow, (
                 1, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
                 rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
                 q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts,
@@ -758,11 +192,11 @@ def hopper_backward_narrow_kernel(
                 GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
             )),
-            (_fetch_tiles, (
+            (bring_wide_tiles, (
                 k_wide, v_wide, k_tiles, v_tiles, full, empty, kv_bounds, q_start, sizes,
                 items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, SLOTS, TAIL,
             )),
-            (_fetch_rows, (
+            (bring_narrow_rows, (
                 k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
                 kv_bounds, q_start, sizes, items, chunks, steps, tiles,
                 GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P, BLOCK_N, TAIL,
@@ -779,10 +213,11 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    group, entries, processors = problem.group, ROWS // config.keys, problem.device.multiprocessors
-    tiles = triton.cdiv(seq * group, 2 * entries)
+    heads, entries = triton.next_power_of_2(problem.group), ROWS // config.keys
+    processors = problem.device.multiprocessors
+    tiles = triton.cdiv(seq * heads, 2 * entries)
     steps, chunks = _division(tiles, batch * kv_heads, processors)
-    parts = parts_of_queries(problem, group, steps * 2 * entries, copies=_COPIES)
+    parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
     q, dout = aligned(problem.q), aligned(dout)
@@ -815,14 +250,15 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     None: the parts of a single head would take more than they may.
     """
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
-    entries, group, seq = ROWS // config.keys, problem.group, problem.q.shape[2]
-    tiles = triton.cdiv(seq * group, 2 * entries)
+    entries, seq = ROWS // config.keys, problem.q.shape[2]
+    per_position = triton.next_power_of_2(problem.group)
+    tiles = triton.cdiv(seq * per_position, 2 * entries)
     row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
         steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
-        span = steps * 2 * entries // group + 1 + sum(problem.narrow_reach)
+        span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
         if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
             return some_batch, some_heads
     return None

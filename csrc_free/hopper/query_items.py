@@ -94,12 +94,10 @@ def to_float32(x):
 @gluon.jit
 def spread(rows, like, P: gl.constexpr, COLUMNS: gl.constexpr):
     """Load the narrow row of each position and repeat it for its heads, in the layout of `like`."""
-    x = gl.reshape(like, [P, 64 // P, COLUMNS])
+    x = gl.reshape(like, [P, like.shape[0] // P, COLUMNS])
     found = gl.expand_dims(rows.load(gl.SliceLayout(1, x.type.layout)), 1)
     found, _ = gl.broadcast(found, x)
-    return gl.convert_layout(
-        gl.reshape(found, [64, COLUMNS]), like.type.layout, assert_trivial=True
-    )
+    return gl.convert_layout(gl.reshape(found, like.shape), like.type.layout, assert_trivial=True)
 
 
 @gluon.jit

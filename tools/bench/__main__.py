@@ -122,6 +122,7 @@ def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]
             "layout": workload.layout,
             "is_causal": workload.is_causal,
             "form": workload.form,
+            "q_scale": workload.q_scale,
             "ms": times.typical if times else None,
             "statistic": times.statistic if times else None,
             "median_ms": times.median if times else None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tools.experiments.model import Kind, Shape, trained_parameters
-from tools.experiments.train import Training, Watch, train
+from tools.experiments.train import Setting, Training
 
 SIMPLICIAL: Kind = "2-simplicial"
 
@@ -38,6 +38,10 @@ class Hops:
     def classes(self) -> int:
         return self.nodes
 
+    @property
+    def length(self) -> int:
+        return self.nodes
+
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return edges [batch, nodes, 2] and the node that each leads to [batch, nodes]."""
         size = (batch, self.nodes)
@@ -51,14 +55,6 @@ class Hops:
         for _ in range(self.hops):
             reached = follower.gather(-1, reached)
         return torch.stack((source, target), -1), reached
-
-
-@dataclass(frozen=True)
-class Setting:
-    task: Hops
-    shape: Shape
-    training: Training
-    seed: int
 
 
 def reach(layers: tuple[Kind, ...]) -> int:
@@ -76,11 +72,6 @@ def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
         for seed in range(seeds):
             for task, shape, training in rows:
                 yield part, Setting(task, shape, training, seed)
-
-
-def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, Any]:
-    _, result = train(setting.shape, setting.task, setting.training, setting.seed, device, watch)
-    return result
 
 
 def widened(shape: Shape, task: Hops) -> Shape:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]  # tokens [batch, N, fields], classes [batch, N]
-Update = Callable[[Sequence[Batch], Sequence[float]], None]
+Batches = tuple[Tensor, Tensor]  # tokens [steps, batch, N, fields], classes [steps, batch, N]
+Update = Callable[[Batches, Sequence[float]], None]
 
 
 def one_cycle(peak: float, steps: int) -> list[float]:
@@ -28,74 +28,81 @@ def one_cycle(peak: float, steps: int) -> list[float]:
     return rates
 
 
-def updates_of(model: nn.Module, example: Batch, most: int, device: torch.device) -> Update:
-    """Return a function that makes an update by AdamW for each of some batches, at given rates.
+def updates_of(model: nn.Module, runs: int, device: torch.device) -> Update:
+    """Return a function that makes updates by AdamW, one for each step of batches, at given rates.
 
-    It takes at most `most` batches at once, all of the example's shape and on the CPU. On a GPU the
-    host would take longer to launch an update's kernels than they to run, and several programs on
-    one GPU would wait for each other at every launch: so forward, backward and AdamW are captured,
-    and replayed for each batch.
+    The loss is summed over the runs that the model stacks. Batches come on the CPU, the first of
+    them the longest. On a GPU the host would take longer to launch an update's kernels than they to
+    run, and several programs on one GPU would wait for each other at every launch: so forward,
+    backward and AdamW are captured, and replayed for each step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if device.type == "cuda":
-        return _captured(model, parameters, example, most, device)
+        return _Captured(model, parameters, runs, device)
     optimizer = torch.optim.AdamW(parameters, fused=True)
 
-    def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
-        for batch, rate in zip(batches, rates, strict=True):
+    def update(batches: Batches, rates: Sequence[float]) -> None:
+        for tokens, classes, rate in zip(*batches, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
-            _set_gradients(model, *batch)
+            _set_gradients(model, tokens, classes, runs)
             optimizer.step()
 
     return update
 
 
-def _set_gradients(model: nn.Module, tokens: Tensor, classes: Tensor) -> None:
+def _set_gradients(model: nn.Module, tokens: Tensor, classes: Tensor, runs: int) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-    F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten()).backward()
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten())
+    (loss * runs).backward()
 
 
-def _captured(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    example: Batch,
-    most: int,
-    device: torch.device,
-) -> Update:
-    held = [torch.stack([part] * most).to(device) for part in example]
-    rates_held = torch.zeros(most, device=device)
-    turn = torch.zeros(1, dtype=torch.int64, device=device)
-    rate = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
+class _Captured:
+    """Updates that are captured at the first call."""
 
-    def one() -> None:
-        rate.copy_(rates_held.index_select(0, turn)[0])
-        _set_gradients(model, *(part.index_select(0, turn)[0] for part in held))
-        optimizer.step()
-        turn.add_(1)
+    def __init__(
+        self, model: nn.Module, parameters: list[nn.Parameter], runs: int, device: torch.device
+    ) -> None:
+        self.model, self.runs, self.device = model, runs, device
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rate = torch.zeros((), device=device)
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, fused=True, capturable=True)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.held: list[Tensor] = []  # tokens, classes, rates
 
-    # Kernels are compiled, libraries and moments set up before the capture, at a rate of zero.
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        for _ in range(2):
-            one()
-            turn.zero_()
-        for moments in optimizer.state.values():
-            for tensor in moments.values():
-                tensor.zero_()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        one()
-
-    def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
-        for place, parts in zip(held, zip(*batches, strict=True), strict=True):
-            place[: len(batches)].copy_(torch.stack(parts))
-        rates_held[: len(rates)].copy_(torch.tensor(rates))
-        turn.zero_()
-        for _ in batches:
+    def __call__(self, batches: Batches, rates: Sequence[float]) -> None:
+        given = [*batches, torch.tensor(rates)]
+        if self.graph is None:
+            self.held = [part.to(self.device) for part in given]
+            self.graph = self._capture()
+        for place, part in zip(self.held, given, strict=True):
+            place[: len(rates)].copy_(part)
+        self.turn.zero_()
+        graph = self.graph
+        for _ in rates:
             graph.replay()
 
-    return update
+    def _one(self) -> None:
+        tokens, classes, rate = (part.index_select(0, self.turn)[0] for part in self.held)
+        self.rate.copy_(rate)
+        _set_gradients(self.model, tokens, classes, self.runs)
+        self.optimizer.step()
+        self.turn.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Kernels are compiled, libraries and moments set up before the capture, at a rate of zero.
+        self.held[-1].zero_()
+        beside = torch.cuda.Stream(self.device)
+        beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                self._one()
+                self.turn.zero_()
+            for moments in self.optimizer.state.values():
+                for tensor in moments.values():
+                    tensor.zero_()
+        torch.cuda.current_stream(self.device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._one()
+        return graph

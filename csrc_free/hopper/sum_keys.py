@@ -1,0 +1,383 @@
+"""The two warpgroups of the key side: the sums of dS · q and P · dout, and what they add up to."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from csrc_free.device.forms import STRASSEN
+from csrc_free.hopper.assembly import opaque_zero, parts_of_rows
+from csrc_free.hopper.channels import arrive, wait_empty, wait_full
+from csrc_free.hopper.key_items import (
+    item_of,
+    known,
+    log2,
+    narrow_key,
+    places,
+    rows_of_key,
+    span_of,
+    turns_of,
+)
+from csrc_free.hopper.key_plan import KEYS, ROWS
+from csrc_free.hopper.weigh_keys import weigh
+
+_KEYS = gl.constexpr(KEYS)
+_ROWS = gl.constexpr(ROWS)
+_NONE = gl.constexpr(-(2**30))  # before every query
+
+
+@gluon.jit
+def _pass_by(step, end, rows_full, rows_empty, STAGES: gl.constexpr):
+    """Let go of the tiles of a turn that only the other warpgroup needs."""
+    for at in range(step, end):
+        wait_full(rows_full, at % STAGES, at // STAGES)
+        arrive(rows_empty, at % STAGES)
+
+
+@gluon.jit
+def _load_rows(
+    k, v, k_head, v_head, row, rows, stride_k, stride_v, columns, value_columns,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, INDEX: gl.constexpr,
+):  # fmt: skip
+    """Load a row of a head's narrow keys and values; one that is not there is never used."""
+    row = gl.minimum(gl.maximum(row, 0), rows - 1).to(INDEX)
+    return (
+        gl.load(k + (k_head + row * stride_k) + columns, mask=columns < HEAD_DIM, other=0.0),
+        gl.load(
+            v + (v_head + row * stride_v) + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+        ),
+    )
+
+
+@gluon.jit
+def _wait_for_turn(barrier, r: gl.constexpr, turn):
+    """Wait until the other warpgroup has added: 0 adds before 1, in every turn."""
+    if r == 0:
+        wait_empty(barrier, 1, turn)
+    else:
+        wait_full(barrier, 0, turn)
+
+
+@gluon.jit
+def _sum_over_keys(x, buffer, LAYOUT: gl.constexpr):
+    """Sum [64, D] over the keys: two in a thread, then 32 a column through shared memory.
+
+    No shuffles: `gl.sum` took 4% more of the whole at 64 heads to one, 12% at 8 (H100, 2026-11-25).
+    """
+    columns: gl.constexpr = x.shape[1]
+    halves = gl.sum(gl.reshape(x, [4, 2, 8, columns]), 1)
+    buffer.store(gl.reshape(halves, [32, columns]))
+    return gl.sum(buffer.load(LAYOUT), 0)
+
+
+@gluon.jit
+def _biased(tile, bias, HAS_BIAS: gl.constexpr):
+    if HAS_BIAS:
+        tile = tile.to(gl.float32) + bias
+    return tile
+
+
+@gluon.jit
+def _of_key(x, sigma, other, FORM: gl.constexpr):
+    """Return what a pair of keys adds to the gradient of one of them, of which `other` is not."""
+    return x + sigma[:, None] * other if FORM == STRASSEN else x * other
+
+
+@gluon.jit
+def sum_keys(
+    r: gl.constexpr,
+    k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
+    q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile, vk, vv, k_row, v_row,
+    dk_sums, dv_sums, rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
+    sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides,
+    scale, log2_scale,
+    k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
+    DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
+    INDEX: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup r of two: of every turn's narrow keys it takes number r."""
+    (
+        kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
+        q_start_default,
+    ) = known(sizes, IS_CAUSAL, IS_SQUARE)  # fmt: skip
+    (
+        stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
+        stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
+    ) = strides  # fmt: skip
+    of_logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
+    of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    of_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    a_of_x: gl.constexpr = gl.DotOperandLayout(0, of_x, 2)
+    a_of_y: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
+    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    one_row: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    by_columns: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
+    in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    positions: gl.constexpr = _ROWS // HEADS
+    log: gl.constexpr = log2(positions)
+
+    columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
+    value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, one_row))
+    part_columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, by_columns))
+    part_value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, by_columns))
+    dk_partials = vk._reinterpret(gl.float32, [_KEYS // 2, BLOCK_D], in_partials)
+    dv_partials = vv._reinterpret(gl.float32, [_KEYS // 2, BLOCK_DV], in_partials)
+    no_logits = gl.zeros([_KEYS, _ROWS], gl.float32, of_logits)
+    keys = gl.maximum(wide_rows, narrow_rows)
+    narrow_row_0 = keys - narrow_rows
+
+    if r == 0:
+        dk_sums.store(gl.zeros([_KEYS, BLOCK_D], gl.float32, by_rows))
+    else:
+        dv_sums.store(gl.zeros([_KEYS, BLOCK_DV], gl.float32, by_rows))
+    step = 0
+    tiles_done = 0
+    turns_done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        bh, batch, kv_head, part, split, start = item_of(
+            item, heads, splits, kv_heads, q_start, q_start_default, HAS_Q_START
+        )
+        is_huge = gl.load(has_huge + bh) != 0
+        k_head = batch.to(INDEX) * stride_kn_b + kv_head.to(INDEX) * stride_kn_h
+        v_head = batch.to(INDEX) * stride_vn_b + kv_head.to(INDEX) * stride_vn_h
+        split_offset = split.to(gl.int64) * heads * wide_rows
+        slot = (part * heads + bh) * slots - narrow_row_0 - (part * part_rows + part_shift)
+        for tile in range(
+            part * tiles_of_a_part, gl.minimum((part + 1) * tiles_of_a_part, tiles)
+        ):  # fmt: skip
+            key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = span_of(
+                tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
+                wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+            )  # fmt: skip
+            base, turns = turns_of(narrow_first, narrow_end, positions)
+            place, own_turns = places(base, turns, split, splits)
+            m = narrow_key(place, base, positions) + positions * r
+            k_next, v_next = _load_rows(
+                k_narrow, v_narrow, k_head, v_head, m - narrow_row_0, narrow_rows,
+                stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
+            )  # fmt: skip
+            wait_full(keys_full, 0, tiles_done)
+            for _turn in range(own_turns):
+                if not HAS_BOUNDS:
+                    # Made anew from the tile: kept, these numbers are spilled, and come back from
+                    # the L2 cache, since next to no L1 is left beside the shared memory.
+                    key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = span_of(
+                        tile + opaque_zero(), batch, tiles, start, spans, seq, wide_rows,
+                        narrow_rows, wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+                    )  # fmt: skip
+                    base, turns = turns_of(narrow_first, narrow_end, positions)
+                m = narrow_key(place, base, positions)
+                first, count = rows_of_key(
+                    m, query_first, query_end, start, narrow_left, narrow_right, positions
+                )
+                m += positions * r
+                see_first = m - narrow_right - start
+                see_last = m + narrow_left - start
+                # The tiles of rows that see this warpgroup's key, among those of the turn.
+                next_step = step + count
+                if r == 0:
+                    own_step = step
+                    own_end = gl.minimum(see_last + 1, query_end)
+                    own_step_end = step + ((gl.maximum(own_end - first, 0) + positions - 1) >> log)
+                else:
+                    own_first = gl.maximum(see_first, query_first)
+                    own_step = step + gl.minimum((own_first - first) >> log, count)
+                    own_step_end = next_step
+                is_narrow = (m >= narrow_first) & (m < narrow_end)
+                own_step_end = gl.where(is_narrow, own_step_end, own_step)
+                shift = first - step * positions  # of a tile's first query from its step's
+
+                place += 1
+                place = gl.where(place == turns, 0, place)
+                k_row.store(k_next[None, :])
+                v_row.store(v_next[None, :])
+                k_next, v_next = _load_rows(
+                    k_narrow, v_narrow, k_head, v_head,
+                    narrow_key(place, base, positions) + positions * r - narrow_row_0, narrow_rows,
+                    stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
+                )  # fmt: skip
+                if DO_ACCUMULATE:  # what earlier tiles of this part left there
+                    dk_before = gl.load(
+                        dk_parts + (slot + m) * HEAD_DIM + part_columns,
+                        mask=is_narrow & (part_columns < HEAD_DIM), other=0.0,
+                    )  # fmt: skip
+                    dv_before = gl.load(
+                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns,
+                        mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0,
+                    )  # fmt: skip
+                if r == 1:
+                    _pass_by(step, own_step, rows_full, rows_empty, STAGES)
+                if own_step_end > own_step:
+                    one = _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
+                    other = _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
+                    made = one + other if FORM == STRASSEN else one * other
+                    vk.store(made.to(gl.bfloat16))
+                    vv.store(
+                        (
+                            _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
+                            * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS)
+                        ).to(gl.bfloat16)
+                    )
+                    fence_async_shared()
+                    # Tiles of rows from `begin` to `last` see all of these keys, and m.
+                    begin = gl.maximum(key_first + _KEYS - 1 - wide_right - start, see_first)
+                    last = gl.minimum(key_first + wide_left - start, see_last) - positions + 1
+                    is_whole = (key_first + _KEYS <= hi) & (is_huge == 0)
+                    if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
+                        last = gl.minimum(last, query_end - positions)
+                        is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m < hi)
+                    of_keys = gl.zeros([_KEYS], gl.float32, gl.SliceLayout(1, of_logits))
+                    sigma = of_keys
+                    if FORM == STRASSEN:
+                        last = gl.minimum(last, seq - positions)
+                        one = _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS)
+                        other = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                        of_keys = gl.convert_layout(
+                            gl.sum(one * other, 1) * log2_scale, of_keys.type.layout,
+                            assert_trivial=True,
+                        )  # fmt: skip
+                        sigma = parts_of_rows(no_logits)
+                    seen = begin, gl.where(is_whole, last, _NONE)
+                    window = (
+                        key_first,
+                        keys,
+                        start,
+                        wide_left,
+                        wide_right,
+                        narrow_left,
+                        narrow_right,
+                    )
+                    x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
+                    y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
+                    now = own_step % STAGES
+                    wait_full(rows_full, now, own_step // STAGES)
+                    s = warpgroup_mma(
+                        vk, q_tiles.index(now).permute((1, 0)), no_logits,
+                        use_acc=False, is_async=True,
+                    )  # fmt: skip
+                    s = warpgroup_mma_wait(0, deps=(s,))
+                    # The last tile stands after the loop: nothing in flight may cross a loop's
+                    # edge, or ptxas waits for every product.
+                    for at in range(own_step + 1, own_step_end):
+                        ds, y, sigma = weigh(
+                            s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
+                            lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
+                            batch, seq, kv_bounds, log2_scale,
+                            FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                        )  # fmt: skip
+                        later = at % STAGES
+                        wait_full(rows_full, later, at // STAGES)
+                        x = warpgroup_mma(
+                            gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
+                        )
+                        s = warpgroup_mma(
+                            vk, q_tiles.index(later).permute((1, 0)), no_logits,
+                            use_acc=False, is_async=True,
+                        )  # fmt: skip
+                        x, y = warpgroup_mma_wait(1, deps=(x, y))
+                        mbarrier.arrive(rows_empty.index(now), count=1)
+                        s = warpgroup_mma_wait(0, deps=(s,))
+                        now = later
+                    ds, y, sigma = weigh(
+                        s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
+                        lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
+                        window, batch, seq, kv_bounds, log2_scale,
+                        FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                    )  # fmt: skip
+                    x = warpgroup_mma(
+                        gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
+                    )
+                    x, y = warpgroup_mma_wait(0, deps=(x, y))
+                    arrive(rows_empty, now)
+                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
+                    dv_row = _sum_over_keys(
+                        y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
+                        dv_partials, by_columns,
+                    )  # fmt: skip
+                    if FORM == STRASSEN:
+                        sigma = gl.convert_layout(
+                            gl.sum(sigma, 1), gl.SliceLayout(1, of_x), assert_trivial=True
+                        )
+                    dk_row = scale * _sum_over_keys(
+                        _of_key(
+                            x, sigma,
+                            _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS), FORM,
+                        ),
+                        dk_partials, by_columns,
+                    )  # fmt: skip
+                    if DO_ACCUMULATE:
+                        dv_row += dv_before
+                        dk_row += dk_before
+                    gl.store(
+                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns, dv_row,
+                        mask=part_value_columns < VALUE_DIM,
+                    )  # fmt: skip
+                    gl.store(
+                        dk_parts + (slot + m) * HEAD_DIM + part_columns, dk_row,
+                        mask=part_columns < HEAD_DIM,
+                    )  # fmt: skip
+                    # The sums of the wide pair: warpgroup 0 before 1, in every turn.
+                    _wait_for_turn(dv_turn, r, turns_done)
+                    dv_sums.store(
+                        dv_sums.load(of_y)
+                        + y * _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
+                    )
+                    arrive(dv_turn, r)
+                    _wait_for_turn(dk_turn, r, turns_done)
+                    dk_sums.store(
+                        dk_sums.load(of_x)
+                        + _of_key(
+                            x, sigma,
+                            _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS), FORM,
+                        )
+                    )  # fmt: skip
+                    arrive(dk_turn, r)
+                else:
+                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
+                    _wait_for_turn(dv_turn, r, turns_done)
+                    arrive(dv_turn, r)
+                    _wait_for_turn(dk_turn, r, turns_done)
+                    arrive(dk_turn, r)
+                turns_done += 1
+                step = next_step
+            _wait_for_turn(dv_turn, r, turns_done)
+            if r == 0:
+                _hand_over(
+                    dv_sums, dv_wide + split_offset * VALUE_DIM, batch, kv_head, tile, wide_rows,
+                    stride_dv_b, stride_dv_h, stride_dv_n, 1.0, VALUE_DIM, BLOCK_DV, by_rows,
+                )  # fmt: skip
+            arrive(dv_turn, r)
+            _wait_for_turn(dk_turn, r, turns_done)
+            if r == 1:
+                _hand_over(
+                    dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
+                    stride_dk_b, stride_dk_h, stride_dk_n, scale, HEAD_DIM, BLOCK_D, by_rows,
+                )  # fmt: skip
+            arrive(dk_turn, r)
+            turns_done += 1
+            arrive(keys_empty, 0)
+            tiles_done += 1
+
+
+@gluon.jit
+def _hand_over(
+    sums, grad, batch, kv_head, tile, rows, stride_b, stride_h, stride_n, scale,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Write a tile's sums to its gradient, and begin anew."""
+    row = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
+    grad += batch.to(gl.int64) * stride_b + kv_head.to(gl.int64) * stride_h
+    gl.store(
+        grad + (row.to(gl.int64) * stride_n)[:, None] + column[None, :],
+        (sums.load(LAYOUT) * scale).to(grad.dtype.element_ty),
+        mask=(row < rows)[:, None] & (column < HEAD_DIM)[None, :],
+    )  # fmt: skip
+    sums.store(gl.zeros([_KEYS, BLOCK_D], gl.float32, LAYOUT))
