@@ -85,10 +85,18 @@ def test_a_run_of_a_stack_ends_where_it_has_learned():
     assert results[0]["steps"] == results[0]["curve"][-1][0] < 300 == results[1]["steps"]
 
 
+class DrawnOnCpu(Hops):
+    """The same batches on every device."""
+
+    def draw(self, batch, generator):
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        return tuple(part.to(generator.device) for part in super().draw(batch, own))
+
+
 @pytest.mark.gpu
 def test_captured_updates_are_those_of_a_cpu():
     shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
-    runs = [Setting(TOY, shape, training, seed) for seed in range(3)]
+    runs = [Setting(DrawnOnCpu(2, nodes=6), shape, training, seed) for seed in range(3)]
     weights = [train(runs, device)[0].cpu().state_dict() for device in (CPU, torch.device("cuda"))]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
@@ -112,6 +120,14 @@ def test_reach_multiplies_the_power_that_each_layer_adds():
     assert hops.reach(("ordinary",) * 3) == 7
     assert hops.reach(("2-simplicial",) * 2) == 8
     assert hops.reach(("2-simplicial", "ordinary")) == 5
+
+
+@pytest.mark.parametrize(("kind", "base"), [("ordinary", 3), ("2-simplicial", 5)])
+def test_looking_both_ways_multiplies_what_is_known_in_a_row(kind, base):
+    assert [hops.reach_both_ways((kind,) * n) for n in (1, 2, 3)] == [
+        (base**n - 1) // 2 for n in (1, 2, 3)
+    ]
+    assert hops.reach_both_ways(("2-simplicial", "ordinary")) == 7
 
 
 def test_the_wider_ordinary_model_has_as_many_parameters():

@@ -32,6 +32,7 @@ def sections(name: str, found: list[Line]) -> list[str]:
     parts = []
     for place, on_device in by(found, where).items():
         parts.append(f"## {name}: {place}\n\n{dates(on_device)}\n")
+        parts.append(_used(on_device))
         rows = [_row(name, group) for group in by(on_device, without_seed).values()]
         parts.append(table(_HEADINGS, rows))
         differences = match3_differences(on_device) if name == "match3" else []
@@ -127,6 +128,17 @@ def without_seed(line: Line) -> str:
 def _without_kind(line: Line) -> str:
     shape = {k: v for k, v in _shape(line).items() if k != "layers"}
     return json.dumps([line["setting"]["task"], shape, line["setting"]["training"]])
+
+
+def _used(found: list[Line]) -> str:
+    """Say how many runs were capped, and what all took."""
+    results = [line["result"] for line in found]
+    capped = sum(not result["learned"] for result in results)
+    minutes = sum(result["seconds"] for result in results) / 60
+    return (
+        f"{len(results)} runs in {minutes:.1f} minutes; {capped} stopped at their cap. Runs that "
+        "were trained together share their time evenly.\n"
+    )
 
 
 def _of_one_device(found: list[Line]) -> list[Line]:
