@@ -1,6 +1,5 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -222,8 +221,11 @@ def test_the_committed_report_is_that_of_the_committed_lines():
 
 def test_the_map_is_drawn(tmp_path):
     cells = {(1, 1): 1.0, (1, 2): 0.3, (2, 1): 1.0, (2, 2): 0.9}
-    plots.heat_map({"ordinary": cells, "2-simplicial": cells}, tmp_path / "map.png", title="map")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for both_ways in (False, True):
+        file = tmp_path / f"{both_ways}.png"
+        arms = {"ordinary": cells, "2-simplicial": cells}
+        plots.heat_map(arms, file, title="map", both_ways=both_ways)
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_report_marks_what_refutes_the_expectation():
@@ -244,6 +246,12 @@ def test_the_report_marks_what_refutes_the_expectation():
             "device": "x", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "abc",
         },
     }  # fmt: skip
-    said = report.text({"hops": [json.loads(json.dumps(line))]})
-    assert "out of reach; refuted" in said
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted |" in said
     assert "[one seed]" in said
+    line["setting"]["shape"] |= {"layers": ["ordinary"] * 2, "heads": 4}
+    line["setting"]["task"]["hops"] = 4
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted; in reach looking back |" in said
+    assert "1 of 1 runs" in said
+    assert "0 stopped at their cap" in said
