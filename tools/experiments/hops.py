@@ -7,9 +7,9 @@ f(f(...u)), f applied k + 1 times, for each token.
 A token knows f, once applied. A head looks at one other token, or at two at once where it is
 2-simplicial, each found by a node that is known already. Looking ahead, a layer of ordinary
 attention at best doubles the power of f that a token knows, and a 2-simplicial one triples it: L
-layers reach 2^L - 1 hops or 3^L - 1 (`reach`). In a permutation some heads may look back instead.
-Then what a token knows grows at both ends, to three or five times as many nodes in a row, and L
-layers reach (3^L - 1) / 2 hops or (5^L - 1) / 2 (`reach_both_ways`).
+layers reach 2^L - 1 hops or 3^L - 1 (`reach`). Of several heads some may look back instead. Then
+what a token knows grows at both ends, to three or five times as many nodes in a row, and L layers
+reach (3^L - 1) / 2 hops or (5^L - 1) / 2 (`reach_both_ways`).
 """
 
 from collections.abc import Callable, Iterator

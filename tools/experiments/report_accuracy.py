@@ -115,11 +115,10 @@ def within_reach(line: Line) -> bool | None:
 
 def within_both_ways(line: Line) -> bool | None:
     """Say the same where heads may look back, which one head does not do beside looking ahead."""
-    shape, task = _shape(line), line["setting"]["task"]
-    within = within_reach(line)
-    if within is None or task["graph"] != "permutation" or shape["heads"] == 1:
+    shape, within = _shape(line), within_reach(line)
+    if within is None or shape["heads"] == 1:
         return within
-    return task["hops"] <= hops.reach_both_ways(tuple(shape["layers"]))
+    return line["setting"]["task"]["hops"] <= hops.reach_both_ways(tuple(shape["layers"]))
 
 
 def beyond_ordinary(line: Line) -> bool:
