@@ -30,8 +30,8 @@ with the exact 95% interval of that probability; the others stopped at their cap
 "ordinary" layer is a 2-simplicial one with k2 and v2 frozen at zero: ordinary attention.
 """
 _BOTH_WAYS = (
-    "hops: nor, with several heads, more than (3^L − 1)/2, or (5^L − 1)/2 (said after the row above "
-    "was refuted)"
+    "hops: nor, with several heads, more than (3^L − 1)/2, or (5^L − 1)/2 "
+    "(said after the row above was refuted)"
 )
 _SUMMARY = ("device", "expected", "came")
 
