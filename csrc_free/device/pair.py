@@ -8,9 +8,10 @@ Dv]; `first` is the key position of row 0. A problem's constants go together too
 
     form   (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims   (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV): columns of keys and values, and of their tiles
+    dot    (DOT_DTYPE, PRECISION): how matrix products round, as `device.products` takes it
 
 Triton makes a number of every constant that is assigned without saying `tl.constexpr`, or returned:
-so a kernel makes these two itself, and who takes one names each field that it uses.
+so a kernel makes these itself, and who takes one names each field that it uses.
 """
 
 import triton
@@ -48,35 +49,69 @@ def pair_of(k, v, batch, kv_head, first, row_count, DESCRIPTORS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(pair, j, keys, dims: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Load a tile [keys, BLOCK_D] of the keys from position j on; 0 past the last.
+def load_keys(
+    pair, j, keys, dims: tl.constexpr, dot: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
+    """Load a tile [keys, BLOCK_D] of the keys from position j on, as an operand; 0 past the last.
 
-    `keys` counts 0, 1, .. in the type of indices. float16 comes back as float32, as in `load_rows`.
+    `keys` counts 0, 1, .. in the type of indices.
     """
     k, _v, stride, _stride_v, _k_bias, _v_bias, batch, kv_head, first, row_count = pair
     HEAD_DIM: tl.constexpr = dims[0]
     BLOCK_D: tl.constexpr = dims[2]
-    return _load_tile(
-        k, stride, batch, kv_head, j - first, row_count, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS
+    return _load_operand(
+        k, stride, batch, kv_head, j - first, row_count, keys, dot, HEAD_DIM, BLOCK_D, DESCRIPTORS
     )
 
 
 @triton.jit
-def load_values(pair, j, keys, dims: tl.constexpr, DESCRIPTORS: tl.constexpr):
+def load_values(
+    pair, j, keys, dims: tl.constexpr, dot: tl.constexpr, DESCRIPTORS: tl.constexpr
+):  # fmt: skip
     """Load a tile [keys, BLOCK_DV] of the values, as `load_keys` does."""
     _k, v, _stride_k, stride, _k_bias, _v_bias, batch, kv_head, first, row_count = pair
     VALUE_DIM: tl.constexpr = dims[1]
     BLOCK_DV: tl.constexpr = dims[3]
-    return _load_tile(
-        v, stride, batch, kv_head, j - first, row_count, keys, VALUE_DIM, BLOCK_DV, DESCRIPTORS
+    return _load_operand(
+        v, stride, batch, kv_head, j - first, row_count, keys, dot, VALUE_DIM, BLOCK_DV, DESCRIPTORS
     )
 
 
 @triton.jit
-def _load_tile(
-    source, stride, batch, kv_head, row, row_count, keys,
+def _load_operand(
+    source, stride, batch, kv_head, row, row_count, keys, dot: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
+    """Load a tile from `row` on; in parts, each from its own row_count rows of the tensor."""
+    DOT_DTYPE: tl.constexpr = dot[0]
+    PRECISION: tl.constexpr = dot[1]
+    left = row_count - row
+    if PRECISION == "bf16x6":
+        first = _load_tile(
+            source, stride, batch, kv_head, row, left, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS
+        )
+        second = _load_tile(
+            source, stride, batch, kv_head, row + row_count, left, keys, HEAD_DIM, BLOCK_D,
+            DESCRIPTORS,
+        )  # fmt: skip
+        third = _load_tile(
+            source, stride, batch, kv_head, row + 2 * row_count, left, keys, HEAD_DIM, BLOCK_D,
+            DESCRIPTORS,
+        )  # fmt: skip
+        x = (first, second, third)
+    else:
+        x = _load_tile(
+            source, stride, batch, kv_head, row, left, keys, HEAD_DIM, BLOCK_D, DESCRIPTORS
+        ).to(DOT_DTYPE)
+    return x
+
+
+@triton.jit
+def _load_tile(
+    source, stride, batch, kv_head, row, left, keys,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of which `left` rows are there; a descriptor sees to that where all is."""
     if DESCRIPTORS:
         x = load_described(source, batch, kv_head, row, 0, keys.shape[0], BLOCK_D)
         if x.dtype == tl.float16:
@@ -84,7 +119,7 @@ def _load_tile(
     else:
         x = load_rows(
             source + row.to(tl.int64) * stride, keys, stride, tl.arange(0, BLOCK_D),
-            row + keys < row_count, HEAD_DIM,
+            keys < left, HEAD_DIM,
         )  # fmt: skip
     return x
 

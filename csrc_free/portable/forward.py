@@ -22,6 +22,7 @@ from csrc_free.device.pair import (
     load_values,
     pairs_of,
 )
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     head_offs,
     heads_of,
@@ -35,6 +36,7 @@ from csrc_free.device.tiles import (
 )
 from csrc_free.launch import is_small, launch
 from csrc_free.portable.shared_memory import forward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -92,8 +94,8 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
 
 @triton.jit
 def _attend(
-    vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims: tl.constexpr,
-    IS_SETTLED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
+    dims: tl.constexpr, dot: tl.constexpr, IS_SETTLED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Attend from one tile of virtual queries to the wide window; `keys` counts a tile's keys.
 
@@ -102,15 +104,17 @@ def _attend(
     """
     lo, hi, first, last, full_lo, full_hi = sight
     BLOCK_DV: tl.constexpr = dims[3]
-    M: tl.constexpr = vq.shape[0]
+    DOT_DTYPE: tl.constexpr = dot[0]
+    PRECISION: tl.constexpr = dot[1]
+    M: tl.constexpr = row_constant.shape[0]
     BLOCK_N: tl.constexpr = keys.shape[0]
     t = tl.zeros([M, BLOCK_DV], tl.float32)
     total = tl.zeros([M], tl.float32)
     totals = tl.zeros([M, 4], tl.float32)
     shift = tl.where(sees_key, top - row_constant, float("inf"))
     for j in range(first, last, BLOCK_N):
-        k = load_keys(wide, j, keys, dims, DESCRIPTORS)
-        s = tl.dot(vq, tl.trans(k.to(vq.dtype)), input_precision=PRECISION)
+        k = load_keys(wide, j, keys, dims, dot, DESCRIPTORS)
+        s = product(vq, transposed(k, PRECISION), None, PRECISION)
         if IS_SETTLED:
             p = tl.exp2(s * log2_scale - shift[:, None])
             if (j < full_lo) | (j + BLOCK_N > full_hi):
@@ -131,15 +135,15 @@ def _attend(
             total = total * decay
             top = new_top
             total += tl.sum(p, 1)
-        v = load_values(wide, j, keys, dims, DESCRIPTORS)
-        t = tl.dot(p.to(vq.dtype), v.to(vq.dtype), t, input_precision=PRECISION)
+        v = load_values(wide, j, keys, dims, dot, DESCRIPTORS)
+        t = product(operand(p, DOT_DTYPE, PRECISION), v, t, PRECISION)
     return t, total + tl.sum(totals, 1), top
 
 
 @triton.jit
 def _virtual_queries(
     q, query_offs, mask, narrow, wide, key_row, sees_key, log2_scale,
-    form: tl.constexpr, dims: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
     """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
     k_wide_bias, _v_wide_bias = biases_of(wide)
@@ -157,7 +161,7 @@ def _virtual_queries(
         row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
     if HAS_WIDE_BIAS:
         row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-    return vq.to(DOT_DTYPE), row_constant
+    return operand(vq, dot[0], dot[1]), row_constant
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -187,6 +191,7 @@ def forward_kernel(
     M: tl.constexpr = BLOCK_Q * REPLICAS
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
@@ -222,7 +227,7 @@ def forward_kernel(
     # shared memory, one made in the same iteration is reloaded into registers for every product.
     vq, row_constant = _virtual_queries(
         q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
-        dims, DOT_DTYPE,
+        dims, dot,
     )  # fmt: skip
     # The maximum is nearly always settled by the first offset; checked, never assumed.
     is_settled = False
@@ -232,15 +237,15 @@ def forward_kernel(
         new_total = total
         if is_settled:
             t, new_total, _top = _attend(
-                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims,
-                True, PRECISION, DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims, dot,
+                True, DESCRIPTORS,
             )  # fmt: skip
             # Also false where a row saw nothing before: its exponentials are then infinite.
             is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
         if not is_settled:
             t, new_total, new_top = _attend(
-                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims,
-                False, PRECISION, DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims, dot,
+                False, DESCRIPTORS,
             )  # fmt: skip
             decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
             acc *= decay[:, None]
@@ -260,7 +265,7 @@ def forward_kernel(
         sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, row_constant = _virtual_queries(
             q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
-            dims, DOT_DTYPE,
+            dims, dot,
         )  # fmt: skip
 
     if REPLICAS > 1:
@@ -284,6 +289,7 @@ def forward_kernel(
 def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
     config = choose(problem.traits(), problem.device)
+    problem = with_wide_parts(problem)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
     batch, kv_heads = problem.k_wide.shape[:2]
     programs = triton.cdiv(out.shape[2] * problem.group, config.block_q) * batch * kv_heads

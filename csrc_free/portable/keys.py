@@ -32,6 +32,7 @@ from csrc_free.portable.rows import (
     virtual_rows,
 )
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_queries
@@ -109,6 +110,7 @@ def backward_keys_kernel(
     """
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
     part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
@@ -154,12 +156,12 @@ def backward_keys_kernel(
         sees_key = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
             queries, stats, narrow, wide, same + key_first - narrow_first,
-            same + key_first < key_end, sees_key, log2_scale, form, dims, DOT_DTYPE,
+            same + key_first < key_end, sees_key, log2_scale, form, dims, dot,
         )  # fmt: skip
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
                 (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale, form, dims,
-                True, True, PRECISION, TILE_STAGES, DESCRIPTORS,
+                dot, True, True, TILE_STAGES, DESCRIPTORS,
             )  # fmt: skip
             k, k_prev = load_narrow_keys(narrow, same + key - narrow_first, same == 0, form, dims)
             acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
@@ -183,7 +185,7 @@ def backward_keys_kernel(
             sees_key = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
             vq, vdo, shift, row_dp = virtual_rows(
                 queries, stats, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
-                sees_key, log2_scale, form, dims, DOT_DTYPE,
+                sees_key, log2_scale, form, dims, dot,
             )  # fmt: skip
         dq_rows, dq_offs = rows_in(dq_heads, rows)
         store_rows(dq_rows, dq_offs, acc, mask, HEAD_DIM)
@@ -201,6 +203,7 @@ def write_query_and_narrow(
         tiles_of_a_part *= 2
         parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
     tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    problem = with_wide_parts(problem)
     launch_backward(
         backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
         problem, statistics,

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.pair import biases_of, load_wide, pairs_of
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import heads_of, key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of
@@ -127,12 +128,14 @@ def _wide_tile(
 
 @triton.jit
 def _virtual_keys(
-    wide, narrow, row, key_mask, narrow_row, has_key, dims: tl.constexpr, DOT_DTYPE: tl.constexpr
+    wide, narrow, row, key_mask, narrow_row, has_key, dims: tl.constexpr, dot: tl.constexpr
 ):  # fmt: skip
     """Return k_j ∘ k_m [BLOCK_N, BLOCK_D] and v_j ∘ v_m [BLOCK_N, BLOCK_DV]."""
     k, v = _wide_tile(wide, row, key_mask, dims)
     k_row, v_row = _narrow_key(narrow, narrow_row, has_key, dims)
-    return (k * k_row[None, :]).to(DOT_DTYPE), (v * v_row[None, :]).to(DOT_DTYPE)
+    vk = operand(k * k_row[None, :], dot[0], dot[1])
+    vv = operand(v * v_row[None, :], dot[0], dot[1])
+    return vk, vv
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -166,6 +169,7 @@ def backward_pairs_kernel(
     """
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     shares = tl.cdiv(wide_rows, BLOCK_N) * SPLITS
     share, bh, batch, kv_head = place(shares, kv_heads, IS_SMALL_GRID, False)
     tile = share // SPLITS
@@ -219,9 +223,7 @@ def backward_pairs_kernel(
     # queries, meet them at the same time, and read them from the cache.
     shift = count - m_first % tl.maximum(count, 1)
     m = m_first + shift % tl.maximum(count, 1)
-    vk, vv = _virtual_keys(
-        wide, narrow, keys, key_mask, m - narrow_first, count > 0, dims, DOT_DTYPE
-    )
+    vk, vv = _virtual_keys(wide, narrow, keys, key_mask, m - narrow_first, count > 0, dims, dot)
     for turn in range(count):
         flat_first = tl.maximum(query_first, m - narrow_end + 1) * GROUP
         flat_end = tl.minimum(query_end, m - narrow_begin + 1) * GROUP
@@ -246,10 +248,10 @@ def backward_pairs_kernel(
                 query, _query_prev = load_queries(queries, form, dims)
                 do = load_dout(queries, dims)
                 row_lse2, row_delta = load_stats(lse2, delta, bh * seq * GROUP + row, mask)
-            query = query.to(DOT_DTYPE)
-            do = do.to(DOT_DTYPE)
-            s = tl.dot(vk, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            dp = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
+            query = operand(query, DOT_DTYPE, PRECISION)
+            do = operand(do, DOT_DTYPE, PRECISION)
+            s = product(vk, transposed(query, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
+            dp = product(vv, transposed(do, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - row_lse2[None, :])
             # Scalars where they decide: a reduction over rows would cost a barrier an iteration.
             last_flat = tl.minimum(flat + BLOCK_Q, flat_end) - 1
@@ -267,9 +269,9 @@ def backward_pairs_kernel(
                 key = (key_first + keys)[:, None]
                 visible = (key >= lo[None, :]) & (key < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            y = tl.dot(p.to(DOT_DTYPE), do, y, input_precision=PRECISION)
+            y = product(operand(p, DOT_DTYPE, PRECISION), do, y, PRECISION)
             ds = p * (dp - row_delta[None, :])
-            x = tl.dot(ds.to(DOT_DTYPE), query, x, input_precision=PRECISION)
+            x = product(operand(ds, DOT_DTYPE, PRECISION), query, x, PRECISION)
 
         k, v = _wide_tile(wide, keys, key_mask, dims)
         k_row, v_row = _narrow_key(narrow, m - narrow_first, True, dims)
@@ -287,9 +289,7 @@ def backward_pairs_kernel(
         # The next turn may load the sums in another layout: by other threads than stored them.
         tl.debug_barrier()
         m = m_first + (turn + 1 + shift) % count
-        vk, vv = _virtual_keys(
-            wide, narrow, keys, key_mask, m - narrow_first, True, dims, DOT_DTYPE
-        )
+        vk, vv = _virtual_keys(wide, narrow, keys, key_mask, m - narrow_first, True, dims, dot)
 
 
 def write_pairs(

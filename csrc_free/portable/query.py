@@ -36,6 +36,7 @@ from csrc_free.portable.rows import (
     virtual_rows,
 )
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
@@ -140,6 +141,7 @@ def backward_query_kernel(
     M: tl.constexpr = BLOCK_Q * REPLICAS
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
@@ -179,12 +181,12 @@ def backward_query_kernel(
     # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
     vq, vdo, shift, row_dp = virtual_rows(
         queries, stats, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
-        form, dims, DOT_DTYPE,
+        form, dims, dot,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
             (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale, form, dims,
-            NEEDS_DQ | FILLS_DK, FILLS_DV, PRECISION, TILE_STAGES, DESCRIPTORS,
+            dot, NEEDS_DQ | FILLS_DK, FILLS_DV, TILE_STAGES, DESCRIPTORS,
         )  # fmt: skip
         if NEEDS_DQ:
             k, k_prev = load_narrow_keys(narrow, key - narrow_first, sees_key, form, dims)
@@ -214,7 +216,7 @@ def backward_query_kernel(
         sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
             queries, stats, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
-            form, dims, DOT_DTYPE,
+            form, dims, dot,
         )  # fmt: skip
 
     if NEEDS_DQ:
@@ -229,6 +231,7 @@ def backward_query_kernel(
 
 def write_query(problem: Problem, statistics: Statistics, config: Config, dq: Tensor) -> None:
     """Write dq alone."""
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, None, NEEDS_DQ=True, FILLS_DK=False, FILLS_DV=False)
 
 
@@ -239,6 +242,7 @@ def write_query_and_narrow(
     parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
     if parts is None:
         return False
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=True, FILLS_DK=True, FILLS_DV=False)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=False, FILLS_DK=False, FILLS_DV=True)
     sum_parts(parts, narrow, problem)

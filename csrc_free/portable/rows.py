@@ -19,6 +19,7 @@ from csrc_free.device.pair import (
     load_narrow_values,
     load_values,
 )
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import rows_in
 
 
@@ -75,7 +76,7 @@ def row_constants(query, k, vq, vdo, shift, row_dp, wide, log2_scale, form: tl.c
 @triton.jit
 def virtual_rows(
     queries, stats, narrow, wide, key_row, key_mask, sees_key, log2_scale,
-    form: tl.constexpr, dims: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
     """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
     lse2, delta = stats
@@ -92,14 +93,17 @@ def virtual_rows(
     shift, row_dp = row_constants(
         query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale, form
     )
-    return vq.to(DOT_DTYPE), vdo.to(DOT_DTYPE), shift, row_dp
+    vq = operand(vq, dot[0], dot[1])
+    vdo = operand(vdo, dot[0], dot[1])
+    return vq, vdo, shift, row_dp
 
 
 @triton.jit
 def attend_backward(
-    virtual, sight, wide, keys, is_huge, scale, log2_scale, form: tl.constexpr, dims: tl.constexpr,
+    virtual, sight, wide, keys, is_huge, scale, log2_scale,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
     NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
 
@@ -112,26 +116,31 @@ def attend_backward(
     FORM: tl.constexpr = form[0]
     HAS_WIDE_BIAS: tl.constexpr = form[2]
     NEEDS_SUMS: tl.constexpr = (FORM == STRASSEN) | HAS_WIDE_BIAS
+    BLOCK_D: tl.constexpr = dims[2]
+    BLOCK_DV: tl.constexpr = dims[3]
+    DOT_DTYPE: tl.constexpr = dot[0]
+    PRECISION: tl.constexpr = dot[1]
     BLOCK_N: tl.constexpr = keys.shape[0]
-    dvq = tl.zeros(vq.shape, tl.float32)
-    t = tl.zeros(vdo.shape, tl.float32)
-    sigma = tl.zeros([vq.shape[0]], tl.float32)
-    mass = tl.zeros([vq.shape[0]], tl.float32)
+    M: tl.constexpr = shift.shape[0]
+    dvq = tl.zeros([M, BLOCK_D], tl.float32)
+    t = tl.zeros([M, BLOCK_DV], tl.float32)
+    sigma = tl.zeros([M], tl.float32)
+    mass = tl.zeros([M], tl.float32)
     for j in tl.range(first, last, BLOCK_N, num_stages=TILE_STAGES):
-        k = load_keys(wide, j, keys, dims, DESCRIPTORS).to(vq.dtype)
-        s = tl.dot(vq, tl.trans(k), input_precision=PRECISION)
-        v = load_values(wide, j, keys, dims, DESCRIPTORS).to(vdo.dtype)
+        k = load_keys(wide, j, keys, dims, dot, DESCRIPTORS)
+        s = product(vq, transposed(k, PRECISION), None, PRECISION)
+        v = load_values(wide, j, keys, dims, dot, DESCRIPTORS)
         if NEEDS_DVQ:
-            dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
+            dp = product(vdo, transposed(v, PRECISION), None, PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
         if (j < full_lo) | (j + BLOCK_N > full_hi) | is_huge:
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
             p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
         if NEEDS_T:
-            t = tl.dot(p.to(v.dtype), v, t, input_precision=PRECISION)
+            t = product(operand(p, DOT_DTYPE, PRECISION), v, t, PRECISION)
         if NEEDS_DVQ:
             ds = p * (dp + row_dp[:, None])
-            dvq = tl.dot(ds.to(k.dtype), k, dvq, input_precision=PRECISION)
+            dvq = product(operand(ds, DOT_DTYPE, PRECISION), k, dvq, PRECISION)
             if NEEDS_SUMS:
                 sigma += tl.sum(ds, 1)
         if NEEDS_SUMS:

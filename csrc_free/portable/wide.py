@@ -9,6 +9,7 @@ import triton.language as tl
 from csrc_free import measured
 from csrc_free.device.forms import store_rows, virtual_query
 from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_wide, pairs_of
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     heads_of,
     look,
@@ -117,8 +118,8 @@ def backward_wide_kernel(
     key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
     # Unbiased: a wide pair's biases are row constants.
     k, v = load_wide(wide, wide_row, key_mask, dims)
-    k = k.to(DOT_DTYPE)
-    v = v.to(DOT_DTYPE)
+    k = operand(k, DOT_DTYPE, PRECISION)
+    v = operand(v, DOT_DTYPE, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -151,24 +152,25 @@ def backward_wide_kernel(
                 query, kn, vq, vdo, tl.where(sees_key, row_lse2, float("inf")), -row_delta,
                 wide, log2_scale, form,
             )  # fmt: skip
-            vq = vq.to(DOT_DTYPE)
-            vdo = vdo.to(DOT_DTYPE)
-            s = tl.dot(k, tl.trans(vq), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            dp = tl.dot(v, tl.trans(vdo), input_precision=PRECISION)
+            vq = operand(vq, DOT_DTYPE, PRECISION)
+            vdo = operand(vdo, DOT_DTYPE, PRECISION)
+            s = product(k, transposed(vq, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
+            dp = product(v, transposed(vdo, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - shift[None, :])
             if is_partial:
                 visible = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            if PRECISION == "ieee":
+            ds = p * (dp + row_dp[None, :])
+            p = operand(p, DOT_DTYPE, PRECISION)
+            ds = operand(ds, DOT_DTYPE, PRECISION)
+            if PRECISION == "ieee" or PRECISION == "bf16x6":
                 # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
                 # would lose what float32 is asked for. The mask keeps the additions apart.
-                dv += tl.where(key_mask[:, None], tl.dot(p, vdo, input_precision=PRECISION), 0.0)
-                ds = p * (dp + row_dp[None, :])
-                dk += tl.where(key_mask[:, None], tl.dot(ds, vq, input_precision=PRECISION), 0.0)
+                dv += tl.where(key_mask[:, None], product(p, vdo, None, PRECISION), 0.0)
+                dk += tl.where(key_mask[:, None], product(ds, vq, None, PRECISION), 0.0)
             else:
-                dv = tl.dot(p.to(DOT_DTYPE), vdo, dv, input_precision=PRECISION)
-                ds = p * (dp + row_dp[None, :])
-                dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
+                dv = product(p, vdo, dv, PRECISION)
+                dk = product(ds, vq, dk, PRECISION)
 
     dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
     store_rows(dk_wide, dk_offs, dk * scale, key_mask, HEAD_DIM)
