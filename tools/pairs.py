@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from simplex_ops import AttendedPairs, attended_pairs
 from tools.experiments.hops import SIMPLICIAL, Hops
 from tools.experiments.model import Shape
-from tools.experiments.train import Training, train
+from tools.experiments.train import Setting, Training, train
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def main(
             said = f"training, accuracy {accuracy:.3f}"
             progress.update(bar, completed=step, description=said)
 
-        model, result = train(shape, task, Training(steps), seed, torch.device(device), watch)
+        run = Setting(task, shape, Training(steps), seed)
+        model, (result,) = train([run], torch.device(device), watch)
     console.print(f"accuracy {result['accuracy']:.3f} after {result['steps']} steps")
     edges = edges_in_order(task, torch.Generator().manual_seed(seed))
     labels = [f"{a}→{b}" for a, b in edges[0].tolist()]

@@ -36,6 +36,7 @@ class Workload:
     value_dim: int | None = None  # None is head_dim
     is_causal: bool = True
     form: str = "trilinear"
+    q_scale: float = 1.0  # multiplies q, and so the logits, whose deviation is else 1
     layout: Literal["bnhd", "bhnd"] = "bnhd"
     directions: tuple[Direction, ...] = BOTH
     device: Literal["cuda", "cpu"] = "cuda"  # where a bench times it by default
@@ -85,13 +86,15 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(workload: Workload, device: str | torch.device, seed: int = 0) -> Inputs:
-    """Draw normal inputs for `workload` on `device`, in its memory order."""
+    """Draw normal inputs for `workload` on `device`, q times its scale, in its memory order."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=workload.dtype)
 
-    return _inputs_by(draw, workload)
+    inputs = _inputs_by(draw, workload)
+    inputs.q.mul_(workload.q_scale)
+    return inputs
 
 
 def meta_inputs(workload: Workload) -> Inputs:
@@ -174,6 +177,11 @@ WORKLOADS = _by_name([
     Workload("mqa-32x512", 4, 64, 1, 4096, 128, 32, 512),
     Workload("mqa-d64", 4, 64, 1, 4096, 64, 512, 32),
     Workload("mqa-fp16", 4, 64, 1, 4096, 128, 512, 32, dtype=torch.float16),
+    # And of scores that raise a row's maximum now and again.
+    Workload("mqa-x100", 4, 64, 1, 4096, 128, 512, 32, q_scale=100.0),
+    Workload("mqa-x1000", 4, 64, 1, 4096, 128, 512, 32, q_scale=1000.0),
+    Workload("gqa8-x100", 4, 64, 8, 4096, 128, 512, 32, q_scale=100.0, directions=("forward",)),
+    Workload("gqa8-x1000", 4, 64, 8, 4096, 128, 512, 32, q_scale=1000.0, directions=("forward",)),
     Workload("mha", 1, 8, 8, 2048, 128, 512, 32),
     Workload("mha-d64", 1, 8, 8, 2048, 64, 512, 32),  # all that `simplicial-attention` can run
     Workload("gqa4-d64", 2, 32, 8, 4096, 64, 512, 32),
@@ -200,3 +208,20 @@ WORKLOADS = _by_name([
     # Small enough for the reference, which stores every [N, M, M] logit (4 MB here).
     Workload("cpu-short", 1, 4, 2, 64, 64, 32, 8, dtype=torch.float32, device="cpu"),
 ])  # fmt: skip
+
+_LENGTHS = (1024, 4096, 16384, 65536, 131072)
+# Figures of one size against another: what a plot shows, and too much for every bench.
+SWEEPS: dict[str, dict[int, Workload]] = {
+    # As many positions in all.
+    "N": {
+        n: Workload(f"sweep-n{n}", _LENGTHS[-1] // n, 8, 1, n, 128, 512, 32) for n in _LENGTHS
+    },
+    "G": {
+        g: Workload(f"sweep-g{g}", 1, 64, 64 // g, 4096, 128, 512, 32)
+        for g in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "w1": {
+        w1: Workload(f"sweep-w{w1}", 1, 64, 1, 4096, 128, w1, 32)
+        for w1 in (64, 128, 256, 512, 1024, 2048)
+    },
+}  # fmt: skip

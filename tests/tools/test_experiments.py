@@ -1,6 +1,5 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from tools.experiments import __main__ as command
 from tools.experiments import cost, hops, intervals, lines, match3, plots, report, updates
 from tools.experiments.hops import Hops
 from tools.experiments.model import Model, Shape, trained_parameters
-from tools.experiments.train import Training, train
+from tools.experiments.train import Setting, Training, train
 
 CPU = torch.device("cpu")
 TOY = Hops(2, nodes=6)
@@ -41,7 +40,7 @@ def test_training_from_the_frozen_zero_start_is_training_ordinary_attention():
     training = Training(steps=30, batch=16, evaluate_every=10)
     weights = {}
     for kind in ("ordinary", "frozen"):
-        model, _ = train(Shape((kind,), 16), TOY, training, 0, CPU)
+        model, _ = train([Setting(TOY, Shape((kind,), 16), training, 0)], CPU)
         weights[kind] = model.state_dict()
         assert not weights[kind]["blocks.0.attention.k2_proj.weight"].any()
     torch.testing.assert_close(weights["frozen"], weights["ordinary"], rtol=1e-4, atol=1e-5)
@@ -58,18 +57,52 @@ def test_the_rate_is_one_cycle(steps):
             schedule.step()
 
 
+@pytest.mark.parametrize("kind", ["ordinary", "2-simplicial"])
+def test_runs_of_a_stack_train_as_they_would_alone(kind):
+    training = Training(30, batch=16, evaluate_every=10)
+    shape = Shape((kind, "2-simplicial"), 16, 2)
+    settings = [Setting(Hops(n, nodes=6), shape, training, seed) for n, seed in ((2, 0), (3, 1))]
+    together, results = train(settings, CPU)
+    for n, setting in enumerate(settings):
+        alone, (result,) = train([setting], CPU)
+        for name, weight in alone.state_dict().items():
+            in_stack = together.state_dict()[name][n]
+            torch.testing.assert_close(in_stack, weight, rtol=1e-3, atol=1e-4)
+        assert results[n]["parameters"] == trained_parameters(shape, (6, 6), 6)
+        assert results[n]["accuracy"] == pytest.approx(result["accuracy"], abs=0.01)
+
+
+def test_a_run_of_a_stack_ends_where_it_has_learned():
+    shape, training = (
+        Shape(("ordinary",), 16),
+        Training(300, batch=32, learning_rate=1e-2, evaluate_every=25),
+    )
+    settings = [Setting(Hops(hops, nodes=4), shape, training, 0) for hops in (1, 2)]
+    _, results = train(settings, CPU)
+    assert [result["learned"] for result in results] == [True, False]
+    assert all(accuracy >= 0.99 for _, accuracy in results[0]["curve"][-3:])
+    assert results[0]["steps"] == results[0]["curve"][-1][0] < 300 == results[1]["steps"]
+
+
+class DrawnOnCpu(Hops):
+    """The same batches on every device."""
+
+    def draw(self, batch, generator):
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        return tuple(part.to(generator.device) for part in super().draw(batch, own))
+
+
 @pytest.mark.gpu
 def test_captured_updates_are_those_of_a_cpu():
     shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
-    weights = [
-        train(shape, TOY, training, 0, device)[0].cpu().state_dict()
-        for device in (CPU, torch.device("cuda"))
-    ]
+    runs = [Setting(DrawnOnCpu(2, nodes=6), shape, training, seed) for seed in range(3)]
+    weights = [train(runs, device)[0].cpu().state_dict() for device in (CPU, torch.device("cuda"))]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
 
 def test_a_2_simplicial_layer_leaves_the_zero_start():
-    model, _ = train(Shape(("2-simplicial",), 16), TOY, Training(5, batch=8), 0, CPU)
+    shape = Shape(("2-simplicial",), 16)
+    model, _ = train([Setting(TOY, shape, Training(5, batch=8), 0)], CPU)
     assert model.blocks[0].attention.k2_proj.weight.any()
 
 
@@ -86,6 +119,14 @@ def test_reach_multiplies_the_power_that_each_layer_adds():
     assert hops.reach(("ordinary",) * 3) == 7
     assert hops.reach(("2-simplicial",) * 2) == 8
     assert hops.reach(("2-simplicial", "ordinary")) == 5
+
+
+@pytest.mark.parametrize(("kind", "base"), [("ordinary", 3), ("2-simplicial", 5)])
+def test_looking_both_ways_multiplies_what_is_known_in_a_row(kind, base):
+    assert [hops.reach_both_ways((kind,) * n) for n in (1, 2, 3)] == [
+        (base**n - 1) // 2 for n in (1, 2, 3)
+    ]
+    assert hops.reach_both_ways(("2-simplicial", "ordinary")) == 7
 
 
 def test_the_wider_ordinary_model_has_as_many_parameters():
@@ -120,7 +161,7 @@ def test_has_match_is_its_definition():
 def test_match3_trains_a_few_steps():
     setting = next(s for _, s in match3.settings(1, quick=True))
     short = replace(setting, training=Training(3, batch=4))
-    assert match3.measure(short, CPU, lambda step, accuracy: None)["steps"] == 3
+    assert train([short], CPU)[1][0]["steps"] == 3
 
 
 def test_cost_times_both_layers():
@@ -180,8 +221,11 @@ def test_the_committed_report_is_that_of_the_committed_lines():
 
 def test_the_map_is_drawn(tmp_path):
     cells = {(1, 1): 1.0, (1, 2): 0.3, (2, 1): 1.0, (2, 2): 0.9}
-    plots.heat_map({"ordinary": cells, "2-simplicial": cells}, tmp_path / "map.png", title="map")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for both_ways in (False, True):
+        file = tmp_path / f"{both_ways}.png"
+        arms = {"ordinary": cells, "2-simplicial": cells}
+        plots.heat_map(arms, file, title="map", both_ways=both_ways)
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_report_marks_what_refutes_the_expectation():
@@ -202,6 +246,12 @@ def test_the_report_marks_what_refutes_the_expectation():
             "device": "x", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "abc",
         },
     }  # fmt: skip
-    said = report.text({"hops": [json.loads(json.dumps(line))]})
-    assert "out of reach; refuted" in said
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted |" in said
     assert "[one seed]" in said
+    line["setting"]["shape"] |= {"layers": ["ordinary"] * 2, "heads": 4}
+    line["setting"]["task"]["hops"] = 4
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted; in reach looking back |" in said
+    assert "1 of 1 runs" in said
+    assert "0 stopped at their cap" in said

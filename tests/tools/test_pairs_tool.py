@@ -7,7 +7,7 @@ from torch import nn
 from simplex_ops import SimplicialAttention
 from tools.experiments.hops import SIMPLICIAL, Hops
 from tools.experiments.model import Shape
-from tools.experiments.train import Training, train
+from tools.experiments.train import Setting, Training, train
 from tools.pairs import calls_of, draw, draw_query, edges_in_order, heaviest_is_next_two, next_two
 
 
@@ -61,7 +61,8 @@ def test_a_model_without_a_2_simplicial_layer_is_refused():
 
 def test_a_trained_two_hop_model_attends_first_to_the_next_edge():
     task = Hops(2, nodes=6)
-    model, result = train(Shape((SIMPLICIAL,)), task, Training(400), 0, torch.device("cpu"))
+    run = Setting(task, Shape((SIMPLICIAL,)), Training(400), 0)
+    model, (result,) = train([run], torch.device("cpu"))
     assert result["learned"]
     edges = task.draw(50, torch.Generator().manual_seed(9))[0]
     (call,) = calls_of(model, edges)

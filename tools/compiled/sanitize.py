@@ -1,16 +1,19 @@
 """Run every GPU kernel on small problems under NVIDIA's compute-sanitizer.
 
     python -m tools.compiled.sanitize    # memcheck, then racecheck
-    python -m tools.compiled.sanitize --check initcheck
+    python -m tools.compiled.sanitize --check initcheck --workers 8 --logs out/sanitize
 
-It needs compute-sanitizer on the PATH, runs it on `python -m tools.compiled.sanitize --bare`, which
-is the small problems alone, and ends with exit code 1 where it found an error or a hazard.
+It needs compute-sanitizer on the PATH, or --program. Each small problem runs in processes of its
+own, one after the other for each check, several problems at once. It ends with exit code 1 where
+one found an error or a hazard, did not end in time, or failed.
 """
 
 import contextlib
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -39,14 +42,13 @@ CASES = (
 )
 
 
-def run_cases() -> None:
-    """Run the operator forward and backward on each case, and wait for it."""
-    for case in CASES:
-        for implementation in implementations():
-            with implementation:
-                found = run_attn(torch.ops.simplex.attn, Problem.of(case, "cuda"))
-            torch.cuda.synchronize()
-            print(f"ran {case!r}: {', '.join(found)}", flush=True)  # noqa: T201
+def run_case(number: int) -> None:
+    """Run the operator forward and backward on one case, and wait for it."""
+    for implementation in implementations():
+        with implementation:
+            found = run_attn(torch.ops.simplex.attn, Problem.of(CASES[number], "cuda"))
+        torch.cuda.synchronize()
+        print(f"ran {CASES[number]!r}: {', '.join(found)}", flush=True)  # noqa: T201
 
 
 def implementations() -> tuple[contextlib.AbstractContextManager[None], ...]:
@@ -56,29 +58,65 @@ def implementations() -> tuple[contextlib.AbstractContextManager[None], ...]:
     return contextlib.nullcontext(), portable_alone()
 
 
+def result_of(tool: str, number: int, program: str, seconds: float, logs: Path | None) -> str:
+    """Run a problem under a tool; return "ok", or what is wrong as the tool's last line says it."""
+    bare = [sys.executable, "-m", "tools.compiled.sanitize", "--bare", str(number)]
+    try:
+        ended = subprocess.run(
+            [program, "--tool", tool, "--error-exitcode", "1", *bare],
+            check=False, text=True, timeout=seconds, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        output = error.output or b""
+        said, code = output.decode() if isinstance(output, bytes) else output, None
+    else:
+        said, code = ended.stdout, ended.returncode
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / f"{tool}-{number}.txt").write_text(said)
+    if code is None:
+        return f"no end within {seconds:.0f} s"
+    lines = [line for line in said.splitlines() if line.strip()]
+    return "ok" if code == 0 else f"exit {code}: {lines[-1] if lines else 'no output'}"
+
+
 def main(
     check: Annotated[
         list[str] | None, typer.Option(help="a tool of compute-sanitizer, again for more")
     ] = None,
-    bare: Annotated[bool, typer.Option("--bare", help="only run the small problems")] = False,
+    program: Annotated[str, typer.Option(help="where compute-sanitizer is")] = "",
+    workers: Annotated[int, typer.Option(help="processes at once")] = 4,
+    seconds: Annotated[float, typer.Option(help="that one process may take")] = 900.0,
+    logs: Annotated[Path | None, typer.Option(help="a folder for what each process says")] = None,
+    only: Annotated[
+        list[int] | None, typer.Option(help="the number of a problem, again for more")
+    ] = None,
+    bare: Annotated[int, typer.Option(help="only run the problem of this number")] = -1,
 ) -> None:
     """Run every GPU kernel on small problems under NVIDIA's compute-sanitizer."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no GPU")
-    if bare:
-        run_cases()
+    if bare >= 0:
+        run_case(bare)
         return
-    program = shutil.which("compute-sanitizer")
-    if program is None:
+    found = program or shutil.which("compute-sanitizer")
+    if found is None:
         raise typer.BadParameter("compute-sanitizer is not on the PATH")
-    failed = []
-    for tool in check or ["memcheck", "racecheck"]:
-        options = ["--tool", tool, "--error-exitcode", "1"]
-        here = [sys.executable, "-m", "tools.compiled.sanitize", "--bare"]
-        if subprocess.run([program, *options, *here], check=False).returncode:
-            failed.append(tool)
+    numbers = only or range(len(CASES))
+    failed = 0
+
+    def results(number: int) -> list[tuple[str, str]]:
+        tools = check or ["memcheck", "racecheck"]
+        return [(tool, result_of(tool, number, found, seconds, logs)) for tool in tools]
+
+    with ThreadPoolExecutor(workers) as pool:
+        for number, of_tools in zip(numbers, pool.map(results, numbers), strict=True):
+            for tool, result in of_tools:
+                typer.echo(f"{tool} {result}: {CASES[number]!r}")
+                failed += result != "ok"
+    typer.echo(f"{failed} failed")
     if failed:
-        typer.echo(f"failed: {', '.join(failed)}")
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ from simplex_ops import AttendedPairs
 from tools.experiments.hops import SIMPLICIAL, Hops, widened
 from tools.experiments.model import Shape
 from tools.experiments.plots import save
-from tools.experiments.train import Training, train
+from tools.experiments.train import Setting, Training, train
 from tools.pairs import calls_of, draw_query_on, edges_in_order
 
 TASK = Hops(2, nodes=10)
@@ -50,7 +50,8 @@ def train_both(
             if step % 200 == 0:
                 say(f"two hops, {name}, step {step}: accuracy {accuracy:.2f}")
 
-        model, result = train(shape, task, Training(steps), seed, device, watch)
+        run = Setting(task, shape, Training(steps), seed)
+        model, (result,) = train([run], device, watch)
         arms[name] = Arm(model, result["parameters"], result["curve"])
         say(
             f"two hops, one {name} layer, {result['parameters']:,} parameters: accuracy "

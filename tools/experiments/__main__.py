@@ -7,7 +7,8 @@
     python -m tools.experiments report
 
 Results are JSON lines in tools/experiments/results. A run is its setting and its device: what has
-its line there is not run again, so a command that was stopped goes on when it is given again.
+its line there is not run again, so a command that was stopped goes on when it is given again. On a
+GPU runs of one kind are trained together, and leave their lines together.
 """
 
 import time
@@ -21,10 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simplex_ops.env import environment
-from tools.experiments import cost, hops, language, lines, match3
+from tools.experiments import cost, hops, language, lines, match3, train
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
 QUICK_RESULTS = Path("out/experiments")
+
+Run = tuple[str, Any]  # part, setting
 
 
 class Name(StrEnum):
@@ -43,7 +46,7 @@ def main(
     part: Annotated[list[str] | None, typer.Option(help="a part, again for more")] = None,
     minutes: Annotated[float, typer.Option(help="start no run after so long")] = float("inf"),
     shard: Annotated[
-        str, typer.Option(help="n/of: every of-th run, from n = 0, for processes side by side")
+        str, typer.Option(help="n/of: every of-th stack, from n = 0, for processes side by side")
     ] = "0/1",
     results: Annotated[Path | None, typer.Option(help="folder of the JSON lines")] = None,
     commit: Annotated[str, typer.Option(help="of this code, where it is no checkout")] = "",
@@ -62,7 +65,7 @@ def main(
         parts = ", ".join(experiment.PARTS)
         raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
     file, where = folder / f"{name.value}.jsonl", _device(device)
-    asked = _asked(experiment, seeds, quick, part)[slice(*_shard(shard))]
+    asked = _stacks(_asked(experiment, seeds, quick, part), where)[slice(*_shard(shard))]
     left = _without_lines(asked, file, where)
     last = time.monotonic() + 60 * minutes
     facts = {**environment(where), "commit": commit or lines.commit()}
@@ -73,7 +76,7 @@ def _run(
     console: Console,
     name: str,
     file: Path,
-    left: list[tuple[str, Any]],
+    left: list[list[Run]],
     device: torch.device,
     last: float,
     facts: dict[str, Any],
@@ -82,35 +85,52 @@ def _run(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        runs = progress.add_task(f"{name}, runs", total=len(left))
+        runs = progress.add_task(f"{name}, runs", total=sum(map(len, left)))
         present = progress.add_task("", total=None)
-        for part, setting in left:
+        for stack in left:
             if time.monotonic() > last:
                 console.print("out of time: the same command goes on from here")
                 break
-            total = EXPERIMENTS[name].steps(setting)
-            progress.reset(present, total=total, description=f"{part}: starts")
+            said = " and ".join(dict.fromkeys(part for part, _ in stack))
+            total = EXPERIMENTS[name].steps(stack[0][1])
+            progress.reset(present, total=total, description=f"{said}: starts")
 
-            def watch(step: int, value: float, part: str = part) -> None:
-                said = f"{part}: {value:.3f}"
-                progress.update(present, completed=step, description=said)
+            def watch(step: int, value: float, said: str = said) -> None:
+                progress.update(present, completed=step, description=f"{said}: {value:.3f}")
 
-            result = EXPERIMENTS[name].measure(setting, device, watch)
-            line = {
-                "experiment": name,
-                "part": part,
-                "setting": lines.plain(setting),
-                "result": result,
-                "environment": facts,
-            }
-            lines.append(file, line)
-            progress.advance(runs)
-            console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
+            results = _measure(name, [setting for _, setting in stack], device, watch)
+            for (part, setting), result in zip(stack, results, strict=True):
+                line = {
+                    "experiment": name,
+                    "part": part,
+                    "setting": lines.plain(setting),
+                    "result": result,
+                    "environment": facts,
+                }
+                lines.append(file, line)
+                console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
+            progress.advance(runs, len(stack))
 
 
-def _asked(
-    experiment: Any, seeds: int, quick: bool, part: list[str] | None
-) -> list[tuple[str, Any]]:
+def _measure(
+    name: str, settings: list[Any], device: torch.device, watch: train.Watch
+) -> list[dict[str, Any]]:
+    if isinstance(settings[0], train.Setting):
+        return train.train(settings, device, watch)[1]
+    return [EXPERIMENTS[name].measure(setting, device, watch) for setting in settings]
+
+
+def _stacks(asked: list[Run], device: torch.device) -> list[list[Run]]:
+    """Return the runs in stacks: those of small models of one kind, and every other run alone."""
+    kinds: dict[Any, list[Run]] = {}
+    for part, setting in asked:
+        kind = train.kind(setting) if isinstance(setting, train.Setting) else setting
+        kinds.setdefault(kind, []).append((part, setting))
+    most = train.MOST_TOGETHER[device.type]
+    return [runs[n : n + most] for runs in kinds.values() for n in range(0, len(runs), most)]
+
+
+def _asked(experiment: Any, seeds: int, quick: bool, part: list[str] | None) -> list[Run]:
     """Return (part, setting) of every run of the parts, each setting once."""
     asked = {}
     for of_part, setting in experiment.settings(seeds, quick=quick):
@@ -119,13 +139,12 @@ def _asked(
     return [(of_part, setting) for setting, of_part in asked.items()]
 
 
-def _without_lines(
-    asked: list[tuple[str, Any]], file: Path, device: torch.device
-) -> list[tuple[str, Any]]:
+def _without_lines(stacks: list[list[Run]], file: Path, device: torch.device) -> list[list[Run]]:
     """Leave out the runs that have their line on a device of this kind."""
     name = str(environment(device)["device"])
     done = {lines.key(line["setting"], line["environment"]["device"]) for line in lines.read(file)}
-    return [one for one in asked if lines.key(lines.plain(one[1]), name) not in done]
+    left = [[r for r in s if lines.key(lines.plain(r[1]), name) not in done] for s in stacks]
+    return [stack for stack in left if stack]
 
 
 def _shard(text: str) -> tuple[int, None, int]:

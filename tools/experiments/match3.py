@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simplex_ops import SimplicialAttention
 from tools.experiments.model import Kind, Shape
-from tools.experiments.train import Training, Watch, train
+from tools.experiments.train import Setting, Training
 
 WIDTH = 7  # of the constructed head
 _ANGLE_COS, _ANGLE_SIN, _ONE, _BLANK = range(4)  # what the constructed head's input holds
@@ -43,7 +43,8 @@ class Match3:
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return numbers [batch, length, 1] and whether each has a match [batch, length]."""
-        numbers = torch.randint(self.modulus, (batch, self.length), generator=generator)
+        size, device = (batch, self.length), generator.device
+        numbers = torch.randint(self.modulus, size, generator=generator, device=device)
         return numbers[..., None], has_match(numbers, self.modulus).long()
 
 
@@ -104,25 +105,12 @@ def constructed_input(numbers: Tensor, modulus: int) -> Tensor:
     return x
 
 
-@dataclass(frozen=True)
-class Setting:
-    task: Match3
-    shape: Shape
-    training: Training
-    seed: int
-
-
 def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
     """Yield (part, setting) of every run: all first seeds of a part, then all second ones."""
     for part, rows in (_QUICK if quick else _PARTS).items():
         for seed in range(seeds):
             for task, shape, training in rows:
                 yield part, Setting(task, shape, training, seed)
-
-
-def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, Any]:
-    _, result = train(setting.shape, setting.task, setting.training, setting.seed, device, watch)
-    return result
 
 
 def steps(setting: Setting) -> int:

@@ -1,14 +1,23 @@
-"""Updates of a small model: on a GPU one CUDA graph, which costs the host a single launch."""
+"""Updates of a model: on a GPU one CUDA graph, which costs the host a single launch."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]  # tokens [batch, N, fields], classes [batch, N]
-Update = Callable[[Sequence[Batch], Sequence[float]], None]
+Loss = Callable[..., Tensor]  # of the parts of one batch
+Update = Callable[[Sequence[Tensor], Sequence[float]], None]  # parts [steps, ...], rates
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What an update is, but for its rate."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float | None = None  # the norm of all gradients
 
 
 def one_cycle(peak: float, steps: int) -> list[float]:
@@ -28,74 +37,101 @@ def one_cycle(peak: float, steps: int) -> list[float]:
     return rates
 
 
-def updates_of(model: nn.Module, example: Batch, most: int, device: torch.device) -> Update:
-    """Return a function that makes an update by AdamW for each of some batches, at given rates.
+def updates_of(
+    loss: Loss, parameters: Sequence[nn.Parameter], most: int, device: torch.device, how: AdamW
+) -> Update:
+    """Return a function that makes updates by AdamW, for at most `most` batches a call.
 
-    It takes at most `most` batches at once, all of the example's shape and on the CPU. On a GPU the
-    host would take longer to launch an update's kernels than they to run, and several programs on
-    one GPU would wait for each other at every launch: so forward, backward and AdamW are captured,
-    and replayed for each batch.
+    On a GPU the host would take longer to launch an update's kernels than they to run, and several
+    programs on one GPU would wait for each other at every launch: so forward, backward and AdamW
+    are captured, and replayed for each batch.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if device.type == "cuda":
-        return _captured(model, parameters, example, most, device)
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+        return _Captured(loss, parameters, most, device, how)
+    optimizer = torch.optim.AdamW(
+        parameters, fused=True, betas=how.betas, weight_decay=how.weight_decay
+    )
 
-    def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
-        for batch, rate in zip(batches, rates, strict=True):
+    def update(batches: Sequence[Tensor], rates: Sequence[float]) -> None:
+        for *parts, rate in zip(*batches, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
-            _set_gradients(model, *batch)
+            _set_gradients(loss(*parts), parameters, how)
             optimizer.step()
 
     return update
 
 
-def _set_gradients(model: nn.Module, tokens: Tensor, classes: Tensor) -> None:
-    for parameter in model.parameters():
+def _set_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], how: AdamW) -> None:
+    for parameter in parameters:
         parameter.grad = None
-    F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten()).backward()
+    loss.backward()
+    if how.clip is not None:
+        nn.utils.clip_grad_norm_(parameters, how.clip)
 
 
-def _captured(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    example: Batch,
-    most: int,
-    device: torch.device,
-) -> Update:
-    held = [torch.stack([part] * most).to(device) for part in example]
-    rates_held = torch.zeros(most, device=device)
-    turn = torch.zeros(1, dtype=torch.int64, device=device)
-    rate = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
+class _Captured:
+    """Updates that are captured at the first call."""
 
-    def one() -> None:
-        rate.copy_(rates_held.index_select(0, turn)[0])
-        _set_gradients(model, *(part.index_select(0, turn)[0] for part in held))
-        optimizer.step()
-        turn.add_(1)
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        most: int,
+        device: torch.device,
+        how: AdamW,
+    ) -> None:
+        self.loss, self.parameters, self.most, self.how = loss, parameters, most, how
+        self.device = device
+        self.rate = torch.zeros((), device=device)
+        self.rates = torch.zeros(most, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.held: list[Tensor] = []  # the parts of the batches, [most, ...]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self.rate,
+            fused=True,
+            capturable=True,
+            betas=how.betas,
+            weight_decay=how.weight_decay,
+        )
 
-    # Kernels are compiled, libraries and moments set up before the capture, at a rate of zero.
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        for _ in range(2):
-            one()
-            turn.zero_()
-        for moments in optimizer.state.values():
-            for tensor in moments.values():
-                tensor.zero_()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        one()
-
-    def update(batches: Sequence[Batch], rates: Sequence[float]) -> None:
-        for place, parts in zip(held, zip(*batches, strict=True), strict=True):
-            place[: len(batches)].copy_(torch.stack(parts))
-        rates_held[: len(rates)].copy_(torch.tensor(rates))
-        turn.zero_()
-        for _ in batches:
+    def __call__(self, batches: Sequence[Tensor], rates: Sequence[float]) -> None:
+        if self.graph is None:
+            shapes = [(self.most, *part.shape[1:]) for part in batches]
+            self.held = [
+                part[0].to(self.device).expand(shape).clone()
+                for part, shape in zip(batches, shapes, strict=True)
+            ]
+            self.graph = self._capture()
+        for place, part in zip(self.held, batches, strict=True):
+            place[: len(rates)].copy_(part)
+        self.rates[: len(rates)].copy_(torch.tensor(rates))
+        self.turn.zero_()
+        graph = self.graph
+        for _ in rates:
             graph.replay()
 
-    return update
+    def _one(self) -> None:
+        self.rate.copy_(self.rates.index_select(0, self.turn)[0])
+        parts = [part.index_select(0, self.turn)[0] for part in self.held]
+        _set_gradients(self.loss(*parts), self.parameters, self.how)
+        self.optimizer.step()
+        self.turn.add_(1)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Kernels are compiled, libraries and moments set up before the capture, at a rate of zero.
+        beside = torch.cuda.Stream(self.device)
+        beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                self._one()
+                self.turn.zero_()
+            for moments in self.optimizer.state.values():
+                for tensor in moments.values():
+                    tensor.zero_()
+        torch.cuda.current_stream(self.device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._one()
+        return graph

@@ -3,12 +3,20 @@
     python -m tools.fuzz --device cuda --minutes 5
     python -m tools.fuzz --device cpu --minutes 1 --backend aot_eager
     python -m tools.fuzz --device cuda --case "Case(seq=3, w1=2, seed=7)"
+    python -m tools.fuzz --hopper families --cases 2000 --at-least 50 --record out/fuzz.json
+    python -m tools.fuzz --hopper constants --cases 300
 
 Each case runs forward and backward against the reference in float64, on the device, within the
 error budget of `simplex_ops.testing`, and twice, bit for bit. It goes on after a failure, prints a
 line that reproduces each, and ends with exit code 1 where there was one.
+
+With --hopper, problems are drawn for the Hopper kernels: "families" from few compile-time
+constants, so that there are thousands of cases to a few dozen compilations, "constants" with these
+drawn too. The branches that the cases took are counted, and too few of one are a failure. A record
+lets such a run go on where another ended.
 """
 
+import json
 import multiprocessing
 import os
 import time
@@ -16,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -26,6 +35,7 @@ from rich.table import Table
 
 import simplex_ops  # noqa: F401  (registers the operators)
 from simplex_ops.env import environment
+from simplex_ops.rules.cache_key import sources
 from simplex_ops.testing import Case
 from tools.fuzz.worker import Message, Settings, describe, quieten, run_case, work
 
@@ -54,6 +64,8 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     failures: dict[str, Failure] = field(default_factory=dict)
     features: Counter[str] = field(default_factory=Counter)
+    branches: Counter[str] = field(default_factory=Counter)
+    compiled: set[str] = field(default_factory=set)
 
     @property
     def failed(self) -> int:
@@ -103,11 +115,14 @@ def features(case: Case) -> Iterator[str]:
     yield from (name for name, holds in named.items() if holds)
 
 
-def fuzz(settings: Settings, workers: int, max_failures: int, console: Console) -> Tally:
-    """Run the workers until their time is up, or until there are failures enough."""
+def fuzz(
+    settings: Settings, workers: int, max_failures: int, console: Console,
+    tally: Tally | None = None, most_cases: int = 0,
+) -> Tally:  # fmt: skip
+    """Run the workers until their time is up, or until there are failures or cases enough."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    tally = Tally()
+    tally = Tally() if tally is None else tally
     doing: dict[Connection, Case | None] = {}
     processes = []
     for number in range(workers):
@@ -133,8 +148,10 @@ def fuzz(settings: Settings, workers: int, max_failures: int, console: Console) 
                 description=f"{tally.cases} cases, {tally.cases / elapsed:.1f}/s, "
                 f"{tally.failed} failed",
             )
-            if tally.failed >= max_failures and not stop.is_set():
-                progress.console.print(f"{max_failures} failures: no new cases")
+            is_enough = 0 < most_cases <= tally.passed
+            if (is_enough or tally.failed >= max_failures) and not stop.is_set():
+                if not is_enough:
+                    progress.console.print(f"{max_failures} failures: no new cases")
                 stop.set()
                 limit = time.monotonic() + settings.shrink_seconds + GRACE_SECONDS
     for case in doing.values():
@@ -159,6 +176,8 @@ def _hear(
     elif message.kind == "passed" and case is not None:
         tally.passed += 1
         tally.features.update(features(case))
+        tally.branches.update(message.branches)
+        tally.compiled |= message.compiled
     elif message.kind == "skipped":
         tally.skipped[message.text] += 1
     elif message.kind == "shrunk":
@@ -186,6 +205,10 @@ def main(
     max_failures: Annotated[int, typer.Option(help="stop after so many")] = 20,
     shrink_seconds: Annotated[float, typer.Option(help="for each kind of failure")] = 20.0,
     case: Annotated[str, typer.Option(help="run this one case, a Case(...) expression")] = "",
+    hopper: Annotated[str, typer.Option(help="families or constants: see above")] = "",
+    most_cases: Annotated[int, typer.Option("--cases", help="stop when so many passed")] = 0,
+    at_least: Annotated[int, typer.Option(help="cases that must take each branch")] = 0,
+    record: Annotated[Path | None, typer.Option(help="what earlier runs counted, and this")] = None,
 ) -> None:
     """Fuzz the operator on a device: hypothesis draws problems over the whole contract."""
     console = Console()
@@ -207,15 +230,23 @@ def main(
         seconds=60 * minutes,
         shrink_seconds=shrink_seconds,
         max_seq=max_seq or (24 if is_cpu else 160),
-        max_work=1_000_000 if is_cpu else 20_000_000,
+        max_work=1_000_000 if is_cpu else 40_000_000 if hopper else 20_000_000,
         seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
         threads=max(1, min(4, cores // workers)),
+        hopper=hopper,
     )
     facts = ", ".join(f"{key} {value}" for key, value in environment(torch.device(where)).items())
     again = f"--seed {settings.seed} --workers {workers}"
     console.print(f"{facts}\n{again}", highlight=False, soft_wrap=True)
-    tally = fuzz(settings, workers, max_failures, console)
-    console.print(_counts(tally))
+    tally = fuzz(settings, workers, max_failures, console, read(record), most_cases)
+    if record is not None:
+        write(record, tally)
+    console.print(_counts("cases that passed, by feature", tally.features))
+    if hopper:
+        console.print(_counts("cases that passed, by branch of the Hopper kernels", tally.branches))
+        kernels = Counter(program.split()[0] for program in tally.compiled)
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
+        console.print(f"{len(tally.compiled)} compilations: {counts}", soft_wrap=True)
     skipped = ", ".join(f"{count} {reason}" for reason, count in tally.skipped.items())
     console.print(
         f"{tally.cases} cases: {tally.passed} passed, {tally.failed} failed"
@@ -228,7 +259,10 @@ def main(
             f'--case "{failure.case!r}"',
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-    if tally.failures:
+    few = too_few(tally, at_least) if at_least else []
+    for name in few:
+        console.print(f"FAILED {name}: {tally.branches[name]} cases, fewer than {at_least}")
+    if tally.failures or few:
         raise typer.Exit(1)
     if not tally.passed:
         console.print("no case passed")
@@ -246,15 +280,53 @@ def _run_one(expression: str, device: str, backend: str, console: Console) -> No
     console.print("passed")
 
 
-def _counts(tally: Tally) -> Table:
-    table = Table(title="cases that passed, by feature")
-    for _ in range(3):
+def too_few(tally: Tally, at_least: int) -> list[str]:
+    """Return the branches of the Hopper kernels that fewer cases took."""
+    from tools.fuzz.branches import BRANCHES
+
+    return [name for name in BRANCHES if tally.branches[name] < at_least]
+
+
+def read(record: Path | None) -> Tally:
+    """Return what earlier runs over the same sources counted."""
+    if record is None or not record.exists():
+        return Tally()
+    found = json.loads(record.read_text())
+    if found["sources"] != sources():
+        raise typer.BadParameter(f"--record {record}: of other sources; take another file")
+    return Tally(
+        passed=found["passed"],
+        skipped=Counter(found["skipped"]),
+        features=Counter(found["features"]),
+        branches=Counter(found["branches"]),
+        compiled=set(found["compiled"]),
+    )
+
+
+def write(record: Path, tally: Tally) -> None:
+    """Write what this run and the ones before it counted; failures are not carried on."""
+    said = {
+        "sources": sources(),
+        "passed": tally.passed,
+        "skipped": tally.skipped,
+        "features": tally.features,
+        "branches": tally.branches,
+        "compiled": sorted(tally.compiled),
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(said, indent=1))
+
+
+def _counts(title: str, found: Counter[str]) -> Table:
+    table = Table(title=title)
+    columns = 3 if max(map(len, found), default=0) < 30 else 2
+    for _ in range(columns):
         table.add_column("feature", no_wrap=True)
         table.add_column("cases", justify="right")
-    counts = sorted(tally.features.items())
-    height = -(-len(counts) // 3)
+    counts = sorted(found.items())
+    height = -(-len(counts) // columns)
     for line in range(height):
-        cells = (counts[line + third * height : line + third * height + 1] for third in range(3))
+        cells = (counts[line + n * height : line + n * height + 1] for n in range(columns))
         table.add_row(
             *(text for c in cells for text in ((c[0][0], str(c[0][1])) if c else ("", "")))
         )

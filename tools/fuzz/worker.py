@@ -14,8 +14,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from simplex_ops.testing import Case, Problem, assert_matches_reference, run_attn
+from tools.fuzz import hopper
 
 BATCH = 50
+BATCH_OF_A_FAMILY = 20  # small, so that a run that ends early has met all of them
 # What PyTorch and Triton say once a kernel has broken the GPU context of its process.
 LOST_DEVICE = (
     "CUDA error", "HIP error", "illegal memory access", "misaligned address",
@@ -36,6 +38,7 @@ class Settings:
     max_work: int
     seed: int
     threads: int
+    hopper: str = ""  # draw for the Hopper kernels: "families" of constants, or "constants" too
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Message:
     case: Case | None = None
     text: str = ""
     failure: str = ""  # what makes two failures the same kind
+    branches: tuple[str, ...] = ()  # of the Hopper kernels, that the case took
+    compiled: frozenset[str] = frozenset()  # programs that the process had compiled by now
 
 
 class Pipe(Protocol):
@@ -69,6 +74,9 @@ def work(settings: Settings, number: int, pipe: Pipe, stop: Stop) -> None:
     """Draw and run cases until the time is up; the first failure of each kind is then shrunk."""
     torch.set_num_threads(settings.threads)
     quieten()
+    if settings.hopper:
+        hopper.serve_all(have_one_division=settings.hopper == "families")
+        hopper.note_compilations()
     worker = Worker(settings, pipe, stop, time.monotonic() + settings.seconds)
     batch = 0
     try:
@@ -104,9 +112,11 @@ class Worker:
             if fresh or self.is_over():
                 return
             self.pipe.send(Message("start", case))
-            error = _failure(case, self.settings)
+            found: list[str] = []
+            error = _failure(case, self.settings, found)
             if error is None:
-                self.pipe.send(Message("passed", case))
+                compiled = frozenset(hopper.COMPILED)
+                self.pipe.send(Message("passed", case, "", "", tuple(found), compiled))
             elif isinstance(error, _SkippedError):
                 self.pipe.send(Message("skipped", case, str(error)))
             else:
@@ -128,7 +138,7 @@ class Worker:
             if time.monotonic() > ends:
                 return
             self.pipe.send(Message("start", case))
-            error = _failure(case, self.settings)
+            error = _failure(case, self.settings, [])
             if error is not None and kind_of(error) == kind:
                 if not smallest or len(repr(case)) <= len(repr(smallest[0][0])):
                     smallest[:] = [(case, error)]
@@ -142,8 +152,11 @@ class Worker:
             self.pipe.send(Message("shrunk", case, describe(error), kind))
 
 
-def run_case(case: Case, device: str, backend: str) -> None:
-    """Hold the operator to the reference on one case, and to itself: the same bits twice."""
+def run_case(case: Case, device: str, backend: str) -> dict[str, torch.Tensor]:
+    """Hold the operator to the reference on one case, and to itself: the same bits twice.
+
+    Returns what the first run gave.
+    """
     attn = _attn(backend)
     problem = Problem.of(case, device)
     # Memory that nobody writes is NaN, so that a result must be written to be right.
@@ -157,6 +170,7 @@ def run_case(case: Case, device: str, backend: str) -> None:
         again = second[name]
         if value is not None and again is not None:
             assert torch.equal(value, again), f"{name} differs between two runs of the same case"
+    return first
 
 
 def quieten() -> None:
@@ -186,9 +200,15 @@ class _SkippedError(Exception):
     """A case that says nothing: plain PyTorch overflows on it, or it does not fit in memory."""
 
 
-def _failure(case: Case, settings: Settings) -> Exception | None:
+def _failure(case: Case, settings: Settings, found: list[str]) -> Exception | None:
+    """Run a case and return what went wrong; `found` takes the branches of the Hopper kernels."""
     try:
-        run_case(case, settings.device, settings.backend)
+        results = run_case(case, settings.device, settings.backend)
+        if settings.hopper:
+            found += hopper.branches_of(Problem.of(case, settings.device), results["lse"])
+            if settings.hopper == "families" and torch.device(settings.device).type == "cuda":
+                portable = [said for said in found if said.endswith(": portable")]
+                assert not portable, f"a family is not served by the Hopper kernels: {portable}"
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return _SkippedError("out of memory")
@@ -207,13 +227,16 @@ def _draw(settings: Settings, seed: int, body: Callable[[Case], None], *, shrink
 
     from simplex_ops.testing import cases
 
-    drawn = cases(
-        dtypes=dtypes(settings.device), max_seq=settings.max_seq, max_work=settings.max_work
-    )
+    if settings.hopper:
+        drawn = hopper.strategy(settings.hopper, seed, settings.max_work)
+    else:
+        drawn = cases(
+            dtypes=dtypes(settings.device), max_seq=settings.max_seq, max_work=settings.max_work
+        )
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=BATCH,
+        max_examples=BATCH_OF_A_FAMILY if settings.hopper else BATCH,
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),

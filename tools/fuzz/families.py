@@ -1,0 +1,204 @@
+"""Problems for the Hopper kernels from few compile-time constants, so that thousands can be run.
+
+A `Family` fixes what a kernel is compiled for: heads to a key-value head, columns, dtype, form,
+which arguments are there, the class of its windows. All else is drawn: lengths, windows within the
+class, bounds, starts, strides, biases, values and their size.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import strategies as st
+
+from simplex_ops.testing import Case, cases
+from simplex_ops.testing.case import BOUNDS, LAYOUTS_OF_ONE
+
+# Rows whose batch or head stride is 0 have no descriptor, and take the portable kernels.
+LAYOUTS = ("contiguous", "transposed", "fused", "strided")
+LAYOUTS_OF_GRADIENTS = tuple(layout for layout in LAYOUTS_OF_ONE if layout != "expanded")
+# Of q, and so of the logits. Beyond, a rounding changes which pair is the first in so many rows
+# that the error budget, of a few draws, is a matter of luck: tests/kernels hold those otherwise.
+AMPLITUDES = (1.0, 1.0, 1.0, 0.0, 8.0, 30.0, 100.0)
+NO_GRADIENT = (False,) * 5
+GROUPS = (*range(1, 9), 10, 12, 13, 16, 20, 24, 28, 31, 32, 40, 48, 63, 64)
+DIMS = st.sampled_from((40, 48, 64, 72, 80, 96, 104, 120, 128))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is constant for a kernel, and ranges of what is not.
+
+    Attributes:
+        name: in the counts.
+        group: query heads of a key-value head.
+        dims: D and Dv.
+        seq: range of N.
+        wide_rows, wide: ranges of the wide pair's rows and window; no rows: as many as queries.
+        narrow_rows, narrow: the same of the narrow pair; no rows: as many as queries.
+        batch, kv_heads: a range of B, and Hkv.
+        has_bias: k2 and v2 have biases.
+        is_exchanged: k1 and v1 are the narrow pair, so that biases are the wide pair's.
+        has_bounds, has_starts: kv_bounds and q_start are there.
+        has_gradients: the backward has kernels here too.
+        through: which outputs carry a gradient.
+    """
+
+    name: str
+    group: int
+    dims: tuple[int, int]
+    seq: tuple[int, int]
+    wide: tuple[int, int]
+    narrow: tuple[int, int]
+    wide_rows: tuple[int, int] | None = None
+    narrow_rows: tuple[int, int] | None = None
+    batch: tuple[int, int] = (1, 2)
+    kv_heads: int = 1
+    form: str = "trilinear"
+    dtype: torch.dtype = torch.bfloat16
+    is_causal: bool = True
+    has_bias: bool = False
+    is_exchanged: bool = False
+    has_bounds: bool = False
+    has_starts: bool = False
+    has_gradients: bool = True
+    through: str = "both"
+
+
+FAMILIES = (
+    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (4, 40), (50, 90), (4, 44)),
+    Family(
+        "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (3, 30),
+        (193, 256), (4, 40), is_causal=False, has_bounds=True, has_starts=True,
+    ),
+    Family(
+        "64 heads, long", 64, (128, 128), (1, 3), (385, 512), (4, 36), (385, 420), (4, 40),
+        has_bounds=True,
+    ),
+    Family(
+        "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 36), (128, 140),
+        (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
+    ),
+    Family(
+        "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (4, 36), (192, 200), (4, 40),
+        dtype=torch.float16, has_bounds=True, has_gradients=False,
+    ),
+    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 40)),
+    Family(
+        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (8, 40), (393, 410), (8, 50),
+        kv_heads=2,
+    ),
+    Family(
+        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 40),
+        (201, 240), (8, 40), is_causal=False, has_bounds=True, has_starts=True, kv_heads=2,
+    ),
+    Family(
+        "16 heads, strassen, biases", 16, (64, 64), (4, 24), (142, 190), (4, 36), (190, 210),
+        (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
+    ),
+    Family(
+        "12 heads, exchanged, biases", 12, (96, 80), (4, 30), (190, 205), (6, 40), (205, 220),
+        (6, 40), has_bias=True, is_exchanged=True, kv_heads=2,
+    ),
+    Family(
+        "32 heads, float16, strassen", 32, (128, 96), (2, 12), (128, 143), (4, 40), (143, 160),
+        (4, 40), form="strassen", dtype=torch.float16, has_bias=True, has_gradients=False,
+    ),
+    Family(
+        "4 heads", 4, (128, 128), (16, 40), (50, 65), (4, 16), (129, 150), (8, 24), batch=(3, 3),
+        kv_heads=3, through="out",
+    ),
+    Family(
+        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (17, 32), (129, 140), (32, 40),
+        batch=(3, 3), kv_heads=3, has_bounds=True,
+    ),
+    Family(
+        "2 heads, biases, starts", 2, (128, 128), (32, 60), (98, 129), (4, 16), (129, 150),
+        (16, 30), batch=(3, 3), kv_heads=3, has_bias=True, has_starts=True,
+    ),
+)  # fmt: skip
+
+
+@st.composite
+def member(draw: st.DrawFn, family: Family) -> Case:
+    """Draw a problem of a family."""
+
+    def within(bounds: tuple[int, int]) -> int:
+        """Draw one of a range, and often its end or a whole number of tiles."""
+        low, high = bounds
+        whole = [*range(-(-low // 64) * 64, high + 1, 64)]
+        return draw(st.integers(low, high) | st.sampled_from([*whole, high]))
+
+    seq = within(family.seq)
+    wide = (seq if family.wide_rows is None else within(family.wide_rows), within(family.wide))
+    narrow = (
+        seq if family.narrow_rows is None else within(family.narrow_rows), within(family.narrow)
+    )  # fmt: skip
+    (keys1, w1), (keys2, w2) = (narrow, wide) if family.is_exchanged else (wide, narrow)
+    k2_bias = v2_bias = 0.0
+    if family.has_bias:
+        k2_bias = draw(st.sampled_from((1.0, -0.5)))
+        v2_bias = draw(st.sampled_from((0.0, 1.0, -0.5)))
+    asked = st.sampled_from([(True,) * 5] * 4 + [None]).flatmap(
+        lambda usual: st.tuples(*[st.booleans()] * 5) if usual is None else st.just(usual)
+    )
+    return Case(
+        batch=within(family.batch),
+        kv_heads=family.kv_heads,
+        group=family.group,
+        seq=seq,
+        keys1=None if keys1 == seq else keys1,
+        keys2=None if keys2 == seq else keys2,
+        head_dim=family.dims[0],
+        value_dim=None if family.dims[0] == family.dims[1] else family.dims[1],
+        w1=w1,
+        w2=w2,
+        scale=draw(st.sampled_from((None, None, None, 0.25, -0.3))),
+        is_causal=family.is_causal,
+        form=family.form,
+        k2_bias=k2_bias,
+        v2_bias=v2_bias,
+        bounds=draw(st.sampled_from(BOUNDS[1:])) if family.has_bounds else "none",
+        starts=draw(st.sampled_from(("end", "random"))) if family.has_starts else "none",
+        layout=draw(st.sampled_from(LAYOUTS)),
+        dtype=family.dtype,
+        through=family.through,
+        grad_mask=draw(asked) if family.has_gradients else NO_GRADIENT,
+        amplitude=draw(st.sampled_from(AMPLITUDES)),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        layout_of_gradients=draw(st.sampled_from(LAYOUTS_OF_GRADIENTS)),
+        layout_of_positions=draw(st.sampled_from(LAYOUTS_OF_ONE)),
+    )
+
+
+@st.composite
+def any_constants(draw: st.DrawFn, max_work: int) -> Case:
+    """Draw a problem for the Hopper kernels, what they are compiled for included."""
+    case = draw(
+        cases(dtypes=(torch.bfloat16,) * 3 + (torch.float16,), layouts=LAYOUTS, max_seq=160)
+    )
+    group = draw(st.sampled_from(GROUPS))
+    kv_heads = draw(st.integers(1, max(1, min(4, 64 // group))))
+    batch = draw(st.integers(1, 3))
+    head_dim, value_dim = draw(DIMS), draw(DIMS)
+    # A tile of several positions serves where there are as many queries.
+    fewest = 64 >> (group - 1).bit_length()
+    seq = draw(st.integers(fewest, fewest + 60))
+    keys1, keys2 = (draw(st.just(seq) | st.integers(4, 200)) for _ in range(2))
+    rows = batch * group * kv_heads * (max(keys1, keys2) + max(head_dim, value_dim))
+    while rows * seq * min(keys1, keys2) > max_work and seq > fewest:
+        seq = max(fewest, seq * 2 // 3)
+    while rows * seq * min(keys1, keys2) > max_work and min(keys1, keys2) > 4:
+        keys1, keys2 = (max(4, keys * 2 // 3) for keys in (keys1, keys2))
+    return replace(
+        case,
+        batch=batch,
+        group=group,
+        kv_heads=kv_heads,
+        seq=seq,
+        keys1=None if keys1 == seq else keys1,
+        keys2=None if keys2 == seq else keys2,
+        head_dim=head_dim,
+        value_dim=None if value_dim == head_dim else value_dim,
+        amplitude=draw(st.sampled_from(AMPLITUDES)),
+        layout_of_gradients=draw(st.sampled_from(LAYOUTS_OF_GRADIENTS)),
+    )

@@ -1,0 +1,77 @@
+"""What a fuzzing process does besides where the Hopper kernels are fuzzed."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from simplex_ops.testing import Case, Problem
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
+
+COMPILED: set[str] = set()
+"""What this process compiled, or took from Triton's cache: a kernel's name and a digest."""
+
+
+def strategy(drawn: str, seed: int, max_work: int) -> "st.SearchStrategy[Case]":
+    """Return what a batch is drawn from: one family, or problems whose constants are drawn too.
+
+    Workers begin with different families, so that no two wait for the same compilation.
+    """
+    from tools.fuzz.families import FAMILIES, any_constants, member
+
+    if drawn == "constants":
+        return any_constants(max_work)
+    return member(FAMILIES[seed % len(FAMILIES)])
+
+
+def serve_all(*, have_one_division: bool = False) -> None:
+    """Let the Hopper kernels serve in this process what others would be faster at, or raise.
+
+    With one division of the key side's work it is the same program whatever the sizes.
+    """
+    from csrc_free.attn import PortableWarning
+    from csrc_free.hopper import key_plan, serve
+
+    serve.USEFUL_FROM = 0.0
+    serve.MOST_POSITIONS_OF_64_COLUMNS = 64
+    if have_one_division:
+        key_plan.MULTIPROCESSORS = 1
+    warnings.simplefilter("error", PortableWarning)
+
+
+def note_compilations() -> None:
+    """Have Triton say in this process what it compiles, into COMPILED."""
+    from triton import knobs
+
+    def note(*, metadata: dict[str, Any], **_: Any) -> None:
+        COMPILED.add(f"{metadata['name']} {metadata['hash'][:16]}")
+
+    knobs.compilation.listener = note
+
+
+def branches_of(problem: Problem, lse: torch.Tensor) -> list[str]:
+    """Return who serves a problem, and the branches that it takes there."""
+    from csrc_free import attn
+    from csrc_free.hopper import backward
+    from csrc_free.problem import problem_of
+    from simplex_ops.devices.gpu import kernel_arguments
+    from tools.fuzz.branches import branches
+
+    q, k1, k2, v1, v2 = problem.inputs
+    arguments = kernel_arguments(*problem.windows, q, problem.options)
+    served_by = attn.forward_served_by(q, k1, k2, v1, v2, **arguments)
+    found = [f"forward: {served_by.split(':')[0]}"]
+    launched = problem_of(q, k1, k2, v1, v2, **arguments)
+    choice = None
+    if any(problem.grad_mask):
+        dout = v1.new_empty(*q.shape[:3], v1.shape[3]) if problem.dout is None else problem.dout
+        dout = dout if dout.stride(3) == 1 else dout.contiguous()
+        said = attn.backward_served_by(dout, q, k1, k2, v1, v2, **arguments)
+        found.append(f"backward: {said.split(', portable')[0].split(':')[0]}")
+        if said.startswith("hopper"):
+            choice = backward.choose(launched, dout)
+    if served_by == "hopper" and launched.form != "determinant":
+        found += branches(launched, choice, lse)
+    return found
