@@ -43,9 +43,10 @@ def _problem(sizes, bias=0.0):
     ]
     dout = torch.randn(1, 6, 19, 24) * of_dout
     inputs = [t.clamp(-LARGEST, LARGEST).to(HALF) for t in (q, *keys)]
+    q, k1, k2, v1, v2 = inputs
     problem = problem_of(
-        *inputs, (15, 0), (3, 0), 0.25, "trilinear", bias, bias, None, None
-    )  # fmt: skip
+        q, k1, k2, v1, v2, (15, 0), (3, 0), 0.25, "trilinear", bias, bias, None, None
+    )
     delta = torch.randn(1, 2, 19, 3) * of_dout
     statistics = Statistics(
         dout.clamp(-LARGEST, LARGEST).to(HALF), delta, torch.randn_like(delta),
@@ -169,7 +170,7 @@ def test_gradients_in_float16_are_within_the_budget(name, factors, served, poiso
     assert_matches_reference(_multiplied(CASES[name], FACTORS[factors]), attn, device="cuda")
     assert served
     assert all("keys" in by for by in served), served
-    wide_bias = CASES[name].k2_bias != 0.0 and CASES[name].w1 < CASES[name].w2
+    wide_bias = CASES[name].k2_bias != 0.0 and name == "exchanged"
     assert wide_bias or all("query" in by for by in served), served
 
 
@@ -185,7 +186,7 @@ def test_rows_of_small_gradients_keep_their_own(served):
     alone = torch.zeros_like(dout)
     alone[:, :, 1::2] = dout[:, :, 1::2] / small
     other = run_attn(attn, dataclasses.replace(problem, dout=alone))["dq"]
-    size = other[:, :, 1::2].abs().max()
+    size = other[:, :, 1::2].abs().max().item()
     torch.testing.assert_close(
         found[:, :, 1::2].float() / small, other[:, :, 1::2].float(), rtol=0, atol=1e-2 * size
     )
