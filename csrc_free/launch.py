@@ -35,7 +35,22 @@ def launch(
         options = {name: named.pop(name) for name in _FOR_TRITON if name in named}
         tracer.launch(kernel, programs, named, options)
         return
+    settle_cache_key(kernel)
     kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
+
+
+@functools.cache
+def settle_cache_key(function: triton.JITFunction) -> None:
+    """Have Triton compute a kernel's cache key after those of the functions that it calls.
+
+    Computed before, it leaves out what these refer to (3.6 and 3.7.1), and so a process found no
+    kernel in the cache where another had run others first: ten seconds of compilation for each.
+    """
+    for name in function.fn.__code__.co_names:
+        inner = function.fn.__globals__.get(name)
+        if isinstance(inner, triton.JITFunction) and inner is not function:
+            settle_cache_key(inner)
+    _ = function.cache_key
 
 
 @functools.cache
