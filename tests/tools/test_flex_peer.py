@@ -14,13 +14,16 @@ SMALL = Workload("pairs", 1, 4, 2, 16, 16, 8, 4, dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """Compiling it takes a minute, and no backward of it compiles for a CPU."""
+    """Compiling it takes a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_pairs_that_are_stored_give_our_answer(direction):
-    job = flex.build(SMALL, direction, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("direction", "device"),
+    [("forward", "cpu"), pytest.param("backward", "cuda", marks=pytest.mark.gpu)],
+)
+def test_pairs_that_are_stored_give_our_answer(direction, device):
+    job = flex.build(SMALL, direction, torch.device(device))
     found = re.search(r"agrees with ours to (\S+)", job.note)
     assert found is not None, job.note
     assert float(found[1].rstrip(";")) < 1e-5

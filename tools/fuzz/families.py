@@ -17,7 +17,7 @@ from simplex_ops.testing.case import BOUNDS, LAYOUTS_OF_ONE
 LAYOUTS = ("contiguous", "transposed", "fused", "strided")
 LAYOUTS_OF_GRADIENTS = tuple(layout for layout in LAYOUTS_OF_ONE if layout != "expanded")
 # Of q, and so of the logits. Beyond, a rounding of q∘k2 or k1∘k2 moves a logit by its own size, and
-# whether gradients keep to an error budget of a few draws is luck: tests/kernels hold them otherwise.
+# whether gradients keep to a budget of a few draws is luck: tests/kernels hold them otherwise.
 AMPLITUDES = (1.0, 1.0, 1.0, 0.0, 8.0)
 LARGE_AMPLITUDES = (30.0, 100.0)  # of the forward alone
 NO_GRADIENT = (False,) * 5
