@@ -35,8 +35,8 @@ from lowering.graphs.calls import (
     name_of,
 )
 from lowering.graphs.layout import Layout
-from lowering.graphs.names import path_of
-from lowering.graphs.pairing import is_mark, is_softmax, marks_behind, spelled_out_outputs
+from lowering.graphs.names import Names
+from lowering.graphs.pairing import marks_behind, marks_in, softmaxes_in, spelled_out_outputs
 from lowering.graphs.spelled import (
     Laid,
     Masking,
@@ -51,23 +51,22 @@ from lowering.report import Report
 from simplex_ops.marking.call import SDPA
 
 
-def join(gm: fx.GraphModule) -> Report:
+def join(subgraphs: Subgraphs, names: Names) -> Report:
     """Make one call of each attention that a marked module spells out, and count them.
 
     It never raises on a graph that it does not understand.
     """
     joined: list[str] = []
-    for graph, modules in Subgraphs(gm).modules.items():
-        if not any(map(is_mark, graph.nodes)):
+    for graph, modules in subgraphs.modules.items():
+        softmaxes = softmaxes_in(graph) if marks_in(graph) else []
+        if not softmaxes:
             continue
         stops, written = spelled_out_outputs(graph), written_into(graph)
-        found = [
-            path_of(s) for s in filter(is_softmax, list(graph.nodes)) if _join(s, stops, written)
-        ]
+        found = [m for s in softmaxes if (m := _join(s, stops, written)) is not None]
         if found:
             for module in modules:
                 module.recompile()
-        joined.extend(found)
+        joined.extend(map(names.of_mark, found))
     return Report(joined=tuple(joined))
 
 
@@ -80,15 +79,16 @@ def why_not(softmax: fx.Node, mark: fx.Node) -> str | None:
     return None
 
 
-def _join(softmax: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> bool:
+def _join(softmax: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> fx.Node | None:
+    """Make a call of what surrounds a softmax, and return its mark; None where it stays."""
     marks = _marks_of(softmax, stops)
     if len(marks) != 1:
-        return False
+        return None
     try:
         _put(_read(softmax, marks[0], written), marks[0])
     except Exception:  # noqa: BLE001 (whatever it is, the mark stays, and is refused with it)
-        return False
-    return True
+        return None
+    return marks[0]
 
 
 def _marks_of(softmax: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:
