@@ -12,10 +12,11 @@ from torch import Tensor
 
 from csrc_free.hopper import backward_narrow as narrow_side
 from csrc_free.hopper import backward_query as query
+from csrc_free.hopper import half_range
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
+from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
@@ -96,9 +97,12 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
 
 def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
     """Choose the kernel of dq alone, or say why it does not run."""
+    reason = why_not_half(problem)
+    if reason is not None:
+        return reason
     config = query.choose(traits, problem.device)
     if config is None:
-        return "for bfloat16, no determinants, D and Dv of one size of tile, and 3 to 64 heads"
+        return "for no determinants, D and Dv of one size of tile, and 3 to 64 heads"
     if problem.group <= _SLOWER_UP_TO:
         return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     return config
@@ -111,8 +115,13 @@ def write_gradients(
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
     near = within_int32(problem)
+    ranges = None
+    if problem.q.dtype == torch.float16 and (
+        isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config)
+    ):
+        ranges = half_range.ranges_of(near, statistics)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
-        _run_keys(near, statistics, choice.keys, wide, narrow)
+        _run_keys(near, statistics, choice.keys, wide, narrow, ranges)
         wide, narrow = nothing, nothing
     elif choice.wide is None and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
@@ -125,26 +134,37 @@ def write_gradients(
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
-        query.backward_query(near, statistics, dq, choice.query)
+        scaled = None
+        if ranges is not None:
+            scaled = half_range.scaled(near, statistics, ranges, is_of_keys=False)
+        query.backward_query(near, statistics, dq, choice.query, scaled)
         dq = None
     portable.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 def _run_keys(
-    problem: Problem, statistics: Statistics, plan: Plan, wide: PairGradients, narrow: PairGradients
-) -> None:
+    problem: Problem, statistics: Statistics, plan: Plan,
+    wide: PairGradients, narrow: PairGradients, ranges: half_range.Ranges | None,
+) -> None:  # fmt: skip
     """Write the key-value gradients, some key-value heads at a time: all in the same memory."""
     grads = (
         *complete(wide, problem.k_wide, problem.v_wide),
         *complete(narrow, problem.k_narrow, problem.v_narrow),
+        *(ranges or ()),
     )
-    for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow) in _some_heads(
+    for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow, *some_ranges) in _some_heads(
         problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
         parts = parts_of_wide_keys(some, KEYS * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
-        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS))
-        parts.sum_into(dk_narrow, dv_narrow, some)
+        scaled = factors = None
+        if ranges is not None:
+            scaled = half_range.scaled(
+                some, given, half_range.Ranges(*some_ranges), is_of_keys=True
+            )
+            factors = scaled.factors[..., 4:6].contiguous()
+        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS), scaled)
+        parts.sum_into(dk_narrow, dv_narrow, some, factors)
         del parts
 
 

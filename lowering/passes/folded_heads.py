@@ -33,10 +33,10 @@ from lowering.graphs.calls import (
     order_of,
     shape_of,
 )
+from lowering.graphs.marked_graphs import rewrite_where_marked
 from lowering.graphs.names import Names
-from lowering.graphs.pairing import calls_in, marks_behind, marks_in, spelled_out_outputs
+from lowering.graphs.pairing import calls_in, marks_behind
 from lowering.graphs.subgraphs import Subgraphs
-from lowering.graphs.writes import written_into
 from lowering.report import Report
 from simplex_ops.marking.call import SdpaCall
 
@@ -46,18 +46,7 @@ def fold(subgraphs: Subgraphs, names: Names) -> Report:
 
     It never raises on a graph that it does not understand.
     """
-    folded: list[str] = []
-    for graph, modules in subgraphs.modules.items():
-        calls = calls_in(graph)
-        if not calls or not marks_in(graph):
-            continue
-        stops, written = spelled_out_outputs(graph), written_into(graph)
-        found = [m for call in calls if (m := _fold(call, stops, written)) is not None]
-        if found:
-            for module in modules:
-                module.recompile()
-        folded.extend(map(names.of_mark, found))
-    return Report(folded=tuple(folded))
+    return Report(folded=rewrite_where_marked(subgraphs, names, calls_in, _fold))
 
 
 def _fold(call: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> fx.Node | None:

@@ -35,8 +35,9 @@ from lowering.graphs.calls import (
     name_of,
 )
 from lowering.graphs.layout import Layout
+from lowering.graphs.marked_graphs import rewrite_where_marked
 from lowering.graphs.names import Names
-from lowering.graphs.pairing import marks_behind, marks_in, softmaxes_in, spelled_out_outputs
+from lowering.graphs.pairing import marks_behind, softmaxes_in
 from lowering.graphs.spelled import (
     Laid,
     Masking,
@@ -56,18 +57,7 @@ def join(subgraphs: Subgraphs, names: Names) -> Report:
 
     It never raises on a graph that it does not understand.
     """
-    joined: list[str] = []
-    for graph, modules in subgraphs.modules.items():
-        softmaxes = softmaxes_in(graph) if marks_in(graph) else []
-        if not softmaxes:
-            continue
-        stops, written = spelled_out_outputs(graph), written_into(graph)
-        found = [m for s in softmaxes if (m := _join(s, stops, written)) is not None]
-        if found:
-            for module in modules:
-                module.recompile()
-        joined.extend(map(names.of_mark, found))
-    return Report(joined=tuple(joined))
+    return Report(joined=rewrite_where_marked(subgraphs, names, softmaxes_in, _join))
 
 
 def why_not(softmax: fx.Node, mark: fx.Node) -> str | None:

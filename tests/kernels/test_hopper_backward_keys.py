@@ -44,7 +44,11 @@ def _plan(workload, device=HOPPER):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float16}, "for bfloat16 alone, got torch.float16"),
+        ({"dtype": torch.float32}, "for bfloat16 and float16, got torch.float32"),
+        (
+            {"dtype": torch.float16, "form": "strassen"},
+            "in float16 for the trilinear form alone, got strassen",
+        ),
         ({"form": "determinant"}, "for the forms trilinear and strassen, got determinant"),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
