@@ -7,13 +7,13 @@ import torch
 
 from csrc_free import tracing
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.ordered import columns_of
 from csrc_free.hopper.tiles_config import choose
 from csrc_free.hopper.within_int32 import why_not_int32
 from csrc_free.problem import Problem
 
 ROWS = 64  # of a warpgroup's matrix product
 _DTYPES = (torch.bfloat16, torch.float16)
-_FORMS = ("trilinear", "strassen")
 _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would be wasted work
 # Each tile of the wide pair meets so many narrow keys, or its way to shared memory is what counts:
 # 512 x 1 took 1.15 ms for the portable kernel's 0.92, 512 x 4 2.10 for 2.65 (B 4, N 4096, H 64;
@@ -36,8 +36,6 @@ def why_not(problem: Problem) -> str | None:
     if problem.q.dtype not in _DTYPES:
         dtype = str(problem.q.dtype).removeprefix("torch.")
         return f"they take bfloat16 and float16, and q is {dtype}"
-    if problem.form not in _FORMS:
-        return f"they take the forms {' and '.join(_FORMS)}, and this is {problem.form}"
     for name, dim in (("D", problem.q.shape[3]), ("Dv", problem.v_wide.shape[3])):
         if not _DIMS[0] <= dim <= _DIMS[1]:
             return f"they take {name} from {_DIMS[0]} to {_DIMS[1]}, got {dim}"
@@ -78,7 +76,7 @@ def _why_not_tiles(problem: Problem) -> str | None:
         return f"a tile holds a group, or {ROWS} heads of it, and a key-value head has {group}"
     if tracing.tracer() is not None:
         return None  # what follows depends on sizes: the operator that is called then decides
-    dims = (problem.q.shape[3], problem.v_wide.shape[3])
+    dims = (columns_of(problem), problem.v_wide.shape[3])
     block_d, block_dv = (64 if dim <= 64 else 128 for dim in dims)
     width = min(sum(problem.wide_reach) + 1, problem.k_wide.shape[2])
     config = choose(group, width, block_d, block_dv)

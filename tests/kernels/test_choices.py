@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.hopper import backward_keys, backward_narrow, backward_wide, forward_tiles
+from csrc_free.hopper import backward_keys, backward_narrow, backward_wide, forward_tiles, ordered
 from csrc_free.hopper import backward_query as hopper_backward_query
 from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide
@@ -85,6 +85,7 @@ KINDS = {
     "backward_pairs_kernel": pairs.Config,
     "delta_kernel": delta.Config,
     "sum_parts_kernel": parts_sum.Config,
+    "order_columns_kernel": ordered.Config,
 }
 
 

@@ -62,6 +62,8 @@ def _why_not(inputs, **arguments):
         ({"dim": 40, "value_dim": 120}, {}),
         ({"width": 136}, {}),
         ({}, {"form": "strassen"}),
+        ({}, {"form": "determinant"}),
+        ({"dim": 64, "group": 8}, {"form": "determinant", "w1": 9, "w2": 100}),
         ({}, {"k2_bias": 1.0, "v2_bias": 0.5}),
         ({}, {"w1": 8, "w2": 200, "k2_bias": 1.0}),
         ({}, {"kv_bounds": torch.zeros(2, 300, 2, dtype=torch.int32)}),
@@ -77,7 +79,6 @@ def test_serves(hopper, given, arguments):
     ("given", "arguments", "reason"),
     [
         ({"dtype": torch.float32}, {}, "they take bfloat16 and float16, and q is float32"),
-        ({}, {"form": "determinant"}, "this is determinant"),
         ({"dim": 32}, {}, "they take D from 33 to 128, got 32"),
         ({"dim": 136}, {}, "they take D from 33 to 128, got 136"),
         ({"value_dim": 256}, {}, "they take Dv from 33 to 128, got 256"),
