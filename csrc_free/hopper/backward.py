@@ -27,7 +27,8 @@ from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
-# H100, 2026-11-25).
+# H100, 2026-11-25). Of determinants it took the whole backward from 18.8 to 30.6 (B2 N2048 H32 Hkv8;
+# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _SLOWER_UP_TO = 4
 
 
@@ -100,7 +101,7 @@ def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
     config = query.choose(traits, problem.device)
     if config is None:
         return "for bfloat16, D and Dv of one size of tile, and 3 to 64 heads"
-    if problem.group <= _SLOWER_UP_TO:
+    if problem.group <= _SLOWER_UP_TO and problem.form != "determinant":
         return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     return config
 

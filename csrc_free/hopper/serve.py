@@ -24,6 +24,9 @@ _NARROW_FROM = 4
 # keys. At 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10 (groups of 3 and 5;
 # H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29).
 USEFUL_FROM = 0.7
+# Of other forms than trilinear: at 0.59 the portable kernel took 2.6 and 3.6 times as long (groups of
+# 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+_USEFUL_FROM_OF_OTHERS = 0.5
 # Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
 MOST_POSITIONS_OF_64_COLUMNS = 16
 
@@ -84,7 +87,8 @@ def _why_not_tiles(problem: Problem) -> str | None:
     if seq < config.p:
         return f"a tile is {config.p} positions of {config.heads} heads, and q has {seq}"
     useful = group * width / (config.heads * config.covered(width))
-    if useful < USEFUL_FROM:
+    least = USEFUL_FROM if problem.form == "trilinear" else _USEFUL_FROM_OF_OTHERS
+    if useful < least:
         return (
             f"a tile has {config.heads} rows for each of {config.p} positions, of which a group "
             f"fills {group}, and meets {config.covered(width)} keys, of which a query sees {width}"

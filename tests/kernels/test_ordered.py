@@ -13,7 +13,7 @@ from csrc_free.problem import problem_of
 from simplex_ops.devices.gpu import kernel_arguments
 from simplex_ops.testing import Case
 
-DIMS = (33, 40, 47, 62, 63, 64, 65, 80, 96, 122, 123, 125, 126, 127, 128)
+DIMS = (33, 47, 62, 63, 64, 65, 96, 123, 127, 128)
 
 
 def _problem(device, head_dim, **given):
@@ -58,10 +58,9 @@ def test_a_lane_has_whole_threes(head_dim, is_exchanged, device):
     assert others == list(range(head_dim // 3 * 3 + 1, head_dim + 1))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "fused"])
 @pytest.mark.parametrize("head_dim", DIMS)
-def test_columns_come_back(head_dim, layout, device):
-    problem = _problem(device, head_dim, layout=layout, w1=2, w2=5)
+def test_columns_come_back(head_dim, device):
+    problem = _problem(device, head_dim, layout="fused", w1=2, w2=5)
     there = ordered(problem)
     back = [torch.full_like(t, torch.nan) for t in (problem.q, problem.k_narrow)]
     with gradients_of(problem, *back) as places:
