@@ -11,13 +11,26 @@ ARGS ?=
 # Processes that share the tests: one a core, up to eight, each with a torch of its own in memory.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py \
-	tests/kernels/test_ordered.py
+	tests/kernels/test_half_range.py tests/kernels/test_ordered.py
 
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help test suite interpreted slow test-all demo check format lint types floors package \
+# What only a GPU can show, in pieces: nearly all of it is compilation, so that Triton's cache makes a
+# second run a short one. Every test is in one piece.
+GPU_PYTHON ?= python
+GPU_WORKERS ?= 8
+GPU_PIECES := forward tiles keys query portable rest
+GPU_forward := tests/kernels/test_hopper_gpu.py
+GPU_tiles := tests/kernels/test_hopper_tiles_gpu.py
+GPU_keys := tests/kernels/test_hopper_backward_keys.py
+GPU_query := $(filter-out $(GPU_keys),$(wildcard tests/kernels/test_hopper*backward*.py))
+GPU_portable := tests/kernels $(addprefix --ignore=,$(GPU_forward) $(GPU_tiles) $(GPU_keys) $(GPU_query))
+GPU_rest := tests --ignore=tests/kernels
+GPU_TARGETS := $(addprefix test-gpu-,$(GPU_PIECES))
+
+.PHONY: help test suite interpreted slow test-all test-gpu $(GPU_TARGETS) demo check format lint types floors package \
 	test-torch clean
 
 help: ## list the targets
@@ -38,6 +51,11 @@ test-all: $(VENV)/.test $(VENV)/.models ## every test, problems drawn anew, more
 	SIMPLEX_FUZZ_EXAMPLES=2000 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PARALLEL)
 	SIMPLEX_FUZZ_EXAMPLES=100 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 	$(BIN)/python -m tools.support --tier 2 --write
+
+test-gpu: $(GPU_TARGETS) ## what needs a GPU, in an environment of your own; a piece of it: test-gpu-forward, -tiles, ...
+
+$(GPU_TARGETS): test-gpu-%:
+	$(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) $(GPU_$*)
 
 demo: $(VENV)/.tools ## set up, train a small Llama with and without marked layers, plot, generate
 	$(BIN)/python -m tools.demo $(ARGS)

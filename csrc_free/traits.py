@@ -20,6 +20,7 @@ class Traits:
     is_describable: bool  # the wide pair's addresses and strides allow tensor descriptors
     are_rows_describable: bool  # and those of q and dout
     are_keys_aligned: bool = True  # every row of the wide pair begins at a multiple of 16 bytes
+    precision: str | None = None  # of matrix products, as `precision_of` says
 
     @property
     def columns(self) -> int:
@@ -28,7 +29,12 @@ class Traits:
 
     @property
     def operand_bytes(self) -> int:
-        """Return the bytes of a matrix product's operand: float16 is multiplied as float32."""
+        """Return the bytes of a matrix product's operand: float16 is multiplied as float32.
+
+        In three parts of bfloat16, as "bf16x6" says, it has six.
+        """
+        if self.precision == "bf16x6":
+            return 6
         return 2 if self.dtype == torch.bfloat16 else 4
 
     @property
@@ -44,7 +50,7 @@ class Traits:
         """
         if not self.are_keys_aligned:
             return 16, 8 if self.columns > 128 else 4
-        if self.operand_bytes == 4 and self.columns > 128:
+        if self.dtype != torch.bfloat16 and self.columns > 128:
             return 16, 8
         is_large = self.columns > (64 if self.dtype == torch.float32 else 128)
         return 32, 8 if is_large else 4

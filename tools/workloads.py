@@ -208,3 +208,20 @@ WORKLOADS = _by_name([
     # Small enough for the reference, which stores every [N, M, M] logit (4 MB here).
     Workload("cpu-short", 1, 4, 2, 64, 64, 32, 8, dtype=torch.float32, device="cpu"),
 ])  # fmt: skip
+
+_LENGTHS = (1024, 4096, 16384, 65536, 131072)
+# Figures of one size against another: what a plot shows, and too much for every bench.
+SWEEPS: dict[str, dict[int, Workload]] = {
+    # As many positions in all.
+    "N": {
+        n: Workload(f"sweep-n{n}", _LENGTHS[-1] // n, 8, 1, n, 128, 512, 32) for n in _LENGTHS
+    },
+    "G": {
+        g: Workload(f"sweep-g{g}", 1, 64, 64 // g, 4096, 128, 512, 32)
+        for g in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "w1": {
+        w1: Workload(f"sweep-w{w1}", 1, 64, 1, 4096, 128, w1, 32)
+        for w1 in (64, 128, 256, 512, 1024, 2048)
+    },
+}  # fmt: skip

@@ -32,6 +32,16 @@ def load_rows(pointer, rows, stride, columns, row_mask, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def store_rows(pointer, offs, x, row_mask, HEAD_DIM: tl.constexpr):
+    """Store rows x [M, columns] at their offsets, but those masked and columns beyond head_dim."""
+    columns = tl.arange(0, x.shape[1])
+    mask = row_mask[:, None]
+    if x.shape[1] != HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tl.store(pointer + offs[:, None] + columns[None, :], x, mask=mask)
+
+
+@triton.jit
 def next_columns(columns, HEAD_DIM: tl.constexpr):
     """Return each column's successor in its three; a trilinear column is its own."""
     return tl.where(columns < HEAD_DIM // 3 * 3, columns // 3 * 3 + (columns + 1) % 3, columns)

@@ -5,7 +5,8 @@ size, or the power of two above it where a kernel sums over the heads of a query
 
 What goes together is a tuple, which whoever takes it unpacks by name:
 
-    sizes   (seq, keys, wide_first, narrow_first): queries, key positions, each pair's first one
+    sizes   (seq, keys, wide_rows, narrow_rows, wide_first, narrow_first): queries, key positions,
+            each pair's rows and the position of its first one
     windows (wide_begin, wide_end, narrow_begin, narrow_end): query i sees [i + begin, i + end)
     rows    (i, head, mask): each row's query and head, and whether there is such a row
     bounds  (lo, hi) of kv_bounds for each row
@@ -13,9 +14,10 @@ What goes together is a tuple, which whoever takes it unpacks by name:
             [first, last) that any of them sees, [full_lo, full_hi) that all of them see
 
 Plain tuples, and no class: Inductor writes kernels out by source and drops classes that it does not
-know, and Triton's cache key does not see the order of a class's fields. q_start and kv_bounds are
-loaded by the kernels themselves: Inductor follows the addresses of stores back, and where it meets
-a function that took a pointer and returned an index, it counts the pointer as written to.
+know, and Triton's cache key does not see the order of a class's fields. q_start is loaded by the
+kernels themselves: Inductor follows the addresses of stores back, and where it meets a function
+that took a pointer and returned an index, it counts the pointer as written to. Where a loop begins
+and ends is not followed, nor a mask: so `key_ranges` may load kv_bounds.
 """
 
 import triton
@@ -47,7 +49,7 @@ def place(tiles, kv_heads, IS_SMALL_GRID: tl.constexpr, LAST_FIRST: tl.constexpr
 def sizes_of(seq, wide_rows, narrow_rows):
     """Return `sizes`: the shorter pair holds the last rows."""
     keys = tl.maximum(wide_rows, narrow_rows)
-    return seq, keys, keys - wide_rows, keys - narrow_rows
+    return seq, keys, wide_rows, narrow_rows, keys - wide_rows, keys - narrow_rows
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes):
 
     `start` is where its first query stands among the keys.
     """
-    seq, keys, _wide_first, _narrow_first = sizes
+    seq, keys, _wide_rows, _narrow_rows, _wide_first, _narrow_first = sizes
     wide_begin, wide_end = window_of(start, wide_left, wide_right, seq, keys)
     narrow_begin, narrow_end = window_of(start, narrow_left, narrow_right, seq, keys)
     return wide_begin, wide_end, narrow_begin, narrow_end
@@ -95,6 +97,25 @@ def query_rows(
 
 
 @triton.jit
+def head_rows(tensor, batch, kv_head, rows, GROUP: tl.constexpr):
+    """Return (source, offs): where rows of [B, H, N, ..] stand, from the group's first element on.
+
+    `tensor` is (source, stride_b, stride_h, stride_n).
+    """
+    source, stride_b, stride_h, stride_n = tensor
+    i, head, _mask = rows
+    source += batch * stride_b + kv_head * GROUP * stride_h
+    return source, i * stride_n + head * stride_h
+
+
+@triton.jit
+def head_offs(stride_b, stride_h, stride_n, batch, kv_head, rows, GROUP: tl.constexpr):
+    """Return the offsets of rows in a tensor [B, H, N, ..], for stores: of 64 bits, but no base."""
+    i, head, _mask = rows
+    return batch * stride_b + (kv_head * GROUP + head) * stride_h + i * stride_n
+
+
+@triton.jit
 def key_range(rows, bounds, begin, end, first, keys, HAS_BOUNDS: tl.constexpr):
     """Return [lo, hi), the key positions that each row sees through one window; 0, 0 for none."""
     i, _head, mask = rows
@@ -109,10 +130,17 @@ def key_range(rows, bounds, begin, end, first, keys, HAS_BOUNDS: tl.constexpr):
 
 
 @triton.jit
-def key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
+def key_ranges(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
     """Return what each row sees: [lo, hi) of the wide pair and [narrow_lo, narrow_hi)."""
+    i, _head, mask = rows
     wide_begin, wide_end, narrow_begin, narrow_end = windows
-    _seq, keys, wide_first, narrow_first = sizes
+    seq, keys, _wide_rows, _narrow_rows, wide_first, narrow_first = sizes
+    bounds = (0, 0)
+    if HAS_BOUNDS:
+        bound_ptrs = kv_bounds + (batch * seq + i) * 2
+        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
+        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
+        bounds = (bound_lo, bound_hi)
     lo, hi = key_range(rows, bounds, wide_begin, wide_end, wide_first, keys, HAS_BOUNDS)
     narrow_lo, narrow_hi = key_range(
         rows, bounds, narrow_begin, narrow_end, narrow_first, keys, HAS_BOUNDS
@@ -121,13 +149,13 @@ def key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
 
 
 @triton.jit
-def look(rows, bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
-    """Return (sight, narrow_sight) of rows.
+def look(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS: tl.constexpr):
+    """Return (sight, narrow_sight) of rows of a batch row.
 
     narrow_sight is (lo, hi, sees): each row's narrow keys [lo, hi), and whether it sees a pair.
     """
-    _seq, keys, _wide_first, _narrow_first = sizes
-    lo, hi, narrow_lo, narrow_hi = key_ranges(rows, bounds, windows, sizes, HAS_BOUNDS)
+    _seq, keys, _wide_rows, _narrow_rows, _wide_first, _narrow_first = sizes
+    lo, hi, narrow_lo, narrow_hi = key_ranges(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS)
     first, last, full_lo, full_hi = spread(lo, hi, keys)
     sees = (lo < hi) & (narrow_lo < narrow_hi)
     return (lo, hi, first, last, full_lo, full_hi), (narrow_lo, narrow_hi, sees)

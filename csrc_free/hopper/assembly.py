@@ -31,6 +31,21 @@ def pack_float16(x):
 
 
 @gluon.jit
+def pack_clipped(x):
+    """Round float32 to float16 in pairs, at once; what is past 65504 becomes that."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True,
+        pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pack_as(x, dtype: gl.constexpr):
+    """Round float32 to bfloat16, or to float16's finite numbers."""
+    return pack_clipped(x) if dtype == gl.float16 else pack_bfloat16(x)
+
+
+@gluon.jit
 def product(x, y):
     """Return x · y, rounded: never part of a fused multiply-add."""
     return gl.inline_asm_elementwise(

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_free.device.forms import DETERMINANT, STRASSEN, TRILINEAR
-from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16, warpgroup
+from csrc_free.hopper.assembly import opaque_zero, pack_as, warpgroup
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
 from csrc_free.hopper.query_items import place, seen_only, spread, to_float32
@@ -38,8 +38,9 @@ def _virtual(
     x, rows, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr, P: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """Return virtual rows in bfloat16, made of x and the narrow row of each position and offset."""
+    """Return virtual rows, made of x and the narrow row of each position and offset."""
     y = spread(rows, x, 2 * P, COLUMNS)
+    dtype: gl.constexpr = x.dtype
     if HAS_BIAS:
         y = to_float32(y) + bias
         x = to_float32(x)
@@ -47,7 +48,7 @@ def _virtual(
         return rounded_cross(y, x)
     made = x + y if FORM == STRASSEN else x * y
     if HAS_BIAS:
-        made = pack_bfloat16(made)
+        made = pack_as(made, dtype)
     return made
 
 
@@ -89,7 +90,7 @@ def _make_virtual(
 
 @gluon.jit
 def _attend(
-    s, shift, row_delta, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
+    s, shift, row_delta, of_dp, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
     BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return dS [128, BLOCK_N] of a tile of wide keys and its logits s."""
@@ -98,12 +99,20 @@ def _attend(
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
+    return _gradient(p, dp, row_delta, of_dp, v.dtype == gl.float16)
+
+
+@gluon.jit
+def _gradient(p, dp, row_delta, of_dp, IS_HALF: gl.constexpr):
+    """Return dS, for float16 multiplied by a power of two in each row, which is in row_delta."""
+    if IS_HALF:
+        dp *= of_dp[:, None]
     return p * (dp - row_delta[:, None])
 
 
 @gluon.jit
 def _attend_tail(
-    dvq, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
+    dvq, shift, row_delta, of_dp, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
     TAIL: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Return the sums of dS · k and of dS over the few keys of a tail; dvq is only overwritten."""
@@ -111,6 +120,7 @@ def _attend_tail(
     rows: gl.constexpr = rows_of(layout)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
     row_delta = gl.convert_layout(row_delta, rows, assert_trivial=True)
+    of_dp = gl.convert_layout(of_dp, rows, assert_trivial=True)
     lo = gl.convert_layout(lo, rows, assert_trivial=True)
     hi = gl.convert_layout(hi, rows, assert_trivial=True)
     nothing = gl.zeros([_ROWS, TAIL], gl.float32, layout)
@@ -119,8 +129,8 @@ def _attend_tail(
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = p * (dp - row_delta[:, None])
-    packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
+    ds = _gradient(p, dp, row_delta, of_dp, k.dtype == gl.float16)
+    packed = gl.convert_layout(pack_as(ds, k.dtype), OPERAND)
     dvq = warpgroup_mma(packed, k, dvq, use_acc=False, is_async=True)
     return warpgroup_mma_wait(0, deps=(dvq,)), ds
 
@@ -135,7 +145,7 @@ def _halves(x):
 def attend_query(
     q_buffer, do_buffer, q_full, q_empty, k_ring, v_ring, full, empty,
     k_rows, v_rows, rows_full, rows_empty, vq, vdo,
-    delta, lse2, has_huge, dq, kv_bounds, q_start,
+    delta, lse2, has_huge, factors, row_factors, dq, kv_bounds, q_start,
     sizes, dq_strides, items, tiles, scale, log2_scale, biases,
     FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_WIDE_BIAS: gl.constexpr, HAS_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -149,6 +159,7 @@ def attend_query(
     ) = sizes  # fmt: skip
     HEADS: gl.constexpr = 64 // P
     NEEDS_SUMS: gl.constexpr = HAS_WIDE_BIAS or FORM == STRASSEN
+    dtype: gl.constexpr = q_buffer.dtype
     of_logits: gl.constexpr = accumulator(BLOCK_N, 8)
     of_sums: gl.constexpr = accumulator(BLOCK_D, 8)
     of_operand: gl.constexpr = operand(BLOCK_D, 8)
@@ -184,6 +195,10 @@ def attend_query(
             at = bh * seq * GROUP + i * GROUP + x % HEADS
             row_lse2 = gl.load(lse2 + at, mask=real, other=INFINITY)
             row_delta = gl.load(delta + at, mask=real, other=0.0)
+            of_dp = row_delta
+            if dtype == gl.float16:  # as `half_range.scaled_rows_kernel` left them
+                of_dp = gl.load(row_factors + at, mask=real, other=0.0)
+                log2_scale = gl.load(factors + bh * 8)
             is_huge = gl.load(has_huge + bh) != 0
             position = p0 + x // HEADS
             lo = gl.maximum(position - wide_left, wide_first)
@@ -246,7 +261,7 @@ def attend_query(
                         if it == 0:
                             wait_full(full, unused, group)
                         dvq, ds = _attend_tail(
-                            dvq, shift, row_dp, vq, vdo,
+                            dvq, shift, row_dp, of_dp, vq, vdo,
                             k_ring.index(unused).slice(0, TAIL),
                             v_ring.index(unused).slice(0, TAIL),
                             log2_scale, top - (count - 1) * BLOCK_N - TAIL,
@@ -266,13 +281,13 @@ def attend_query(
                 for slot in gl.static_range(SLOTS - 1):
                     if slot >= skip:
                         ds = _attend(
-                            s, shift, row_dp, vdo, v_ring.index(zero + slot), log2_scale,
+                            s, shift, row_dp, of_dp, vdo, v_ring.index(zero + slot), log2_scale,
                             tile_key - slot * BLOCK_N, lo, hi, full_lo, full_hi, is_huge,
                             BLOCK_N, of_logits,
                         )  # fmt: skip
                         if NEEDS_SUMS:
                             sigma += _row_sum(ds, of_rows)
-                        packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                        packed = gl.convert_layout(pack_as(ds, dtype), of_operand)
                         if it == 0:
                             wait_full(full, zero + slot + 1, group)
                         dvq = warpgroup_mma(
@@ -289,13 +304,13 @@ def attend_query(
                         s = warpgroup_mma_wait(0, deps=(s,))
                 END: gl.constexpr = SLOTS - 1
                 ds = _attend(
-                    s, shift, row_dp, vdo, v_ring.index(zero + END), log2_scale,
+                    s, shift, row_dp, of_dp, vdo, v_ring.index(zero + END), log2_scale,
                     tile_key - END * BLOCK_N, lo, hi, full_lo, full_hi, is_huge,
                     BLOCK_N, of_logits,
                 )  # fmt: skip
                 if NEEDS_SUMS:
                     sigma += _row_sum(ds, of_rows)
-                packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                packed = gl.convert_layout(pack_as(ds, dtype), of_operand)
                 dvq = warpgroup_mma(
                     packed, k_ring.index(zero + END), dvq, use_acc=unused < END, is_async=True
                 )
@@ -322,7 +337,7 @@ def attend_query(
                 dvq = warpgroup_mma_wait(1, deps=(dvq,))
                 if is_last:
                     arrive(empty, zero + END)
-                k = spread(k_rows.index(here), acc.to(gl.bfloat16), 2 * P, BLOCK_D)
+                k = spread(k_rows.index(here), acc.to(dtype), 2 * P, BLOCK_D)
                 if HAS_BIAS:
                     k = to_float32(k) + biases[2]
                 elif FORM != DETERMINANT:  # whose product takes it as it is
@@ -351,28 +366,36 @@ def attend_query(
         left.store(acc_left)
         right.store(acc_right)
         to = dq + batch.to(gl.int64) * dq_strides[0]
-        _store_half(to, left, scale, 0, i0, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM)
+        of_dq = row_factors
+        if dtype == gl.float16:
+            of_dq += (items // tiles + batch * kv_heads + kv_head).to(gl.int64) * seq * GROUP
+        _store_half(to, left, scale, of_dq, 0, i0, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM)
         _store_half(
-            to, right, scale, BLOCK_D // 2, i0, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM
-        )
+            to, right, scale, of_dq, BLOCK_D // 2, i0, kv_head, seq, dq_strides,
+            GROUP, HEADS, HEAD_DIM,
+        )  # fmt: skip
 
 
 @gluon.jit
 def _store_half(
-    to, sums, scale, first_column, i0, kv_head, seq, strides,
+    to, sums, scale, of_dq, first_column, i0, kv_head, seq, strides,
     GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Store columns of the rows of an item that are real, the sums of both warpgroups."""
     COLUMNS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [8, 1], [1, 0])
-    x = (sums.slice(0, 64).load(layout) + sums.slice(64, 64).load(layout)) * scale
+    x = sums.slice(0, 64).load(layout) + sums.slice(64, 64).load(layout)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     i = i0 + row // HEADS
     head = kv_head * GROUP + row % HEADS
     real = (i < seq) & (row % HEADS < GROUP)
+    if to.dtype.element_ty == gl.float16:
+        x *= gl.load(of_dq + i * GROUP + row % HEADS, mask=real, other=0.0)[:, None]
+    else:
+        x *= scale
     at = head.to(gl.int64) * strides[1] + i.to(gl.int64) * strides[2]
     gl.store(
-        to + at[:, None] + column[None, :], x.to(gl.bfloat16),
+        to + at[:, None] + column[None, :], x.to(to.dtype.element_ty),
         mask=real[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip

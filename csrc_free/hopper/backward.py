@@ -12,10 +12,11 @@ from torch import Tensor
 
 from csrc_free.hopper import backward_narrow as narrow_side
 from csrc_free.hopper import backward_query as query
+from csrc_free.hopper import half_range
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_wide
+from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
 from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
@@ -27,8 +28,8 @@ from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
-# H100, 2026-11-25). Of determinants it took the whole backward from 18.8 to 30.6 (B2 N2048 H32 Hkv8;
-# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+# H100, 2026-11-25). With it a backward of determinants took 30.6 ms for 18.8 (B2 N2048 H32 Hkv8; H200,
+# torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _SLOWER_UP_TO = 4
 
 
@@ -98,9 +99,12 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
 
 def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
     """Choose the kernel of dq alone, or say why it does not run."""
+    reason = why_not_half(problem)
+    if reason is not None:
+        return reason
     config = query.choose(traits, problem.device)
     if config is None:
-        return "for bfloat16, D and Dv of one size of tile, and 3 to 64 heads"
+        return "for D and Dv of one size of tile, and 3 to 64 heads"
     if problem.group <= _SLOWER_UP_TO and problem.form != "determinant":
         return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     return config
@@ -115,12 +119,17 @@ def write_gradients(
     near = within_int32(problem)
     if isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config):
         near = ordered(near)
+    ranges = None
+    if problem.q.dtype == torch.float16 and (
+        isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config)
+    ):
+        ranges = half_range.ranges_of(near, statistics)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
         dk_narrow, dv_narrow = complete(narrow, problem.k_narrow, problem.v_narrow)
         with gradients_of(problem, dk_wide, dk_narrow) as (dk_wide, dk_narrow):
             grads = dk_wide, dv_wide, dk_narrow, dv_narrow
-            _run_keys(near, statistics, choice.keys, grads)
+            _run_keys(near, statistics, choice.keys, grads, ranges)
         wide, narrow = nothing, nothing
     elif choice.wide is None and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
@@ -133,23 +142,34 @@ def write_gradients(
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
+        scaled = None
+        if ranges is not None:
+            scaled = half_range.scaled(near, statistics, ranges, is_of_keys=False)
         with gradients_of(problem, dq) as (place,):
-            query.backward_query(near, statistics, place, choice.query)
+            query.backward_query(near, statistics, place, choice.query, scaled)
         dq = None
     portable.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 def _run_keys(
-    problem: Problem, statistics: Statistics, plan: Plan, grads: tuple[Tensor, ...]
-) -> None:
+    problem: Problem, statistics: Statistics, plan: Plan, grads: tuple[Tensor, ...],
+    ranges: half_range.Ranges | None,
+) -> None:  # fmt: skip
     """Write the key-value gradients, some key-value heads at a time: all in the same memory."""
-    for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow) in _some_heads(
+    grads = (*grads, *(ranges or ()))
+    for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow, *some_ranges) in _some_heads(
         problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
         parts = parts_of_wide_keys(some, KEYS * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
-        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS))
-        parts.sum_into(dk_narrow, dv_narrow, some)
+        scaled = factors = None
+        if ranges is not None:
+            scaled = half_range.scaled(
+                some, given, half_range.Ranges(*some_ranges), is_of_keys=True
+            )
+            factors = scaled.factors[..., 4:6].contiguous()
+        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS), scaled)
+        parts.sum_into(dk_narrow, dv_narrow, some, factors)
         del parts
 
 

@@ -32,6 +32,7 @@ from csrc_free.device.forms import CODES
 from csrc_free.hopper.bring_keys import bring_keys
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
+from csrc_free.hopper.half_range import Scaled
 from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
 from csrc_free.hopper.sum_keys import sum_keys
 from csrc_free.launch import launch
@@ -56,6 +57,7 @@ NOT_SPECIALIZED = (
 def hopper_backward_keys_kernel(
     q, dout, delta, lse2, k_wide, v_wide,
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
+    factors,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
@@ -76,21 +78,22 @@ def hopper_backward_keys_kernel(
     q and dout are descriptors of [B, Hkv, N, G, D], delta and lse2 of [B * Hkv, N * G], the wide
     pair of [B, Hkv, rows, D]. Parts are zeroed float32 [parts, B, Hkv, slots, D].
     """
+    dtype: gl.constexpr = q.dtype
     rows_of_k: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     float32_rows: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, _ROWS, BLOCK_D], rows_of_k)
-    dout_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, _ROWS, BLOCK_DV], rows_of_k)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, _ROWS, BLOCK_D], rows_of_k)
+    dout_tiles = gl.allocate_shared_memory(dtype, [STAGES, _ROWS, BLOCK_DV], rows_of_k)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], delta.layout)
     lse2_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], lse2.layout)
-    k_tile = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, BLOCK_D], rows_of_k)
-    v_tile = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, BLOCK_DV], rows_of_k)
-    vk = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, BLOCK_D], rows_of_k)
-    vv = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, BLOCK_DV], rows_of_k)
+    k_tile = gl.allocate_shared_memory(dtype, [_KEYS, BLOCK_D], rows_of_k)
+    v_tile = gl.allocate_shared_memory(dtype, [_KEYS, BLOCK_DV], rows_of_k)
+    vk = gl.allocate_shared_memory(dtype, [2, _KEYS, BLOCK_D], rows_of_k)
+    vv = gl.allocate_shared_memory(dtype, [2, _KEYS, BLOCK_DV], rows_of_k)
     dk_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_D], float32_rows)
     dv_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_DV], float32_rows)
-    k_rows = gl.allocate_shared_memory(gl.bfloat16, [2, 1, BLOCK_D], plain)
-    v_rows = gl.allocate_shared_memory(gl.bfloat16, [2, 1, BLOCK_DV], plain)
+    k_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_D], plain)
+    v_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_DV], plain)
     rows_full = barriers(STAGES, 1)
     rows_empty = barriers(STAGES, 2)
     keys_full = barriers(1, 1)
@@ -111,7 +114,7 @@ def hopper_backward_keys_kernel(
         (sum_keys, (
             0,
             k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans,
-            q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
+            q_start, factors, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(0), vv.index(0), k_rows.index(0), v_rows.index(0), dk_sums, dv_sums,
             rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift,
@@ -124,7 +127,7 @@ def hopper_backward_keys_kernel(
         (sum_keys, (
             1,
             k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans,
-            q_start, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
+            q_start, factors, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile,
             vk.index(1), vv.index(1), k_rows.index(1), v_rows.index(1), dk_sums, dv_sums,
             rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
             sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift,
@@ -163,9 +166,15 @@ class Config:
 
 def backward_keys(
     problem: Problem, statistics: Statistics, plan: Plan, parts: Parts,
-    dk_wide: Tensor, dv_wide: Tensor, spans: Tensor | None,
+    dk_wide: Tensor, dv_wide: Tensor, spans: Tensor | None, scaled: Scaled | None = None,
 ) -> None:  # fmt: skip
-    """Write the wide pair's gradients, and fill the narrow pair's parts."""
+    """Write the wide pair's gradients, and fill the narrow pair's parts.
+
+    For float16 some of what it takes is multiplied by powers of two, and so are the parts.
+    """
+    delta, lse2, factors = statistics.delta, statistics.lse2, None
+    if scaled is not None:
+        problem, delta, lse2, factors, _ = scaled
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     heads = batch * kv_heads
@@ -179,11 +188,11 @@ def backward_keys(
     launch(
         hopper_backward_keys_kernel, min(problem.device.multiprocessors, items),
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
-        _statistic(statistics.delta, slots_of_rows, 0.0),
-        _statistic(statistics.lse2, slots_of_rows, math.inf),
+        _statistic(delta, slots_of_rows, 0.0),
+        _statistic(lse2, slots_of_rows, math.inf),
         *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
-        problem.kv_bounds, spans, problem.q_start,
+        problem.kv_bounds, spans, problem.q_start, factors,
         *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, KEYS), plan.tiles,
         *parts.numbers,
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],

@@ -21,6 +21,7 @@ from csrc_free.hopper.attend_query import attend_query
 from csrc_free.hopper.bring_query import bring_rows, bring_tiles
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
+from csrc_free.hopper.half_range import Scaled
 from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
@@ -70,7 +71,7 @@ def _serves(traits: Traits, device: Device) -> bool:
     return (
         device.backend == "cuda"
         and device.arch == 90
-        and traits.dtype == torch.bfloat16
+        and traits.dtype in (torch.bfloat16, torch.float16)
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
@@ -89,7 +90,8 @@ def _configs(traits: Traits) -> Iterator[Config]:
 
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_backward_query_kernel(
-    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dq, kv_bounds, q_start,
+    q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, factors, row_factors,
+    dq, kv_bounds, q_start,
     items, tiles, kv_heads, seq, wide_rows, narrow_rows,
     wide_left, wide_right, narrow_left, narrow_right, q_start_default,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
@@ -107,31 +109,26 @@ def hopper_backward_query_kernel(
     v_wide of [B, Hkv, M, D] in blocks of BLOCK_N keys. The strides of k_narrow and v_narrow are in
     units of 8 elements. delta and lse2 are contiguous [B, Hkv, N, G].
     """
+    dtype: gl.constexpr = q.dtype
     P: gl.constexpr = 64 // HEADS
-    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
-    of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
-    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], gl.bfloat16)
-    of_values: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], gl.bfloat16)
-    q_tile = gl.allocate_shared_memory(gl.bfloat16, [1, P, HEADS, BLOCK_D], q.layout)
-    do_tile = gl.allocate_shared_memory(gl.bfloat16, [1, P, HEADS, BLOCK_DV], dout.layout)
-    q_buffer = q_tile._reinterpret(gl.bfloat16, [64, BLOCK_D], of_rows)
-    do_buffer = do_tile._reinterpret(gl.bfloat16, [64, BLOCK_DV], of_value_rows)
-    vq = gl.allocate_shared_memory(gl.bfloat16, [128, BLOCK_D], of_rows)
-    vdo = gl.allocate_shared_memory(gl.bfloat16, [128, BLOCK_DV], of_value_rows)
-    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
-    v_tiles = gl.allocate_shared_memory(
-        gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout
-    )
-    k_ring = k_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_D], of_keys)
-    v_ring = v_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_DV], of_values)
-    k_rows = gl.allocate_shared_memory(gl.bfloat16, [4, P, BLOCK_D], permuted_rows(P, BLOCK_D, 2))
-    v_rows = gl.allocate_shared_memory(gl.bfloat16, [4, P, BLOCK_DV], permuted_rows(P, BLOCK_DV, 2))
-    k_pairs = k_rows._reinterpret(
-        gl.bfloat16, [2, 2 * P, BLOCK_D], permuted_rows(2 * P, BLOCK_D, 2)
-    )
-    v_pairs = v_rows._reinterpret(
-        gl.bfloat16, [2, 2 * P, BLOCK_DV], permuted_rows(2 * P, BLOCK_DV, 2)
-    )
+    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    of_values: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
+    q_tile = gl.allocate_shared_memory(dtype, [1, P, HEADS, BLOCK_D], q.layout)
+    do_tile = gl.allocate_shared_memory(dtype, [1, P, HEADS, BLOCK_DV], dout.layout)
+    q_buffer = q_tile._reinterpret(dtype, [64, BLOCK_D], of_rows)
+    do_buffer = do_tile._reinterpret(dtype, [64, BLOCK_DV], of_value_rows)
+    vq = gl.allocate_shared_memory(dtype, [128, BLOCK_D], of_rows)
+    vdo = gl.allocate_shared_memory(dtype, [128, BLOCK_DV], of_value_rows)
+    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout)
+    k_ring = k_tiles._reinterpret(dtype, [SLOTS, BLOCK_N, BLOCK_D], of_keys)
+    v_ring = v_tiles._reinterpret(dtype, [SLOTS, BLOCK_N, BLOCK_DV], of_values)
+    k_rows = gl.allocate_shared_memory(dtype, [4, P, BLOCK_D], permuted_rows(P, BLOCK_D, 2))
+    v_rows = gl.allocate_shared_memory(dtype, [4, P, BLOCK_DV], permuted_rows(P, BLOCK_DV, 2))
+    k_pairs = k_rows._reinterpret(dtype, [2, 2 * P, BLOCK_D], permuted_rows(2 * P, BLOCK_D, 2))
+    v_pairs = v_rows._reinterpret(dtype, [2, 2 * P, BLOCK_DV], permuted_rows(2 * P, BLOCK_DV, 2))
     full = barriers(SLOTS, 1)
     empty = barriers(SLOTS, 1)
     rows_full = barriers(2, 1)
@@ -153,7 +150,7 @@ def hopper_backward_query_kernel(
             (attend_query, (
                 q_buffer, do_buffer, q_full, q_empty, k_ring, v_ring, full, empty,
                 k_pairs, v_pairs, rows_full, rows_empty, vq, vdo,
-                delta, lse2, has_huge, dq, kv_bounds, q_start,
+                delta, lse2, has_huge, factors, row_factors, dq, kv_bounds, q_start,
                 sizes, dq_strides, items, tiles, scale, log2_scale, biases,
                 FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM,
                 BLOCK_D, BLOCK_DV, P, BLOCK_N, SLOTS, TAIL,
@@ -174,9 +171,15 @@ def hopper_backward_query_kernel(
     )  # fmt: skip
 
 
-def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config: Config) -> None:
+def backward_query(
+    problem: Problem, statistics: Statistics, dq: Tensor, config: Config,
+    scaled: Scaled | None = None,
+) -> None:  # fmt: skip
     """Write dq [B, H, N, D] with what `choose` found for the problem."""
     dout, delta, lse2, has_huge = statistics
+    factors = row_factors = None
+    if scaled is not None:
+        problem, delta, lse2, factors, row_factors = scaled
     batch, _, seq, _ = problem.q.shape
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
@@ -196,7 +199,7 @@ def backward_query(problem: Problem, statistics: Statistics, dq: Tensor, config:
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
         *narrow,
         describe(dout.transpose(1, 2), [1, positions, config.heads, block_dv]),
-        delta, lse2, has_huge, dq, problem.kv_bounds, problem.q_start,
+        delta, lse2, has_huge, factors, row_factors, dq, problem.kv_bounds, problem.q_start,
         items, tiles, kv_heads, *sizes,
         *(stride // UNIT for t in narrow for stride in t.stride()[:3]), *dq.stride()[:3],
         problem.scale, problem.log2_scale, *problem.biases(),

@@ -56,11 +56,11 @@ def bring_keys(
             to = [batch, kv_head, tile * _KEYS, 0]
             tma.async_copy_global_to_shared(
                 k_wide, to, keys_full.index(0),
-                k_tile._reinterpret(gl.bfloat16, [1, 1, _KEYS, BLOCK_D], k_wide.layout),
+                k_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_D], k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
                 v_wide, to, keys_full.index(0),
-                v_tile._reinterpret(gl.bfloat16, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
+                v_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
             for _turn in range(own_turns):
                 i, count = rows_of_key(
@@ -82,7 +82,7 @@ def bring_keys(
                     tma.async_copy_global_to_shared(
                         q, rows, full,
                         q_tiles.index(s)._reinterpret(
-                            gl.bfloat16, [1, 1, positions, HEADS, BLOCK_D], q.layout
+                            q.dtype, [1, 1, positions, HEADS, BLOCK_D], q.layout
                         ),
                     )  # fmt: skip
                     tma.async_copy_global_to_shared(
@@ -91,7 +91,7 @@ def bring_keys(
                     tma.async_copy_global_to_shared(
                         dout, rows, full,
                         dout_tiles.index(s)._reinterpret(
-                            gl.bfloat16, [1, 1, positions, HEADS, BLOCK_DV], dout.layout
+                            q.dtype, [1, 1, positions, HEADS, BLOCK_DV], dout.layout
                         ),
                     )  # fmt: skip
                     tma.async_copy_global_to_shared(

@@ -41,7 +41,7 @@ class Plan:
 
 def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     """Return how the work is divided, or why the kernel of all four gradients does not serve."""
-    reason = _why_not(problem, dout)
+    reason = _why_not(problem, dout) or why_not_half(problem)
     if reason is None and not 3 <= problem.group <= ROWS:
         reason = f"for 3 to {ROWS} query heads of a key-value head, got {problem.group}"
     if reason is None and problem.group * problem.narrow_width < FEWEST_ROWS:
@@ -68,6 +68,8 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
     reason = _why_not(problem, dout)
     if reason is not None:
         return reason
+    if problem.q.dtype != torch.bfloat16:
+        return f"for bfloat16 alone, got {problem.q.dtype}"
     if problem.form != "trilinear":
         return f"for the trilinear form alone, got {problem.form}"
     if problem.group > 4:
@@ -93,8 +95,8 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
     device, head_dim, value_dim = problem.device, problem.q.shape[3], problem.v_wide.shape[3]
     if (device.backend, device.arch) != ("cuda", 90):
         return f"compiled for sm_90 alone, and the device is {device.name}"
-    if problem.q.dtype != torch.bfloat16:
-        return f"for bfloat16 alone, got {problem.q.dtype}"
+    if problem.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"for bfloat16 and float16, got {problem.q.dtype}"
     if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
         return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
     for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),
@@ -102,6 +104,15 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
         if not can_describe(tensor):
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
     return None
+
+
+def why_not_half(problem: Problem) -> str | None:
+    """Return what of a float16 problem cannot be scaled by powers of two, or None."""
+    if problem.q.dtype != torch.float16:
+        return None
+    if problem.form != "trilinear":
+        return f"in float16 for the trilinear form alone, got {problem.form}"
+    return "a bias of the wide pair in float16" if any(problem.biases()[:2]) else None
 
 
 def _bytes_of_statistics(problem: Problem) -> int:

@@ -13,7 +13,7 @@ from csrc_free.device.descriptors import are_rows_aligned
 from csrc_free.hopper.assembly import opaque_zero
 
 FAR = gl.constexpr(2**31 - 1)
-UNIT = 8  # bfloat16 numbers in 16 bytes
+UNIT = 8  # numbers of two bytes in 16
 
 
 @gluon.jit
@@ -85,10 +85,14 @@ def place(
 
 @gluon.jit
 def to_float32(x):
-    return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=gl.float32,
-        is_pure=True, pack=2,
-    )  # fmt: skip
+    if x.dtype == gl.float16:
+        y = x.to(gl.float32)
+    else:
+        y = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=gl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return y
 
 
 @gluon.jit

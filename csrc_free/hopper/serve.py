@@ -24,8 +24,8 @@ _NARROW_FROM = 4
 # keys. At 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10 (groups of 3 and 5;
 # H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29).
 USEFUL_FROM = 0.7
-# Of other forms than trilinear: at 0.59 the portable kernel took 2.6 and 3.6 times as long (groups of
-# 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+# Of other forms than trilinear: at 0.59 the portable kernel took 2.6 and 3.6 times as long (groups
+# of 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _USEFUL_FROM_OF_OTHERS = 0.5
 # Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
 MOST_POSITIONS_OF_64_COLUMNS = 16

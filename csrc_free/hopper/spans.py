@@ -55,7 +55,7 @@ def spans_kernel(
         start = tl.load(q_start + batch)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
-    _seq, keys, wide_first, _narrow_first = sizes
+    _seq, keys, _wide_rows, _narrow_rows, wide_first, _narrow_first = sizes
     wide_begin, wide_end, _narrow_begin, _narrow_end = windows
     key_first = wide_first + tile * KEYS
     key_end = tl.minimum(key_first + KEYS, keys)
@@ -68,10 +68,8 @@ def spans_kernel(
     for first in range(begin, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         real = i < end
-        bound = kv_bounds + (batch * seq + i) * 2
-        bounds = (tl.load(bound, mask=real, other=0), tl.load(bound + 1, mask=real, other=0))
         rows = (i, i, real)  # of no head
-        lo, hi, narrow_lo, narrow_hi = key_ranges(rows, bounds, windows, sizes, True)
+        lo, hi, narrow_lo, narrow_hi = key_ranges(rows, batch, kv_bounds, windows, sizes, True)
         sees = real & (lo < key_end) & (hi > key_first) & (narrow_lo < narrow_hi)
         query_first = tl.minimum(query_first, tl.where(sees, i, _FAR))
         query_end = tl.maximum(query_end, tl.where(sees, i + 1, 0))

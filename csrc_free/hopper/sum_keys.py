@@ -105,7 +105,7 @@ def _plus_of_wide_keys(total, x, sigma, narrow, FORM: gl.constexpr):
 def sum_keys(
     r: gl.constexpr,
     k_narrow, v_narrow, has_huge, dk_wide, dv_wide, dk_parts, dv_parts, kv_bounds, spans, q_start,
-    q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile, vk, vv, k_row, v_row,
+    factors, q_tiles, dout_tiles, delta_tiles, lse2_tiles, k_tile, v_tile, vk, vv, k_row, v_row,
     dk_sums, dv_sums, rows_full, rows_empty, keys_full, keys_empty, dk_turn, dv_turn,
     sizes, items, heads, splits, tiles, tiles_of_a_part, slots, part_rows, part_shift, strides,
     scale, log2_scale,
@@ -136,6 +136,7 @@ def sum_keys(
     in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     positions: gl.constexpr = _ROWS // HEADS
     log: gl.constexpr = log2(positions)
+    IS_HALF: gl.constexpr = vk.dtype == gl.float16
 
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
     value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, one_row))
@@ -159,6 +160,14 @@ def sum_keys(
             item, heads, splits, kv_heads, q_start, q_start_default, HAS_Q_START
         )
         is_huge = gl.load(has_huge + bh) != 0
+        of_dp = 1.0
+        of_dk = scale
+        of_dv = 1.0
+        if IS_HALF:  # as `half_range.scaled_rows_kernel` left them
+            log2_scale = gl.load(factors + bh * 8)
+            of_dp = gl.load(factors + bh * 8 + 1)
+            of_dk = gl.load(factors + bh * 8 + 2)
+            of_dv = gl.load(factors + bh * 8 + 3)
         k_head = batch.to(INDEX) * stride_kn_b + kv_head.to(INDEX) * stride_kn_h
         v_head = batch.to(INDEX) * stride_vn_b + kv_head.to(INDEX) * stride_vn_h
         split_offset = split.to(gl.int64) * heads * wide_rows
@@ -237,12 +246,12 @@ def sum_keys(
                         made = rounded_cross(one, other)
                     else:
                         made = one + other if FORM == STRASSEN else one * other
-                    vk.store(made.to(gl.bfloat16))
+                    vk.store(made.to(vk.dtype))
                     vv.store(
                         (
                             _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
                             * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS)
-                        ).to(gl.bfloat16)
+                        ).to(vv.dtype)
                     )
                     fence_async_shared()
                     # Tiles of rows from `begin` to `last` see all of these keys, and m.
@@ -288,7 +297,7 @@ def sum_keys(
                         ds, y, sigma = weigh(
                             s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                             lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
-                            batch, seq, kv_bounds, log2_scale,
+                            batch, seq, kv_bounds, log2_scale, of_dp,
                             FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
                         later = at % STAGES
@@ -307,7 +316,7 @@ def sum_keys(
                     ds, y, sigma = weigh(
                         s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                         lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
-                        window, batch, seq, kv_bounds, log2_scale,
+                        window, batch, seq, kv_bounds, log2_scale, of_dp,
                         FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                     )  # fmt: skip
                     x = warpgroup_mma(
@@ -324,12 +333,14 @@ def sum_keys(
                         sigma = gl.convert_layout(
                             gl.sum(sigma, 1), gl.SliceLayout(1, of_x), assert_trivial=True
                         )
-                    dk_row = scale * _sum_over_keys(
+                    dk_row = _sum_over_keys(
                         _of_narrow_key(
                             x, sigma, _biased(k_tile.load(of_x), k_wide_bias, HAS_BIAS), FORM
                         ),
                         dk_partials, by_columns,
                     )  # fmt: skip
+                    if not IS_HALF:  # else the sum of the parts sees to it
+                        dk_row *= scale
                     if DO_ACCUMULATE:
                         dv_row += dv_before
                         dk_row += dk_before
@@ -368,14 +379,14 @@ def sum_keys(
             if r == 0:
                 _hand_over(
                     dv_sums, dv_wide + split_offset * VALUE_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dv_b, stride_dv_h, stride_dv_n, 1.0, VALUE_DIM, BLOCK_DV, by_rows,
+                    stride_dv_b, stride_dv_h, stride_dv_n, of_dv, VALUE_DIM, BLOCK_DV, by_rows,
                 )  # fmt: skip
             arrive(dv_turn, r)
             _wait_for_turn(dk_turn, r, turns_done)
             if r == 1:
                 _hand_over(
                     dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dk_b, stride_dk_h, stride_dk_n, scale, HEAD_DIM, BLOCK_D, by_rows,
+                    stride_dk_b, stride_dk_h, stride_dk_n, of_dk, HEAD_DIM, BLOCK_D, by_rows,
                 )  # fmt: skip
             arrive(dk_turn, r)
             turns_done += 1

@@ -108,8 +108,8 @@ def _text(columns, is_x_paired, is_y_paired, has_sum, is_paired):
             text += written(place, f"x{at}_next", f"y{at}_prev", f"x{at}_prev", f"y{at}_next")
         return text + "} "
 
-    # Lanes 1, 2, 0, 3 follow lanes 0 to 3, and 2, 0, 1, 3 come before them: two bits each. Read from
-    # tid.x, they kept ptxas from uniform registers in all of a kernel (1,016 bytes of spills for 400).
+    # Lanes 1, 2, 0, 3 follow lanes 0 to 3, and 2, 0, 1, 3 come before them: two bits each. Told by
+    # tid.x, ptxas uses no uniform registers in the whole kernel (1,016 bytes of spills for 400).
     lanes = (
         ".reg .pred is_before; .reg .u32 lane, next, prev; "
         "mov.u32 lane, %laneid; and.b32 lane, lane, 3; setp.lt.u32 is_before, lane, 3; "

@@ -5,23 +5,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from csrc_free.device.forms import STRASSEN
-from csrc_free.hopper.assembly import pack_bfloat16, parts_of_rows
+from csrc_free.hopper.assembly import pack_as, parts_of_rows
+from csrc_free.hopper.half_range import P_EXPONENT
 from csrc_free.hopper.key_plan import KEYS, ROWS
 
 _KEYS = gl.constexpr(KEYS)
 _ROWS = gl.constexpr(ROWS)
+_LARGEST_HALF = gl.constexpr(2.0**P_EXPONENT.value)
 
 
 @gluon.jit
 def _probabilities(
     s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
-    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LARGEST: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i.
 
     `of_keys` is what stands in a key's logits besides, in log2 units. Tiles from `first` to `last`
-    need no mask. Rows past the last query are zero in q and dout, and add nothing, whatever their P
-    is, so long as it is finite.
+    need no mask, and no cap at LARGEST. Rows past the last query are zero in q and dout, and add
+    nothing, whatever their P is, so long as it is finite.
     """
     first, last = seen
     shift = lse2_tile.load(LAYOUT)
@@ -54,31 +57,35 @@ def _probabilities(
             visible = visible & (row < seq)
         if HEADS == _ROWS:
             visible = visible[:, None]
-        p = gl.where(visible, gl.minimum(p, 1.0), 0.0)
+        p = gl.where(visible, gl.minimum(p, LARGEST), 0.0)
     return p
 
 
 @gluon.jit
 def weigh(
     s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq,
-    kv_bounds, log2_scale, FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
+    kv_bounds, log2_scale, of_dp, FORM: gl.constexpr, HEADS: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
 ):  # fmt: skip
-    """Return dS of a tile [keys, rows] in bfloat16, y with its product under way, and sigma.
+    """Return dS of a tile [keys, rows] as an operand, y with its product under way, and sigma.
 
     sigma [keys, 4] are the sums of dS over rows, in parts.
     """
+    dtype: gl.constexpr = dout_tile.dtype
+    IS_HALF: gl.constexpr = dtype == gl.float16
     dp = warpgroup_mma(
         vv, dout_tile.permute((1, 0)), gl.zeros([_KEYS, _ROWS], gl.float32, LAYOUT),
         use_acc=False, is_async=True,
     )  # fmt: skip
     p = _probabilities(
         s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
-        FORM, HEADS, HAS_BOUNDS, LAYOUT,
+        FORM, HEADS, HAS_BOUNDS, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT,
     )  # fmt: skip
-    y = warpgroup_mma(gl.convert_layout(pack_bfloat16(p), A_OF_Y), dout_tile, y, is_async=True)
+    y = warpgroup_mma(gl.convert_layout(pack_as(p, dtype), A_OF_Y), dout_tile, y, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
+    if IS_HALF:
+        dp *= of_dp
     ds = p * (dp - delta_tile.load(LAYOUT))
     if FORM == STRASSEN:
         sigma += parts_of_rows(ds)
-    return pack_bfloat16(ds), y, sigma
+    return pack_as(ds, dtype), y, sigma

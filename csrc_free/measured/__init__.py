@@ -37,7 +37,7 @@ def is_measured(traits: Traits, device: Device) -> bool:
         return False
     serves = found["serves"]
     return (
-        str(traits.dtype).removeprefix("torch.") in serves["dtypes"]
+        traits.precision in serves["precisions"]
         and traits.form in serves["forms"]
         and traits.columns <= serves["columns_to"]
     )
@@ -62,12 +62,16 @@ def read_choosing(text: str) -> str:
     return json.dumps({name: found[name] for name in CHOOSING}, sort_keys=True)
 
 
-def _holds(when: Mapping[str, int], traits: Traits) -> bool:
-    """Tell whether a problem is within a line's conditions, each of which must be known."""
+def _holds(when: Mapping[str, Any], traits: Traits) -> bool:
+    """Tell whether a problem is within a line's conditions, each of which must be known.
+
+    A line without a precision is of bfloat16.
+    """
     rules = {
         "group_from": lambda bound: traits.group >= bound,
         "group_below": lambda bound: traits.group < bound,
         "group_multiple_of": lambda bound: traits.group % bound == 0,
         "columns_to": lambda bound: traits.columns <= bound,
+        "precision": lambda bound: traits.precision == bound,
     }
-    return all(rules[name](bound) for name, bound in when.items())
+    return all(rules[name](bound) for name, bound in {"precision": None, **when}.items())

@@ -13,18 +13,29 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, load_for_form, virtual_query
+from csrc_free.device.forms import STRASSEN, load_for_form, store_rows, virtual_query
 from csrc_free.device.pair import (
     biases_of,
     load_keys,
-    load_keys_of_rows,
+    load_narrow_keys,
+    load_narrow_values,
     load_values,
-    load_values_of_rows,
-    pair_of,
+    pairs_of,
 )
-from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.device.products import operand, product, transposed
+from csrc_free.device.tiles import (
+    head_offs,
+    head_rows,
+    look,
+    offset_range,
+    place,
+    query_rows,
+    sizes_of,
+    windows_of,
+)
 from csrc_free.launch import is_small, launch
 from csrc_free.portable.shared_memory import forward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -83,8 +94,7 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
 @triton.jit
 def _attend(
     vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
-    IS_SETTLED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    dims: tl.constexpr, dot: tl.constexpr, IS_SETTLED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Attend from one tile of virtual queries to the wide window; `keys` counts a tile's keys.
 
@@ -92,15 +102,18 @@ def _attend(
     exponents, in log2 units. Settled, the incoming maximum is used as it is.
     """
     lo, hi, first, last, full_lo, full_hi = sight
-    M: tl.constexpr = vq.shape[0]
+    BLOCK_DV: tl.constexpr = dims[3]
+    DOT_DTYPE: tl.constexpr = dot[0]
+    PRECISION: tl.constexpr = dot[1]
+    M: tl.constexpr = row_constant.shape[0]
     BLOCK_N: tl.constexpr = keys.shape[0]
     t = tl.zeros([M, BLOCK_DV], tl.float32)
     total = tl.zeros([M], tl.float32)
     totals = tl.zeros([M, 4], tl.float32)
     shift = tl.where(sees_key, top - row_constant, float("inf"))
     for j in range(first, last, BLOCK_N):
-        k = load_keys(wide, j, keys, HEAD_DIM, vq.shape[1], DESCRIPTORS)
-        s = tl.dot(vq, tl.trans(k.to(vq.dtype)), input_precision=PRECISION)
+        k = load_keys(wide, j, keys, dims, dot, DESCRIPTORS)
+        s = product(vq, transposed(k, PRECISION), None, PRECISION)
         if IS_SETTLED:
             p = tl.exp2(s * log2_scale - shift[:, None])
             if (j < full_lo) | (j + BLOCK_N > full_hi):
@@ -121,32 +134,33 @@ def _attend(
             total = total * decay
             top = new_top
             total += tl.sum(p, 1)
-        v = load_values(wide, j, keys, VALUE_DIM, BLOCK_DV, DESCRIPTORS)
-        t = tl.dot(p.to(vq.dtype), v.to(vq.dtype), t, input_precision=PRECISION)
+        v = load_values(wide, j, keys, dims, dot, DESCRIPTORS)
+        t = product(operand(p, DOT_DTYPE, PRECISION), v, t, PRECISION)
     return t, total + tl.sum(totals, 1), top
 
 
 @triton.jit
 def _virtual_queries(
     q, query_offs, mask, narrow, wide, key_row, sees_key, log2_scale,
-    FORM: tl.constexpr, SIGN: tl.constexpr,
-    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
     """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
     k_wide_bias, _v_wide_bias = biases_of(wide)
+    FORM: tl.constexpr = form[0]
+    SIGN: tl.constexpr = form[1]
+    HAS_WIDE_BIAS: tl.constexpr = form[2]
+    HEAD_DIM: tl.constexpr = dims[0]
+    BLOCK_D: tl.constexpr = dims[2]
     columns = tl.arange(0, BLOCK_D)
     query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
-    k, k_prev = load_keys_of_rows(
-        narrow, key_row, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
-    )
+    k, k_prev = load_narrow_keys(narrow, key_row, sees_key, form, dims)
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
     row_constant = tl.zeros([vq.shape[0]], tl.float32)
     if FORM == STRASSEN:
         row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
     if HAS_WIDE_BIAS:
         row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-    return vq.to(DOT_DTYPE), row_constant
+    return operand(vq, dot[0], dot[1]), row_constant
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -174,42 +188,33 @@ def forward_kernel(
     With DESCRIPTORS, k_wide and v_wide are descriptors.
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
+    form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
-    _seq, _keys, wide_first, narrow_first = sizes
-    start = q_start_default
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
+    _seq, _keys, _wide_rows, _narrow_rows, _wide_first, narrow_first = sizes
+    start = tl.load(q_start + batch) if HAS_Q_START else q_start_default
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     replica = tl.arange(0, M) // BLOCK_Q
     flat = tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q
-    i, head, mask = query_rows(flat, seq, GROUP, GROUP, INDEX)
-    bounds = (0, 0)
-    if HAS_BOUNDS:
-        bound_ptrs = kv_bounds + (batch * seq + i) * 2
-        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
-        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
-        bounds = (bound_lo, bound_hi)
-    sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+    rows = query_rows(flat, seq, GROUP, GROUP, INDEX)
+    i, _head, mask = rows
+    sight, narrow_sight = look(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS)
     narrow_lo, narrow_hi, sees = narrow_sight
     offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
     log2_scale = tl.cast(log2_scale, tl.float32)
-    wide = pair_of(
-        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
-        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
-        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
+    wide, narrow = pairs_of(
+        (k_wide, stride_kw_b, stride_kw_h, stride_kw_n, k_wide_bias),
+        (v_wide, stride_vw_b, stride_vw_h, stride_vw_n, v_wide_bias),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_narrow_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
+        batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
-    narrow = pair_of(
-        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
-        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
-        batch, kv_head, narrow_first, narrow_rows, False,
-    )  # fmt: skip
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    query_offs = i * stride_q_n + head * stride_q_h
+    q, query_offs = head_rows((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, rows, GROUP)
     keys = tl.arange(0, BLOCK_N).to(INDEX)
-    value_columns = tl.arange(0, BLOCK_DV)
 
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -219,8 +224,8 @@ def forward_kernel(
     # The virtual queries are made one offset ahead: a loop-carried operand is multiplied from
     # shared memory, one made in the same iteration is reloaded into registers for every product.
     vq, row_constant = _virtual_queries(
-        q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale,
-        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+        q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
+        dims, dot,
     )  # fmt: skip
     # The maximum is nearly always settled by the first offset; checked, never assumed.
     is_settled = False
@@ -230,15 +235,15 @@ def forward_kernel(
         new_total = total
         if is_settled:
             t, new_total, _top = _attend(
-                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
-                True, HEAD_DIM, VALUE_DIM, BLOCK_DV, PRECISION, DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims, dot,
+                True, DESCRIPTORS,
             )  # fmt: skip
             # Also false where a row saw nothing before: its exponentials are then infinite.
             is_settled = tl.max(new_total, 0) < LAGGING_LIMIT
         if not is_settled:
             t, new_total, new_top = _attend(
-                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale,
-                False, HEAD_DIM, VALUE_DIM, BLOCK_DV, PRECISION, DESCRIPTORS,
+                vq, row_constant, top, sees_key, sight, wide, keys, log2_scale, dims, dot,
+                False, DESCRIPTORS,
             )  # fmt: skip
             decay = tl.exp2(top - tl.where(new_top == float("-inf"), 0.0, new_top))
             acc *= decay[:, None]
@@ -251,16 +256,14 @@ def forward_kernel(
         total += new_total
         if HAS_WIDE_BIAS:
             t += tl.cast(v_wide_bias, tl.float32) * new_total[:, None]
-        v = load_values_of_rows(
-            narrow, key - narrow_first, sees_key, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV
-        )
+        v = load_narrow_values(narrow, key - narrow_first, sees_key, form, dims)
         acc += t * v.to(tl.float32)
 
         key -= REPLICAS
         sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, row_constant = _virtual_queries(
-            q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale,
-            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D, DOT_DTYPE,
+            q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
+            dims, dot,
         )  # fmt: skip
 
     if REPLICAS > 1:
@@ -271,14 +274,11 @@ def forward_kernel(
         total = tl.sum(tl.reshape(total, [REPLICAS, BLOCK_Q]) * weight, 0)
         acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_DV]) * weight[:, :, None], 0)
         top = highest
-        i, head, mask = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
+        rows = query_rows(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), seq, GROUP, GROUP, INDEX)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    query_head = kv_head * GROUP + head
-    out_offs = batch * stride_o_b + query_head * stride_o_h + i * stride_o_n
-    out_mask = mask[:, None]
-    if BLOCK_DV != VALUE_DIM:
-        out_mask = out_mask & (value_columns < VALUE_DIM)[None, :]
-    tl.store(out + out_offs[:, None] + value_columns[None, :], acc, mask=out_mask)
+    i, head, mask = rows
+    out_offs = head_offs(stride_o_b, stride_o_h, stride_o_n, batch, kv_head, rows, GROUP)
+    store_rows(out, out_offs, acc, mask, VALUE_DIM)
     lse_offs = (bh * GROUP + head) * seq + i
     logarithm = tl.log2(tl.where(total > 0, total, 1.0))
     tl.store(lse + lse_offs, (top + logarithm) * LN_2, mask=mask)
@@ -287,6 +287,7 @@ def forward_kernel(
 def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
     config = choose(problem.traits(), problem.device)
+    problem = with_wide_parts(problem)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
     batch, kv_heads = problem.k_wide.shape[:2]
     programs = triton.cdiv(out.shape[2] * problem.group, config.block_q) * batch * kv_heads

@@ -11,12 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
-from csrc_free.device.pair import load_keys_of_rows, pair_of
-from csrc_free.device.tiles import look, place, query_rows, sizes_of, windows_of
+from csrc_free.device.forms import key_gradient, query_gradient, store_rows
+from csrc_free.device.pair import load_narrow_keys, pairs_of
+from csrc_free.device.tiles import head_rows, look, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
-from csrc_free.portable.rows import attend_backward, virtual_rows
+from csrc_free.portable.rows import (
+    attend_backward,
+    load_dout,
+    load_queries,
+    load_stats,
+    queries_of,
+    virtual_rows,
+)
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_queries
@@ -92,30 +100,25 @@ def backward_keys_kernel(
     It loops over its tiles, over the narrow keys a tile sees, and inside over tiles of the wide
     window. Parts must come zeroed; only this program adds to its part.
     """
+    form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     parts = tl.cdiv(tl.cdiv(seq * GROUP, BLOCK_Q), tiles_of_a_part)
     part, bh, batch, kv_head = place(parts, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
-    _seq, key_count, wide_first, narrow_first = sizes
-    start = q_start_default
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
+    _seq, key_count, _wide_rows, _narrow_rows, _wide_first, narrow_first = sizes
+    start = tl.load(q_start + batch) if HAS_Q_START else q_start_default
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
-    wide = pair_of(
-        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
-        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
-        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
+    wide, narrow = pairs_of(
+        (k_wide, stride_kw_b, stride_kw_h, stride_kw_n, k_wide_bias),
+        (v_wide, stride_vw_b, stride_vw_h, stride_vw_n, v_wide_bias),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_narrow_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
+        batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
-    narrow = pair_of(
-        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
-        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
-        batch, kv_head, narrow_first, narrow_rows, False,
-    )  # fmt: skip
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    dq += batch * stride_dq_b + kv_head * GROUP * stride_dq_h
     is_huge = tl.load(has_huge + bh) != 0
     base = slot_base(part, part_rows, GROUP, part_shift)
     if PARTS_FOLLOW_QUERIES:
@@ -129,51 +132,36 @@ def backward_keys_kernel(
 
     for tile in range(part * tiles_of_a_part, (part + 1) * tiles_of_a_part):
         flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        i, head, mask = query_rows(flat, seq, GROUP, GROUP, INDEX)
-        bounds = (0, 0)
-        if HAS_BOUNDS:
-            bound_ptrs = kv_bounds + (batch * seq + i) * 2
-            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
-            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
-            bounds = (bound_lo, bound_hi)
-        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+        rows = query_rows(flat, seq, GROUP, GROUP, INDEX)
+        i, head, mask = rows
+        sight, narrow_sight = look(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS)
         narrow_lo, narrow_hi, sees = narrow_sight
         key_first = tl.min(tl.where(sees, narrow_lo, key_count), 0)
         key_end = tl.max(tl.where(sees, narrow_hi, 0), 0)
-        query_offs = i * stride_q_n + head * stride_q_h
-        dout_offs = i * stride_do_n + head * stride_do_h
-        statistics = (bh * seq + i) * GROUP + head
-        row_lse2 = tl.load(lse2 + statistics, mask=mask, other=float("inf"))
-        row_delta = tl.load(delta + statistics, mask=mask, other=0.0)
-        queries = (q, dout, query_offs, dout_offs, mask, row_lse2, row_delta)
+        queries = queries_of(
+            (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
+            batch, kv_head, rows, GROUP,
+        )  # fmt: skip
+        stats = load_stats(lse2, delta, (bh * seq + i) * GROUP + head, mask)
 
         acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         sees_key = sees & (key_first >= narrow_lo) & (key_first < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
-            queries, narrow, wide, same + key_first - narrow_first, same + key_first < key_end,
-            sees_key, log2_scale,
-            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            DOT_DTYPE,
+            queries, stats, narrow, wide, same + key_first - narrow_first,
+            same + key_first < key_end, sees_key, log2_scale, form, dims, dot,
         )  # fmt: skip
         for key in range(key_first, key_end):
             dvq, t, sigma = attend_backward(
-                (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
-                True, True, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM, PRECISION,
-                TILE_STAGES, DESCRIPTORS,
+                (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale, form, dims,
+                dot, True, True, TILE_STAGES, DESCRIPTORS,
             )  # fmt: skip
-            k, k_prev = load_keys_of_rows(
-                narrow, same + key - narrow_first, same == 0, FORM, HAS_NARROW_BIAS, HEAD_DIM,
-                BLOCK_D,
-            )  # fmt: skip
+            k, k_prev = load_narrow_keys(narrow, same + key - narrow_first, same == 0, form, dims)
             acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-            query, query_prev = load_for_form(
-                q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
-            )
+            query, query_prev = load_queries(queries, form, dims)
             dk = tl.sum(
                 key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM), 0
             )
-            do = load_rows(dout, dout_offs, 1, value_columns, mask, VALUE_DIM)
-            dv = tl.sum(t * do, 0)
+            dv = tl.sum(t * load_dout(queries, dims), 0)
             dk_slot = dk_parts + (part_slot + key) * HEAD_DIM + columns
             dv_slot = dv_parts + (part_slot + key) * VALUE_DIM + value_columns
             tl.store(
@@ -188,16 +176,13 @@ def backward_keys_kernel(
             ahead = key + 1
             sees_key = sees & (ahead >= narrow_lo) & (ahead < narrow_hi)
             vq, vdo, shift, row_dp = virtual_rows(
-                queries, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
-                sees_key, log2_scale,
-                FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-                DOT_DTYPE,
+                queries, stats, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
+                sees_key, log2_scale, form, dims, dot,
             )  # fmt: skip
-        dq_offs = i * stride_dq_n + head * stride_dq_h
-        tl.store(
-            dq + dq_offs[:, None] + columns[None, :], acc,
-            mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
-        )  # fmt: skip
+        dq_head, dq_offs = head_rows(
+            (dq, stride_dq_b, stride_dq_h, stride_dq_n), batch, kv_head, rows, GROUP
+        )
+        store_rows(dq_head, dq_offs, acc, mask, HEAD_DIM)
         # The next tile meets the same narrow keys.
         tl.debug_barrier()
 
@@ -212,6 +197,7 @@ def write_query_and_narrow(
         tiles_of_a_part *= 2
         parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
     tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    problem = with_wide_parts(problem)
     launch_backward(
         backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
         problem, statistics,

@@ -21,10 +21,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
-from csrc_free.device.forms import TRILINEAR, load_rows
-from csrc_free.device.pair import biases_of, load_keys_of_rows, load_values_of_rows, pair_of
+from csrc_free.device.pair import biases_of, load_wide, pairs_of
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
+from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
 from csrc_free.steps.delta import Statistics
@@ -92,11 +93,13 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
 
 @triton.jit
 def _narrow_key(
-    narrow, narrow_row, has_key,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    narrow, narrow_row, has_key, dims: tl.constexpr
 ):  # fmt: skip
     """Return one narrow key [BLOCK_D] and its value [BLOCK_DV], with their biases."""
+    HEAD_DIM: tl.constexpr = dims[0]
+    VALUE_DIM: tl.constexpr = dims[1]
+    BLOCK_D: tl.constexpr = dims[2]
+    BLOCK_DV: tl.constexpr = dims[3]
     k_narrow, v_narrow, stride_k_n, stride_v_n, k_bias, v_bias, _b, _h, _first, _count = narrow
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
@@ -115,27 +118,24 @@ def _narrow_key(
 
 @triton.jit
 def _wide_tile(
-    wide, row, key_mask,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    wide, row, key_mask, dims: tl.constexpr
 ):  # fmt: skip
     """Return the program's wide keys [BLOCK_N, BLOCK_D] and values, with their biases."""
     k_bias, v_bias = biases_of(wide)
-    k, _k_prev = load_keys_of_rows(wide, row, key_mask, TRILINEAR, False, HEAD_DIM, BLOCK_D)
-    v = load_values_of_rows(wide, row, key_mask, False, VALUE_DIM, BLOCK_DV)
+    k, v = load_wide(wide, row, key_mask, dims)
     return k.to(tl.float32) + k_bias, v.to(tl.float32) + v_bias
 
 
 @triton.jit
 def _virtual_keys(
-    wide, narrow, row, key_mask, narrow_row, has_key,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    wide, narrow, row, key_mask, narrow_row, has_key, dims: tl.constexpr, dot: tl.constexpr
 ):  # fmt: skip
     """Return k_j ∘ k_m [BLOCK_N, BLOCK_D] and v_j ∘ v_m [BLOCK_N, BLOCK_DV]."""
-    k, v = _wide_tile(wide, row, key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-    k_row, v_row = _narrow_key(narrow, narrow_row, has_key, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-    return (k * k_row[None, :]).to(DOT_DTYPE), (v * v_row[None, :]).to(DOT_DTYPE)
+    k, v = _wide_tile(wide, row, key_mask, dims)
+    k_row, v_row = _narrow_key(narrow, narrow_row, has_key, dims)
+    vk = operand(k * k_row[None, :], dot[0], dot[1])
+    vv = operand(v * v_row[None, :], dot[0], dot[1])
+    return vk, vv
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -167,34 +167,28 @@ def backward_pairs_kernel(
     With DESCRIPTORS, q and dout are descriptors of [B, N, H, D], delta and lse2 of [B, Hkv, N, G];
     a tile of rows is then of one position.
     """
+    form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     shares = tl.cdiv(wide_rows, BLOCK_N) * SPLITS
     share, bh, batch, kv_head = place(shares, kv_heads, IS_SMALL_GRID, False)
     tile = share // SPLITS
     heads = tl.num_programs(0) // shares
     sizes = sizes_of(seq, wide_rows, narrow_rows)
-    _seq, key_count, wide_first, narrow_first = sizes
-    start = q_start_default
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
+    _seq, key_count, _wide_rows, _narrow_rows, wide_first, narrow_first = sizes
+    start = tl.load(q_start + batch) if HAS_Q_START else q_start_default
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     wide_begin, wide_end, narrow_begin, narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
     tile_row = (tile * BLOCK_N).to(tl.int64)
-    wide = pair_of(
-        k_wide + tile_row * stride_kw_n, v_wide + tile_row * stride_vw_n,
-        (stride_kw_b, stride_kw_h, stride_kw_n), (stride_vw_b, stride_vw_h, stride_vw_n),
-        (k_wide_bias, v_wide_bias), batch, kv_head, wide_first, wide_rows, False,
+    wide, narrow = pairs_of(
+        (k_wide + tile_row * stride_kw_n, stride_kw_b, stride_kw_h, stride_kw_n, k_wide_bias),
+        (v_wide + tile_row * stride_vw_n, stride_vw_b, stride_vw_h, stride_vw_n, v_wide_bias),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_narrow_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
+        batch, kv_head, sizes, False,
     )  # fmt: skip
-    narrow = pair_of(
-        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
-        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
-        batch, kv_head, narrow_first, narrow_rows, False,
-    )  # fmt: skip
-    if not DESCRIPTORS:
-        q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-        dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    statistics = bh * seq * GROUP
     is_huge = tl.load(has_huge + bh) != 0
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
@@ -226,10 +220,7 @@ def backward_pairs_kernel(
     # queries, meet them at the same time, and read them from the cache.
     shift = count - m_first % tl.maximum(count, 1)
     m = m_first + shift % tl.maximum(count, 1)
-    vk, vv = _virtual_keys(
-        wide, narrow, keys, key_mask, m - narrow_first, count > 0,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
-    )  # fmt: skip
+    vk, vv = _virtual_keys(wide, narrow, keys, key_mask, m - narrow_first, count > 0, dims, dot)
     for turn in range(count):
         flat_first = tl.maximum(query_first, m - narrow_end + 1) * GROUP
         flat_end = tl.minimum(query_end, m - narrow_begin + 1) * GROUP
@@ -239,6 +230,7 @@ def backward_pairs_kernel(
             row = flat + tl.arange(0, BLOCK_Q)
             i, head, mask = query_rows(row, seq, GROUP, GROUP, INDEX)
             mask = mask & (row < flat_end)
+            rows = (i, head, mask)
             if DESCRIPTORS:
                 query_i, first_head = flat // GROUP, flat % GROUP
                 of_all = kv_head * GROUP + first_head
@@ -249,16 +241,18 @@ def backward_pairs_kernel(
                 row_lse2 = tl.reshape(row_lse2, [BLOCK_Q])
                 row_delta = tl.reshape(row_delta, [BLOCK_Q])
             else:
-                query = load_rows(q, i * stride_q_n + head * stride_q_h, 1, columns, mask, HEAD_DIM)
-                do = load_rows(
-                    dout, i * stride_do_n + head * stride_do_h, 1, value_columns, mask, VALUE_DIM
-                )
-                row_lse2 = tl.load(lse2 + statistics + row, mask=mask, other=float("inf"))
-                row_delta = tl.load(delta + statistics + row, mask=mask, other=0.0)
-            query = query.to(DOT_DTYPE)
-            do = do.to(DOT_DTYPE)
-            s = tl.dot(vk, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            dp = tl.dot(vv, tl.trans(do), input_precision=PRECISION)
+                queries = queries_of(
+                    (q, stride_q_b, stride_q_h, stride_q_n),
+                    (dout, stride_do_b, stride_do_h, stride_do_n),
+                    batch, kv_head, rows, GROUP,
+                )  # fmt: skip
+                query, _query_prev = load_queries(queries, form, dims)
+                do = load_dout(queries, dims)
+                row_lse2, row_delta = load_stats(lse2, delta, bh * seq * GROUP + row, mask)
+            query = operand(query, DOT_DTYPE, PRECISION)
+            do = operand(do, DOT_DTYPE, PRECISION)
+            s = product(vk, transposed(query, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
+            dp = product(vv, transposed(do, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - row_lse2[None, :])
             # Scalars where they decide: a reduction over rows would cost a barrier an iteration.
             last_flat = tl.minimum(flat + BLOCK_Q, flat_end) - 1
@@ -269,27 +263,19 @@ def backward_pairs_kernel(
                 | is_huge
             )
             if HAS_BOUNDS | is_partial:
-                bounds = (0, 0)
-                if HAS_BOUNDS:
-                    bound_ptrs = kv_bounds + (batch * seq + i) * 2
-                    bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
-                    bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
-                    bounds = (bound_lo, bound_hi)
                 lo, hi, narrow_lo, narrow_hi = key_ranges(
-                    (i, head, mask), bounds, windows, sizes, HAS_BOUNDS
+                    rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS
                 )
                 hi = tl.where((m >= narrow_lo) & (m < narrow_hi), hi, 0)
                 key = (key_first + keys)[:, None]
                 visible = (key >= lo[None, :]) & (key < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            y = tl.dot(p.to(DOT_DTYPE), do, y, input_precision=PRECISION)
+            y = product(operand(p, DOT_DTYPE, PRECISION), do, y, PRECISION)
             ds = p * (dp - row_delta[None, :])
-            x = tl.dot(ds.to(DOT_DTYPE), query, x, input_precision=PRECISION)
+            x = product(operand(ds, DOT_DTYPE, PRECISION), query, x, PRECISION)
 
-        k, v = _wide_tile(wide, keys, key_mask, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-        k_row, v_row = _narrow_key(
-            narrow, m - narrow_first, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV
-        )
+        k, v = _wide_tile(wide, keys, key_mask, dims)
+        k_row, v_row = _narrow_key(narrow, m - narrow_first, True, dims)
         dk = tl.sum(x * k, 0) * scale
         dv = tl.sum(y * v, 0)
         tl.store(dk_parts + (part_slot + m) * HEAD_DIM + columns, dk, mask=columns < HEAD_DIM)
@@ -304,10 +290,7 @@ def backward_pairs_kernel(
         # The next turn may load the sums in another layout: by other threads than stored them.
         tl.debug_barrier()
         m = m_first + (turn + 1 + shift) % count
-        vk, vv = _virtual_keys(
-            wide, narrow, keys, key_mask, m - narrow_first, True,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT_DTYPE,
-        )  # fmt: skip
+        vk, vv = _virtual_keys(wide, narrow, keys, key_mask, m - narrow_first, True, dims, dot)
 
 
 def write_pairs(

@@ -14,12 +14,28 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, key_gradient, load_for_form, load_rows, query_gradient
-from csrc_free.device.pair import load_keys_of_rows, pair_of
-from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.device.forms import key_gradient, query_gradient, store_rows
+from csrc_free.device.pair import load_narrow_keys, pairs_of
+from csrc_free.device.tiles import (
+    head_offs,
+    look,
+    offset_range,
+    place,
+    query_rows,
+    sizes_of,
+    windows_of,
+)
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
-from csrc_free.portable.rows import attend_backward, virtual_rows
+from csrc_free.portable.rows import (
+    attend_backward,
+    load_dout,
+    load_queries,
+    load_stats,
+    queries_of,
+    virtual_rows,
+)
 from csrc_free.portable.shared_memory import backward_bytes
+from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
@@ -122,49 +138,39 @@ def backward_query_kernel(
     Filling parts needs HEADS a power of two; parts must come zeroed.
     """
     M: tl.constexpr = BLOCK_Q * REPLICAS
+    form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    dot: tl.constexpr = (DOT_DTYPE, PRECISION)
     tiles = tl.cdiv(seq * HEADS, BLOCK_Q)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, True)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
-    _seq, _keys, wide_first, narrow_first = sizes
-    start = q_start_default
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
+    _seq, _keys, _wide_rows, _narrow_rows, _wide_first, narrow_first = sizes
+    start = tl.load(q_start + batch) if HAS_Q_START else q_start_default
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     _wide_begin, _wide_end, narrow_begin, _narrow_end = windows
     replica = tl.arange(0, M) // BLOCK_Q
     flat = tile * BLOCK_Q + tl.arange(0, M) % BLOCK_Q
-    i, head, mask = query_rows(flat, seq, GROUP, HEADS, INDEX)
-    bounds = (0, 0)
-    if HAS_BOUNDS:
-        bound_ptrs = kv_bounds + (batch * seq + i) * 2
-        bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
-        bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
-        bounds = (bound_lo, bound_hi)
-    sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+    rows = query_rows(flat, seq, GROUP, HEADS, INDEX)
+    i, head, mask = rows
+    sight, narrow_sight = look(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS)
     narrow_lo, narrow_hi, sees = narrow_sight
     offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
-    wide = pair_of(
-        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
-        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
-        batch, kv_head, wide_first, wide_rows, DESCRIPTORS,
+    wide, narrow = pairs_of(
+        (k_wide, stride_kw_b, stride_kw_h, stride_kw_n, k_wide_bias),
+        (v_wide, stride_vw_b, stride_vw_h, stride_vw_n, v_wide_bias),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_narrow_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
+        batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
-    narrow = pair_of(
-        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
-        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
-        batch, kv_head, narrow_first, narrow_rows, False,
-    )  # fmt: skip
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    query_offs = i * stride_q_n + head * stride_q_h
-    dout_offs = i * stride_do_n + head * stride_do_h
-    statistics = (bh * seq + i) * GROUP + head
     is_huge = tl.load(has_huge + bh) != 0
-    row_lse2 = tl.load(lse2 + statistics, mask=mask, other=float("inf"))
-    row_delta = tl.load(delta + statistics, mask=mask, other=0.0)
-    queries = (q, dout, query_offs, dout_offs, mask, row_lse2, row_delta)
+    queries = queries_of(
+        (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
+        batch, kv_head, rows, GROUP,
+    )  # fmt: skip
+    stats = load_stats(lse2, delta, (bh * seq + i) * GROUP + head, mask)
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     keys = tl.arange(0, BLOCK_N).to(INDEX)
@@ -174,20 +180,16 @@ def backward_query_kernel(
     sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
     # One offset ahead, as in the forward: loop-carried operands are multiplied from shared memory.
     vq, vdo, shift, row_dp = virtual_rows(
-        queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
-        FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-        DOT_DTYPE,
+        queries, stats, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
+        form, dims, dot,
     )  # fmt: skip
     for offset in range(offset_first, offset_last + 1, REPLICAS):
         dvq, t, sigma = attend_backward(
-            (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale,
-            NEEDS_DQ | FILLS_DK, FILLS_DV, (FORM == STRASSEN) | HAS_WIDE_BIAS, HEAD_DIM, VALUE_DIM,
-            PRECISION, TILE_STAGES, DESCRIPTORS,
+            (vq, vdo, shift, row_dp), sight, wide, keys, is_huge, scale, log2_scale, form, dims,
+            dot, NEEDS_DQ | FILLS_DK, FILLS_DV, TILE_STAGES, DESCRIPTORS,
         )  # fmt: skip
         if NEEDS_DQ:
-            k, k_prev = load_keys_of_rows(
-                narrow, key - narrow_first, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
-            )
+            k, k_prev = load_narrow_keys(narrow, key - narrow_first, sees_key, form, dims)
             acc += query_gradient(dvq, sigma, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
         if FILLS_DK | FILLS_DV:
             P: tl.constexpr = BLOCK_Q // HEADS
@@ -199,15 +201,13 @@ def backward_query_kernel(
             slot_mask = (narrow_row >= 0) & (narrow_row < narrow_rows) & (narrow_row >= base)
             slot = (tile * (tl.num_programs(0) // tiles) + bh) * slots + narrow_row - base
         if FILLS_DK:
-            query, query_prev = load_for_form(
-                q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
-            )
+            query, query_prev = load_queries(queries, form, dims)
             dk = key_gradient(dvq, sigma, query, query_prev, columns, FORM, SIGN, HEAD_DIM)
             dk = tl.sum(tl.reshape(dk, [P * REPLICAS, HEADS, BLOCK_D]), 1)
             _add_in_turn(dk_parts, slot, summed // P, slot_mask, dk, columns, REPLICAS, HEAD_DIM)
         if FILLS_DV:
-            do = load_rows(dout, dout_offs, 1, value_columns, mask, VALUE_DIM)
-            dv = tl.sum(tl.reshape(t * do, [P * REPLICAS, HEADS, BLOCK_DV]), 1)
+            dv = t * load_dout(queries, dims)
+            dv = tl.sum(tl.reshape(dv, [P * REPLICAS, HEADS, BLOCK_DV]), 1)
             _add_in_turn(
                 dv_parts, slot, summed // P, slot_mask, dv, value_columns, REPLICAS, VALUE_DIM
             )
@@ -215,26 +215,23 @@ def backward_query_kernel(
         key -= REPLICAS
         sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
         vq, vdo, shift, row_dp = virtual_rows(
-            queries, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
-            FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
-            DOT_DTYPE,
+            queries, stats, narrow, wide, key - narrow_first, sees_key, sees_key, log2_scale,
+            form, dims, dot,
         )  # fmt: skip
 
     if NEEDS_DQ:
         if REPLICAS > 1:
             acc = tl.sum(tl.reshape(acc, [REPLICAS, BLOCK_Q, BLOCK_D]), 0)
             flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            i, head, mask = query_rows(flat, seq, GROUP, HEADS, INDEX)
-        dq_offs = batch * stride_dq_b + (kv_head * GROUP + head) * stride_dq_h
-        dq_offs += i * stride_dq_n
-        tl.store(
-            dq + dq_offs[:, None] + columns[None, :], acc,
-            mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
-        )  # fmt: skip
+            rows = query_rows(flat, seq, GROUP, HEADS, INDEX)
+        _i, _head, mask = rows
+        dq_offs = head_offs(stride_dq_b, stride_dq_h, stride_dq_n, batch, kv_head, rows, GROUP)
+        store_rows(dq, dq_offs, acc, mask, HEAD_DIM)
 
 
 def write_query(problem: Problem, statistics: Statistics, config: Config, dq: Tensor) -> None:
     """Write dq alone."""
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, None, NEEDS_DQ=True, FILLS_DK=False, FILLS_DV=False)
 
 
@@ -245,6 +242,7 @@ def write_query_and_narrow(
     parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
     if parts is None:
         return False
+    problem = with_wide_parts(problem)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=True, FILLS_DK=True, FILLS_DV=False)
     _launch(problem, statistics, config, dq, parts, NEEDS_DQ=False, FILLS_DK=False, FILLS_DV=True)
     sum_parts(parts, narrow, problem)

@@ -2,8 +2,8 @@
 
 What goes together is a tuple, beside those of `device.tiles` and `device.pair`:
 
-    queries (q, dout, query_offs, dout_offs, mask, lse2, delta): where the rows are read, and their
-            statistics
+    queries (q, query_offs, dout, dout_offs, mask): where a tile's rows of q and dout are read
+    stats   (lse2, delta) of each row
     virtual (vq, vdo, shift, row_dp): virtual queries and virtual dout of one narrow key a row;
             P is exp2(log2_scale · vq · k - shift), and dS is P · (vdo · v + row_dp)
 """
@@ -15,18 +15,55 @@ from csrc_free.device.forms import STRASSEN, load_for_form, load_rows, virtual_q
 from csrc_free.device.pair import (
     biases_of,
     load_keys,
-    load_keys_of_rows,
+    load_narrow_keys,
+    load_narrow_values,
     load_values,
-    load_values_of_rows,
 )
+from csrc_free.device.products import operand, product, transposed
+from csrc_free.device.tiles import head_rows
 
 
 @triton.jit
-def row_constants(
-    query, k, vq, vdo, shift, row_dp, wide, log2_scale,
-    FORM: tl.constexpr, HAS_WIDE_BIAS: tl.constexpr,
-):  # fmt: skip
+def queries_of(q, dout, batch, kv_head, rows, GROUP: tl.constexpr):
+    """Return `queries`; q and dout are as `head_rows` takes them."""
+    _i, _head, mask = rows
+    q, query_offs = head_rows(q, batch, kv_head, rows, GROUP)
+    dout, dout_offs = head_rows(dout, batch, kv_head, rows, GROUP)
+    return q, query_offs, dout, dout_offs, mask
+
+
+@triton.jit
+def load_queries(queries, form: tl.constexpr, dims: tl.constexpr):
+    """Load rows [M, BLOCK_D] of q, as `load_for_form` gives them."""
+    q, offs, _dout, _dout_offs, mask = queries
+    FORM: tl.constexpr = form[0]
+    HEAD_DIM: tl.constexpr = dims[0]
+    BLOCK_D: tl.constexpr = dims[2]
+    return load_for_form(q, offs, 1, tl.arange(0, BLOCK_D), mask, 0.0, FORM, False, HEAD_DIM)
+
+
+@triton.jit
+def load_dout(queries, dims: tl.constexpr):
+    """Load rows [M, BLOCK_DV] of dout."""
+    _q, _query_offs, dout, offs, mask = queries
+    VALUE_DIM: tl.constexpr = dims[1]
+    BLOCK_DV: tl.constexpr = dims[3]
+    return load_rows(dout, offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
+
+
+@triton.jit
+def load_stats(lse2, delta, offs, mask):
+    """Return `stats`, from lse2 and delta [B, Hkv, N, G]."""
+    row_lse2 = tl.load(lse2 + offs, mask=mask, other=float("inf"))
+    row_delta = tl.load(delta + offs, mask=mask, other=0.0)
+    return row_lse2, row_delta
+
+
+@triton.jit
+def row_constants(query, k, vq, vdo, shift, row_dp, wide, log2_scale, form: tl.constexpr):
     """Return (shift, row_dp) with a form's row constant and the wide pair's biases in them."""
+    FORM: tl.constexpr = form[0]
+    HAS_WIDE_BIAS: tl.constexpr = form[2]
     k_bias, v_bias = biases_of(wide)
     if FORM == STRASSEN:
         shift -= tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
@@ -38,35 +75,34 @@ def row_constants(
 
 @triton.jit
 def virtual_rows(
-    queries, narrow, wide, key_row, key_mask, sees_key, log2_scale,
-    FORM: tl.constexpr, SIGN: tl.constexpr,
-    HAS_WIDE_BIAS: tl.constexpr, HAS_NARROW_BIAS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    queries, stats, narrow, wide, key_row, key_mask, sees_key, log2_scale,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
     """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
-    q, dout, query_offs, dout_offs, mask, lse2, delta = queries
+    lse2, delta = stats
+    FORM: tl.constexpr = form[0]
+    SIGN: tl.constexpr = form[1]
+    HEAD_DIM: tl.constexpr = dims[0]
+    BLOCK_D: tl.constexpr = dims[2]
+    query, query_prev = load_queries(queries, form, dims)
+    k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
     columns = tl.arange(0, BLOCK_D)
-    query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
-    k, k_prev = load_keys_of_rows(
-        narrow, key_row, key_mask, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
-    )
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-    do = load_rows(dout, dout_offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
-    v = load_values_of_rows(narrow, key_row, key_mask, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV)
-    vdo = do * v
+    do = load_dout(queries, dims)
+    vdo = do * load_narrow_values(narrow, key_row, key_mask, form, dims)
     shift, row_dp = row_constants(
-        query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale,
-        FORM, HAS_WIDE_BIAS,
-    )  # fmt: skip
-    return vq.to(DOT_DTYPE), vdo.to(DOT_DTYPE), shift, row_dp
+        query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale, form
+    )
+    vq = operand(vq, dot[0], dot[1])
+    vdo = operand(vdo, dot[0], dot[1])
+    return vq, vdo, shift, row_dp
 
 
 @triton.jit
 def attend_backward(
     virtual, sight, wide, keys, is_huge, scale, log2_scale,
-    NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr, NEEDS_SUMS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
+    NEEDS_DVQ: tl.constexpr, NEEDS_T: tl.constexpr,
     TILE_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Return dvq [M, BLOCK_D], t [M, BLOCK_DV] and sigma [M], with dS scaled in dvq and sigma.
@@ -77,26 +113,34 @@ def attend_backward(
     vq, vdo, shift, row_dp = virtual
     lo, hi, first, last, full_lo, full_hi = sight
     k_bias, v_bias = biases_of(wide)
+    FORM: tl.constexpr = form[0]
+    HAS_WIDE_BIAS: tl.constexpr = form[2]
+    NEEDS_SUMS: tl.constexpr = (FORM == STRASSEN) | HAS_WIDE_BIAS
+    BLOCK_D: tl.constexpr = dims[2]
+    BLOCK_DV: tl.constexpr = dims[3]
+    DOT_DTYPE: tl.constexpr = dot[0]
+    PRECISION: tl.constexpr = dot[1]
     BLOCK_N: tl.constexpr = keys.shape[0]
-    dvq = tl.zeros(vq.shape, tl.float32)
-    t = tl.zeros(vdo.shape, tl.float32)
-    sigma = tl.zeros([vq.shape[0]], tl.float32)
-    mass = tl.zeros([vq.shape[0]], tl.float32)
+    M: tl.constexpr = shift.shape[0]
+    dvq = tl.zeros([M, BLOCK_D], tl.float32)
+    t = tl.zeros([M, BLOCK_DV], tl.float32)
+    sigma = tl.zeros([M], tl.float32)
+    mass = tl.zeros([M], tl.float32)
     for j in tl.range(first, last, BLOCK_N, num_stages=TILE_STAGES):
-        k = load_keys(wide, j, keys, HEAD_DIM, vq.shape[1], DESCRIPTORS).to(vq.dtype)
-        s = tl.dot(vq, tl.trans(k), input_precision=PRECISION)
-        v = load_values(wide, j, keys, VALUE_DIM, vdo.shape[1], DESCRIPTORS).to(vdo.dtype)
+        k = load_keys(wide, j, keys, dims, dot, DESCRIPTORS)
+        s = product(vq, transposed(k, PRECISION), None, PRECISION)
+        v = load_values(wide, j, keys, dims, dot, DESCRIPTORS)
         if NEEDS_DVQ:
-            dp = tl.dot(vdo, tl.trans(v), input_precision=PRECISION)
+            dp = product(vdo, transposed(v, PRECISION), None, PRECISION)
         p = tl.exp2(s * log2_scale - shift[:, None])
         if (j < full_lo) | (j + BLOCK_N > full_hi) | is_huge:
             visible = (j + keys[None, :] >= lo[:, None]) & (j + keys[None, :] < hi[:, None])
             p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
         if NEEDS_T:
-            t = tl.dot(p.to(v.dtype), v, t, input_precision=PRECISION)
+            t = product(operand(p, DOT_DTYPE, PRECISION), v, t, PRECISION)
         if NEEDS_DVQ:
             ds = p * (dp + row_dp[:, None])
-            dvq = tl.dot(ds.to(k.dtype), k, dvq, input_precision=PRECISION)
+            dvq = product(operand(ds, DOT_DTYPE, PRECISION), k, dvq, PRECISION)
             if NEEDS_SUMS:
                 sigma += tl.sum(ds, 1)
         if NEEDS_SUMS:

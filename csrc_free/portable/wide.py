@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.device.forms import TRILINEAR, load_for_form, load_rows, virtual_query
-from csrc_free.device.pair import load_keys_of_rows, load_values_of_rows, pair_of
+from csrc_free.device.forms import store_rows, virtual_query
+from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_wide, pairs_of
+from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
-from csrc_free.portable.rows import row_constants
+from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of, row_constants
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
@@ -79,33 +80,26 @@ def backward_wide_kernel(
     It loops over the rows (position, head) that see the tile, and inside over the offsets of the
     narrow window. delta and lse2 are [B, Hkv, N, G].
     """
+    form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
-    _seq, key_count, wide_first, narrow_first = sizes
-    start = q_start_default
-    if HAS_Q_START:
-        start = tl.load(q_start + batch)
+    _seq, key_count, _wide_rows, _narrow_rows, wide_first, narrow_first = sizes
+    start = tl.load(q_start + batch) if HAS_Q_START else q_start_default
     windows = windows_of(start, wide_left, wide_right, narrow_left, narrow_right, sizes)
     wide_begin, wide_end, _narrow_begin, _narrow_end = windows
     scale = tl.cast(scale, tl.float32)
     log2_scale = tl.cast(log2_scale, tl.float32)
-    wide = pair_of(
-        k_wide, v_wide, (stride_kw_b, stride_kw_h, stride_kw_n),
-        (stride_vw_b, stride_vw_h, stride_vw_n), (k_wide_bias, v_wide_bias),
-        batch, kv_head, wide_first, wide_rows, False,
+    wide, narrow = pairs_of(
+        (k_wide, stride_kw_b, stride_kw_h, stride_kw_n, k_wide_bias),
+        (v_wide, stride_vw_b, stride_vw_h, stride_vw_n, v_wide_bias),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_narrow_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
+        batch, kv_head, sizes, False,
     )  # fmt: skip
-    narrow = pair_of(
-        k_narrow, v_narrow, (stride_kn_b, stride_kn_h, stride_kn_n),
-        (stride_vn_b, stride_vn_h, stride_vn_n), (k_narrow_bias, v_narrow_bias),
-        batch, kv_head, narrow_first, narrow_rows, False,
-    )  # fmt: skip
-    q += batch * stride_q_b + kv_head * GROUP * stride_q_h
-    dout += batch * stride_do_b + kv_head * GROUP * stride_do_h
-    statistics = bh * seq * GROUP
     is_huge = tl.load(has_huge + bh) != 0
     columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
 
     wide_row = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     key_mask = wide_row < wide_rows
@@ -113,10 +107,9 @@ def backward_wide_kernel(
     key_first = wide_first + tile * BLOCK_N
     key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
     # Unbiased: a wide pair's biases are row constants.
-    k, _k_prev = load_keys_of_rows(wide, wide_row, key_mask, TRILINEAR, False, HEAD_DIM, BLOCK_D)
-    v = load_values_of_rows(wide, wide_row, key_mask, False, VALUE_DIM, BLOCK_DV)
-    k = k.to(DOT_DTYPE)
-    v = v.to(DOT_DTYPE)
+    k, v = load_wide(wide, wide_row, key_mask, dims)
+    k = operand(k, DOT_DTYPE, PRECISION)
+    v = operand(v, DOT_DTYPE, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -124,73 +117,58 @@ def backward_wide_kernel(
     flat_end = tl.minimum(key_last - wide_begin + 1, seq) * GROUP
     for flat in range(flat_first, flat_end, BLOCK_Q):
         row = flat + tl.arange(0, BLOCK_Q)
-        i, head, mask = query_rows(row, seq, GROUP, GROUP, INDEX)
-        bounds = (0, 0)
-        if HAS_BOUNDS:
-            bound_ptrs = kv_bounds + (batch * seq + i) * 2
-            bound_lo = tl.load(bound_ptrs, mask=mask, other=0)
-            bound_hi = tl.load(bound_ptrs + 1, mask=mask, other=0)
-            bounds = (bound_lo, bound_hi)
-        sight, narrow_sight = look((i, head, mask), bounds, windows, sizes, HAS_BOUNDS)
+        rows = query_rows(row, seq, GROUP, GROUP, INDEX)
+        i, _head, mask = rows
+        sight, narrow_sight = look(rows, batch, kv_bounds, windows, sizes, HAS_BOUNDS)
         lo, hi, _first, _last, full_lo, full_hi = sight
         narrow_lo, narrow_hi, _sees = narrow_sight
         sees = (lo <= key_last) & (hi > key_first) & (narrow_lo < narrow_hi)
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
         offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
-        query, query_prev = load_for_form(
-            q, i * stride_q_n + head * stride_q_h, 1, columns, mask, 0.0, FORM, False, HEAD_DIM
-        )
-        do = load_rows(
-            dout, i * stride_do_n + head * stride_do_h, 1, value_columns, mask, VALUE_DIM
-        )
-        row_lse2 = tl.load(lse2 + statistics + row, mask=mask, other=float("inf"))
-        row_delta = tl.load(delta + statistics + row, mask=mask, other=0.0)
+        queries = queries_of(
+            (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
+            batch, kv_head, rows, GROUP,
+        )  # fmt: skip
+        query, query_prev = load_queries(queries, form, dims)
+        do = load_dout(queries, dims)
+        row_lse2, row_delta = load_stats(lse2, delta, bh * seq * GROUP + row, mask)
         for offset in tl.range(offset_first, offset_last + 1, num_stages=OFFSET_STAGES):
             narrow_key = i - offset
             sees_key = sees & (narrow_key >= narrow_lo) & (narrow_key < narrow_hi)
             narrow_row = narrow_key - narrow_first
-            kn, kn_prev = load_keys_of_rows(
-                narrow, narrow_row, sees_key, FORM, HAS_NARROW_BIAS, HEAD_DIM, BLOCK_D
-            )
-            vn = load_values_of_rows(
-                narrow, narrow_row, sees_key, HAS_NARROW_BIAS, VALUE_DIM, BLOCK_DV
-            )
+            kn, kn_prev = load_narrow_keys(narrow, narrow_row, sees_key, form, dims)
+            vn = load_narrow_values(narrow, narrow_row, sees_key, form, dims)
             vq = virtual_query(query, query_prev, kn, kn_prev, columns, FORM, SIGN, HEAD_DIM)
             vdo = do * vn
             shift, row_dp = row_constants(
                 query, kn, vq, vdo, tl.where(sees_key, row_lse2, float("inf")), -row_delta,
-                wide, log2_scale, FORM, HAS_WIDE_BIAS,
+                wide, log2_scale, form,
             )  # fmt: skip
-            vq = vq.to(DOT_DTYPE)
-            vdo = vdo.to(DOT_DTYPE)
-            s = tl.dot(k, tl.trans(vq), input_precision=PRECISION)  # [BLOCK_N, BLOCK_Q]
-            dp = tl.dot(v, tl.trans(vdo), input_precision=PRECISION)
+            vq = operand(vq, DOT_DTYPE, PRECISION)
+            vdo = operand(vdo, DOT_DTYPE, PRECISION)
+            s = product(k, transposed(vq, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
+            dp = product(v, transposed(vdo, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - shift[None, :])
             if is_partial:
                 visible = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            if PRECISION == "ieee":
+            ds = p * (dp + row_dp[None, :])
+            p = operand(p, DOT_DTYPE, PRECISION)
+            ds = operand(ds, DOT_DTYPE, PRECISION)
+            if PRECISION == "ieee" or PRECISION == "bf16x6":
                 # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
                 # would lose what float32 is asked for. The mask keeps the additions apart.
-                dv += tl.where(key_mask[:, None], tl.dot(p, vdo, input_precision=PRECISION), 0.0)
-                ds = p * (dp + row_dp[None, :])
-                dk += tl.where(key_mask[:, None], tl.dot(ds, vq, input_precision=PRECISION), 0.0)
+                dv += tl.where(key_mask[:, None], product(p, vdo, None, PRECISION), 0.0)
+                dk += tl.where(key_mask[:, None], product(ds, vq, None, PRECISION), 0.0)
             else:
-                dv = tl.dot(p.to(DOT_DTYPE), vdo, dv, input_precision=PRECISION)
-                ds = p * (dp + row_dp[None, :])
-                dk = tl.dot(ds.to(DOT_DTYPE), vq, dk, input_precision=PRECISION)
+                dv = product(p, vdo, dv, PRECISION)
+                dk = product(ds, vq, dk, PRECISION)
 
     dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
-    tl.store(
-        dk_wide + dk_offs[:, None] + columns[None, :], dk * scale,
-        mask=key_mask[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
+    store_rows(dk_wide, dk_offs, dk * scale, key_mask, HEAD_DIM)
     dv_offs = batch * stride_dv_b + kv_head * stride_dv_h + wide_row * stride_dv_n
-    tl.store(
-        dv_wide + dv_offs[:, None] + value_columns[None, :], dv,
-        mask=key_mask[:, None] & (value_columns < VALUE_DIM)[None, :],
-    )  # fmt: skip
+    store_rows(dv_wide, dv_offs, dv, key_mask, VALUE_DIM)
 
 
 def write_wide(

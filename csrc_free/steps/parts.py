@@ -41,15 +41,20 @@ class Parts:
         """Return slots, rows and shift, as the kernels take them."""
         return self.slots, self.rows, self.shift
 
-    def sum_into(self, dk: Tensor, dv: Tensor, problem: Problem) -> None:
-        """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order."""
+    def sum_into(
+        self, dk: Tensor, dv: Tensor, problem: Problem, factors: Tensor | None = None
+    ) -> None:
+        """Write the sums over parts [B, Hkv, M_narrow, ...], in a fixed order.
+
+        factors [B, Hkv, 2] are what the sums of dk and dv are multiplied by.
+        """
         batch, kv_heads, rows, _ = dk.shape
         constants, numbers = problem.constants(), problem.numbers()
         _kv_heads, seq, _wide_rows, _narrow_rows, _left, _right, narrow_left, _, start = numbers
         names = ("HAS_Q_START", "HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
         launch(
             sum_parts_kernel, batch * kv_heads * rows,
-            self.dk, self.dv, dk, dv, problem.q_start, kv_heads, rows, self.count,
+            self.dk, self.dv, dk, dv, factors, problem.q_start, kv_heads, rows, self.count,
             *self.numbers, narrow_left, seq, problem.keys, start,
             *dk.stride()[:3], *dv.stride()[:3],
             COPIES=self.copies, PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,

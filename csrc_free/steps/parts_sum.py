@@ -34,7 +34,7 @@ def slot_base(part, part_rows, PER_POSITION: tl.constexpr, shift):
     ]
 )  # fmt: skip
 def sum_parts_kernel(
-    dk_parts, dv_parts, dk, dv, q_start,
+    dk_parts, dv_parts, dk, dv, factors, q_start,
     kv_heads, rows, parts, slots, part_rows, part_shift, narrow_left, seq, keys, q_start_default,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     COPIES: tl.constexpr, PER_POSITION: tl.constexpr, PARTS_MOVE: tl.constexpr,
@@ -45,7 +45,8 @@ def sum_parts_kernel(
 
     Parts are [parts, B, Hkv, COPIES, slots, D] in float32; slot s of a part holds the narrow row
     slot_base(part) + s. Where parts do not move, slot s is row s in each of them; where they follow
-    the queries, it counts from the narrow window of the first query.
+    the queries, it counts from the narrow window of the first query. factors are two for each
+    key-value head, or None.
     """
     row = tl.program_id(0) % rows
     bh = (tl.program_id(0) // rows).to(tl.int64)
@@ -81,6 +82,9 @@ def sum_parts_kernel(
                 dv_parts + offs * VALUE_DIM + value_columns, mask=value_columns < VALUE_DIM,
                 other=0.0,
             )  # fmt: skip
+    if factors is not None:
+        dk_sum *= tl.load(factors + 2 * bh)
+        dv_sum *= tl.load(factors + 2 * bh + 1)
     dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + row.to(tl.int64) * stride_dk_n
     tl.store(dk + dk_offs + columns, dk_sum, mask=columns < HEAD_DIM)
     dv_offs = batch * stride_dv_b + kv_head * stride_dv_h + row.to(tl.int64) * stride_dv_n

@@ -33,10 +33,8 @@ from lowering.graphs.calls import (
     order_of,
     shape_of,
 )
-from lowering.graphs.names import path_of
-from lowering.graphs.pairing import is_mark, marks_behind, spelled_out_outputs
-from lowering.graphs.subgraphs import Subgraphs
-from lowering.graphs.writes import written_into
+from lowering.graphs.marked_graphs import rewrite_where_marked
+from lowering.graphs.pairing import marks_behind
 from lowering.report import Report
 from simplex_ops.marking.call import SDPA, SdpaCall
 
@@ -46,18 +44,11 @@ def fold(gm: fx.GraphModule) -> Report:
 
     It never raises on a graph that it does not understand.
     """
-    folded: list[str] = []
-    for graph, modules in Subgraphs(gm).modules.items():
-        if not any(map(is_mark, graph.nodes)):
-            continue
-        stops, written = spelled_out_outputs(graph), written_into(graph)
-        calls = [n for n in graph.nodes if n.op == "call_function" and n.target is SDPA]
-        found = [path_of(call) for call in calls if _fold(call, stops, written)]
-        if found:
-            for module in modules:
-                module.recompile()
-        folded.extend(found)
-    return Report(folded=tuple(folded))
+    return Report(folded=rewrite_where_marked(gm, _is_call, _fold))
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is SDPA
 
 
 def _fold(call: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> bool:

@@ -35,8 +35,8 @@ from lowering.graphs.calls import (
     name_of,
 )
 from lowering.graphs.layout import Layout
-from lowering.graphs.names import path_of
-from lowering.graphs.pairing import is_mark, is_softmax, marks_behind, spelled_out_outputs
+from lowering.graphs.marked_graphs import rewrite_where_marked
+from lowering.graphs.pairing import is_softmax, marks_behind
 from lowering.graphs.spelled import (
     Laid,
     Masking,
@@ -45,7 +45,6 @@ from lowering.graphs.spelled import (
     read_attention,
     scores_of,
 )
-from lowering.graphs.subgraphs import Subgraphs
 from lowering.graphs.writes import written_into
 from lowering.report import Report
 from simplex_ops.marking.call import SDPA
@@ -56,19 +55,7 @@ def join(gm: fx.GraphModule) -> Report:
 
     It never raises on a graph that it does not understand.
     """
-    joined: list[str] = []
-    for graph, modules in Subgraphs(gm).modules.items():
-        if not any(map(is_mark, graph.nodes)):
-            continue
-        stops, written = spelled_out_outputs(graph), written_into(graph)
-        found = [
-            path_of(s) for s in filter(is_softmax, list(graph.nodes)) if _join(s, stops, written)
-        ]
-        if found:
-            for module in modules:
-                module.recompile()
-        joined.extend(found)
-    return Report(joined=tuple(joined))
+    return Report(joined=rewrite_where_marked(gm, is_softmax, _join))
 
 
 def why_not(softmax: fx.Node, mark: fx.Node) -> str | None:

@@ -3,7 +3,7 @@
 Whoever reorders, crops, repeats, selects or resets a cache calls its layers, so the second pair
 goes where the first one goes. A dynamic layer grows: of k2 and v2 it keeps what is within w2 of the
 next query, SLACK rows more, and all rows of the last call. A static layer holds them at its full
-length.
+length, which is that of its sliding window where it has one.
 
 This module imports transformers, so it is imported where a cache has come.
 """
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from simplex_ops.marking.call import UnservedMarkError
@@ -171,6 +172,17 @@ class HoldingStaticLayer(HoldingLayer, StaticLayer):
     def simplex_put(
         self, k2: Tensor, v2: Tensor, w2: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        held = self.simplex_buffers(k2, v2)
+        start = self.cumulative_length.to(k2.device)
+        places = torch.arange(k2.shape[2], device=k2.device) + start
+        for rows, new in zip(held, (k2, v2), strict=True):
+            rows.index_copy_(2, places, new)
+        self.simplex_awaits_keys = True
+        q_start = start.to(torch.int32).expand(k2.shape[0]).contiguous()
+        return *held, q_start
+
+    def simplex_buffers(self, k2: Tensor, v2: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what holds the rows of both, made when the first come."""
         if self.simplex_k2 is None or self.simplex_v2 is None:
             self.simplex_k2, self.simplex_v2 = (
                 rows.new_zeros((*rows.shape[:2], self.max_cache_len, rows.shape[3]))
@@ -179,13 +191,7 @@ class HoldingStaticLayer(HoldingLayer, StaticLayer):
             if not torch.compiler.is_compiling():  # as transformers does, for CUDA graphs
                 torch._dynamo.mark_static_address(self.simplex_k2)
                 torch._dynamo.mark_static_address(self.simplex_v2)
-        start = self.cumulative_length.to(k2.device)
-        places = torch.arange(k2.shape[2], device=k2.device) + start
-        self.simplex_k2.index_copy_(2, places, k2)
-        self.simplex_v2.index_copy_(2, places, v2)
-        self.simplex_awaits_keys = True
-        q_start = start.to(torch.int32).expand(k2.shape[0]).contiguous()
-        return self.simplex_k2, self.simplex_v2, q_start
+        return self.simplex_k2, self.simplex_v2
 
     def simplex_forget(self) -> None:
         # The buffers stay where they are: compiled code knows their addresses.
@@ -203,10 +209,42 @@ class HoldingStaticLayer(HoldingLayer, StaticLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
+class HoldingStaticSlidingLayer(HoldingStaticLayer, StaticSlidingWindowLayer):
+    """A StaticSlidingWindowLayer: what does not fit rolls out of both pairs alike.
+
+    Its keys then end at the last query, and so do k2 and v2.
+    """
+
+    simplex_takes = (*HoldingStaticLayer.simplex_takes, "cumulative_length_int")
+
+    def simplex_lacks(self, w2: int | None) -> bool:
+        if self.simplex_k2 is not None or not self.is_initialized:
+            return self.simplex_missed
+        return self.cumulative_length_int != 0
+
+    def simplex_put(
+        self, k2: Tensor, v2: Tensor, w2: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        seen, length = self.cumulative_length_int, self.max_cache_len
+        if seen + k2.shape[2] <= length:
+            return super().simplex_put(k2, v2, w2)
+        first, last = (0, seen) if seen < length else (1, length)
+        held = self.simplex_buffers(k2, v2)
+        whole = [
+            torch.cat((rows[:, :, first:last], new), 2)
+            for rows, new in zip(held, (k2, v2), strict=True)
+        ]
+        for rows, new in zip(held, whole, strict=True):
+            rows.copy_(new[:, :, -length:])
+        self.simplex_awaits_keys = True
+        return whole[0], whole[1], None
+
+
 _HOLDING: dict[type, type[HoldingLayer]] = {
     DynamicLayer: HoldingDynamicLayer,
     DynamicSlidingWindowLayer: HoldingSlidingLayer,
     StaticLayer: HoldingStaticLayer,
+    StaticSlidingWindowLayer: HoldingStaticSlidingLayer,
 }
 
 

@@ -12,10 +12,7 @@ if TYPE_CHECKING:
     from simplex_ops.marking.cache_layers import HoldingLayer
 
 _WITHOUT = "call the model with use_cache=False"
-_KINDS = (
-    "give a DynamicCache, or a StaticCache of layers without sliding windows, neither offloaded "
-    f"nor quantised; or {_WITHOUT}"
-)
+_KINDS = f"give a DynamicCache or a StaticCache, neither offloaded nor quantised; or {_WITHOUT}"
 _FROM_THE_START = (
     "let the marked model fill a cache from the start (a new cache for each sequence, changed by "
     f"its own methods alone), or {_WITHOUT}"

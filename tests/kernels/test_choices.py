@@ -12,10 +12,17 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
-from csrc_free.hopper import backward_keys, backward_narrow, backward_wide, forward_tiles, ordered
+from csrc_free.hopper import (
+    backward_keys,
+    backward_narrow,
+    backward_wide,
+    forward_tiles,
+    half_range,
+    ordered,
+)
 from csrc_free.hopper import backward_query as hopper_backward_query
 from csrc_free.hopper import forward as hopper_forward
-from csrc_free.portable import backward, forward, keys, pairs, query, wide
+from csrc_free.portable import backward, forward, keys, pairs, query, wide, wide_parts
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
 from simplex_ops.rules import cache_key
@@ -83,6 +90,11 @@ KINDS = {
     "backward_query_kernel": query.Config,
     "backward_keys_kernel": keys.Config,
     "backward_pairs_kernel": pairs.Config,
+    "parts_kernel": wide_parts.Config,
+    "largest_of_keys_kernel": half_range.Config,
+    "largest_of_rows_kernel": half_range.Config,
+    "scaled_narrow_kernel": half_range.Config,
+    "scaled_rows_kernel": half_range.Config,
     "delta_kernel": delta.Config,
     "sum_parts_kernel": parts_sum.Config,
     "order_columns_kernel": ordered.Config,
@@ -98,7 +110,8 @@ def _config_of(launch: Launch):
     dtype = torch.bfloat16 if constants.get("DOT_DTYPE") == tl.bfloat16 else torch.float32
     block_d = constants.get("BLOCK_D", 16)
     block_dv = constants.get("BLOCK_DV", block_d)
-    return config, Traits(1, block_d, block_dv, dtype, "trilinear", False, False)
+    traits = Traits(1, block_d, block_dv, dtype, "trilinear", False, False)
+    return config, dataclasses.replace(traits, precision=constants.get("PRECISION"))
 
 
 @pytest.mark.parametrize("target", registers.TARGETS)
@@ -151,7 +164,7 @@ def test_a_measured_table_says_what_was_measured_when_and_with_what(path):
 
 def test_an_unknown_condition_of_a_line_is_an_error(monkeypatch):
     table = {
-        "serves": {"dtypes": ["bfloat16"], "forms": ["trilinear"], "columns_to": 128},
+        "serves": {"precisions": [None], "forms": ["trilinear"], "columns_to": 128},
         "lines": {"forward": [{"when": {"groups": 8}, "config": {}}]},
     }
     monkeypatch.setattr(measured, "table", lambda name: table)
@@ -193,7 +206,9 @@ def test_large_tiles_of_float32_are_small_enough_for_every_device():
 
 def test_float16_is_exact_in_tf32_and_ieee_where_there_is_none():
     assert {name for name, device in DEVICES.items() if not device.has_tf32} == {"gfx950"}
-    for target, precision in (("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx950", "ieee")):
+    for target, of_float16, of_float32 in (
+        ("sm_90", "tf32", "bf16x6"), ("gfx942", "tf32", "ieee"), ("gfx950", "ieee", "ieee")
+    ):  # fmt: skip
         launches = registers.launches(target)
-        assert launches["forward_kernel fp16"].constants["PRECISION"] == precision
-        assert launches["forward_kernel fp32"].constants["PRECISION"] == "ieee"
+        assert launches["forward_kernel fp16"].constants["PRECISION"] == of_float16
+        assert launches["forward_kernel fp32"].constants["PRECISION"] == of_float32

@@ -44,7 +44,11 @@ def _plan(workload, device=HOPPER):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dtype": torch.float16}, "for bfloat16 alone, got torch.float16"),
+        ({"dtype": torch.float32}, "for bfloat16 and float16, got torch.float32"),
+        (
+            {"dtype": torch.float16, "form": "strassen"},
+            "in float16 for the trilinear form alone, got strassen",
+        ),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
         ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),

@@ -124,7 +124,7 @@ def test_parts_of_small_groups_stay_within_their_memory(hopper, group, seq):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": torch.float16},
+        {"dtype": torch.float32},
         {"block_d": 256, "block_dv": 256},
         {"block_dv": 64},
         {"is_describable": False},

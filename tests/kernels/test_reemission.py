@@ -145,19 +145,13 @@ def test_what_goes_together_in_another_order_is_another_kernel(tmp_path):
     """Triton's cache is asked by a key of sources: a tuple's order must be one of them."""
     source = HEADER + source_code_of(forward_kernel)
     known = _loaded(tmp_path / "known.py", source).forward_kernel.cache_key
-    returned = re.findall(r"^    return (\(?\w+, )(\w+, )", source, re.MULTILINE)
-    assert {first for first, _second in returned} >= {
-        "seq, ",
-        "wide_begin, ",
-        "i, ",
-        "(lo, ",
-        "k, ",
-    }
-    for number, (first, second) in enumerate(returned):
-        swapped = source.replace(f"return {first}{second}", f"return {second}{first}")
-        if first.startswith("("):
-            swapped = source.replace(f"return {first}{second}", f"return ({second}{first[1:]}")
-        assert swapped != source
+    made = r"^    (?:return|\w+: tl\.constexpr =) \(?(\w+), (\w+), "
+    bundles = list(re.finditer(made, source, re.MULTILINE))
+    assert {bundle[1] for bundle in bundles} >= {"seq", "wide_begin", "i", "lo", "k", "FORM"}
+    for number, bundle in enumerate(bundles):
+        swapped = "".join([
+            source[: bundle.start(1)], f"{bundle[2]}, {bundle[1]}", source[bundle.end(2) :],
+        ])  # fmt: skip
         module = _loaded(tmp_path / f"swapped{number}.py", swapped)
-        assert module.forward_kernel.cache_key != known
+        assert module.forward_kernel.cache_key != known, bundle[0]
     assert _loaded(tmp_path / "again.py", source).forward_kernel.cache_key == known

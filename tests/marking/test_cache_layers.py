@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     QuantizedLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from simplex_ops import UnservedMarkError, explain
@@ -119,6 +120,21 @@ def test_a_dynamic_cache_keeps_what_w2_reaches_and_a_slack():
     torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(6, 30))
+@torch.no_grad()
+def test_static_sliding_windows_answer_as_if_recomputed(sizes, length):
+    model = MODELS["mistral"]
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    ids = tokens(seq=sum(sizes))
+    whole = model(ids, use_cache=False).logits
+    for _ in range(2):  # a cache is used again
+        for part, wanted in zip(ids.split(sizes, 1), whole.split(sizes, 1), strict=True):
+            got = model(part, past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+        cache.reset()
+
+
 @torch.no_grad()
 def test_a_static_cache_holds_them_at_its_full_length():
     model = generating(num_hidden_layers=1)
@@ -132,7 +148,14 @@ def test_a_static_cache_holds_them_at_its_full_length():
 
 
 @pytest.mark.parametrize(
-    "layer", [DynamicLayer(), DynamicSlidingWindowLayer(5), StaticLayer(9)], ids=repr
+    "layer",
+    [
+        DynamicLayer(),
+        DynamicSlidingWindowLayer(5),
+        StaticLayer(9),
+        StaticSlidingWindowLayer(9, 5),
+    ],
+    ids=repr,
 )
 def test_compiled_code_takes_over_all_that_a_layer_has(layer):
     layer.update(*torch.randn(2, 1, 2, 3, 4))

@@ -91,8 +91,7 @@ def test_compiled_models_generate_with_any_cache(family, dynamic):
     expected = recomputed(model, ids, left_padded(ids), 6)
     model.compile(backend=Passed(eager), fullgraph=True, dynamic=dynamic)
     caches: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 4}]
-    if family != "mistral":  # a StaticCache of sliding windows is refused
-        caches += [{"cache_implementation": "static", **how} for how in caches]
+    caches += [{"cache_implementation": "static", **how} for how in caches]
     for how in caches:
         torch._dynamo.reset()
         assert_as_recomputed(generated(model, ids, left_padded(ids), 6, **how), expected)

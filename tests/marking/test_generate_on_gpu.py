@@ -20,6 +20,7 @@ def _fresh_dynamo():
         *(("llama", cache) for cache in ("dynamic", "static", "static in eager code", "beams")),
         ("gpt2", "static"),
         ("mistral", "dynamic"),
+        ("mistral", "static"),
     ],
 )
 def test_tokens_are_those_of_the_whole_prefix(family, cache):

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from tools.bench import __main__ as bench
+from tools.bench import timing
 from tools.bench.anchors import Job, NotRunError, einsum
 from tools.bench.contest import COMPILED, OURS, Result, Row, field_of, measure
 from tools.bench.peers import agreement, fbgemm, lucidrains
@@ -105,7 +106,7 @@ def test_who_cannot_run_says_why_and_the_others_are_timed():
         return Job(lambda: torch.ones(2), 4.0, "well")
 
     row = Row(WORKLOADS["cpu-short"], "forward")
-    measure(row, {"a": refuses, "b": breaks, "c": runs}, CPU, seconds=0.0, least_runs=3)
+    measure(row, {"a": refuses, "b": breaks, "c": runs}, CPU, seconds=0.0, least_rounds=3)
     assert row.results["a"].note == "not run: it is Sunday"
     assert row.results["b"].note.startswith("not run: RuntimeError: ")
     assert row.results["a"].rate is None
@@ -160,13 +161,32 @@ def test_runs_take_turns():
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
         CPU,
         seconds=0.0,
-        least_runs=10,
+        least_rounds=10,
     )
     rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
     assert len(rounds) == 10 + 2  # of warm-up
     assert all(sorted(round_) == ["a", "b"] for round_ in rounds)
     assert len({tuple(round_) for round_ in rounds}) == 2  # nobody always comes first
     assert [len(t.ms) for t in times.values()] == [10, 10]
+
+
+def test_on_a_gpu_the_second_half_of_each_block_counts(monkeypatch):
+    """What runs first meets the clock that another function left."""
+    blocks = []
+
+    def rounds_of(functions, _device, runs, rounds):
+        blocks.append((dict(runs), rounds))
+        return {name: [50.0, 9.0, 2.0, 3.0][: runs[name]] * rounds for name in functions}
+
+    monkeypatch.setattr(timing, "_cuda_rounds", rounds_of)
+    times = time_in_turn({"a": list, "b": list}, torch.device("cuda"), seconds=1.3, least_rounds=2)
+    assert blocks == [({"a": 1, "b": 1}, 1)] * 2 + [({"a": 4, "b": 4}, 3)]
+    assert times["a"].ms == (2.0, 3.0) * 3
+    assert times["a"].first == (50.0,) * 3
+    row = Row(WORKLOADS["cpu"], "forward")
+    row.results = {OURS: Result(8e9, times["a"]), "cudnn fwd": Result(4e9, Times((5.0,)))}
+    assert row.of(OURS, "cudnn fwd") == pytest.approx(4.0)
+    assert row.first_of(OURS, "cudnn fwd") is None
 
 
 def test_einsum_refuses_what_does_not_fit():

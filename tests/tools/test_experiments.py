@@ -1,6 +1,5 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -85,10 +84,18 @@ def test_a_run_of_a_stack_ends_where_it_has_learned():
     assert results[0]["steps"] == results[0]["curve"][-1][0] < 300 == results[1]["steps"]
 
 
+class DrawnOnCpu(Hops):
+    """The same batches on every device."""
+
+    def draw(self, batch, generator):
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        return tuple(part.to(generator.device) for part in super().draw(batch, own))
+
+
 @pytest.mark.gpu
 def test_captured_updates_are_those_of_a_cpu():
     shape, training = Shape(("2-simplicial",), 16), Training(12, batch=8, evaluate_every=5)
-    runs = [Setting(TOY, shape, training, seed) for seed in range(3)]
+    runs = [Setting(DrawnOnCpu(2, nodes=6), shape, training, seed) for seed in range(3)]
     weights = [train(runs, device)[0].cpu().state_dict() for device in (CPU, torch.device("cuda"))]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-4)
 
@@ -112,6 +119,14 @@ def test_reach_multiplies_the_power_that_each_layer_adds():
     assert hops.reach(("ordinary",) * 3) == 7
     assert hops.reach(("2-simplicial",) * 2) == 8
     assert hops.reach(("2-simplicial", "ordinary")) == 5
+
+
+@pytest.mark.parametrize(("kind", "base"), [("ordinary", 3), ("2-simplicial", 5)])
+def test_looking_both_ways_multiplies_what_is_known_in_a_row(kind, base):
+    assert [hops.reach_both_ways((kind,) * n) for n in (1, 2, 3)] == [
+        (base**n - 1) // 2 for n in (1, 2, 3)
+    ]
+    assert hops.reach_both_ways(("2-simplicial", "ordinary")) == 7
 
 
 def test_the_wider_ordinary_model_has_as_many_parameters():
@@ -206,8 +221,11 @@ def test_the_committed_report_is_that_of_the_committed_lines():
 
 def test_the_map_is_drawn(tmp_path):
     cells = {(1, 1): 1.0, (1, 2): 0.3, (2, 1): 1.0, (2, 2): 0.9}
-    plots.heat_map({"ordinary": cells, "2-simplicial": cells}, tmp_path / "map.png", title="map")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for both_ways in (False, True):
+        file = tmp_path / f"{both_ways}.png"
+        arms = {"ordinary": cells, "2-simplicial": cells}
+        plots.heat_map(arms, file, title="map", both_ways=both_ways)
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_report_marks_what_refutes_the_expectation():
@@ -228,6 +246,12 @@ def test_the_report_marks_what_refutes_the_expectation():
             "device": "x", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "abc",
         },
     }  # fmt: skip
-    said = report.text({"hops": [json.loads(json.dumps(line))]})
-    assert "out of reach; refuted" in said
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted |" in said
     assert "[one seed]" in said
+    line["setting"]["shape"] |= {"layers": ["ordinary"] * 2, "heads": 4}
+    line["setting"]["task"]["hops"] = 4
+    said = report.text({"hops": [line]})
+    assert "out of reach; refuted; in reach looking back |" in said
+    assert "1 of 1 runs" in said
+    assert "0 stopped at their cap" in said

@@ -4,7 +4,9 @@
     python -m tools.bench --device cpu --quick
 
 Every figure of a row is measured in turn with the others of that row. Rates are nominal FLOPs
-(4·B·H·N·D·w1·w2, backward 2.5 times that) over the time: the median on a GPU, the best on a CPU.
+(4·B·H·N·D·w1·w2, backward 2.5 times that) over the time: the best on a CPU; on a GPU the median of
+runs on end, at the clock that each settles at (`timing`). "after others" is the first ratio again,
+to cuDNN's forward, but of runs right behind another contestant's, at the clock that this one left.
 Useful rates count the pairs that a query really sees. The aims are fractions of cuDNN's forward
 rate on a GPU, of torch.mm's on a CPU, or of our own rate on another workload.
 """
@@ -24,9 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simplex_ops.env import environment
+from tools.bench.anchors import copy_rate
 from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
+from tools.bench.curves import BANDWIDTH
 from tools.bench.plot import Bar, plot_rates
-from tools.workloads import WORKLOADS, Direction, useful_flops
+from tools.workloads import SWEEPS, WORKLOADS, Direction, useful_flops
 
 YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}
 # The least fraction of the yardstick's rate.
@@ -134,6 +138,11 @@ def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]
                 for anchor in ANCHORS
                 if anchor != name and (ratio := row.of(name, anchor)) is not None
             },
+            "first_of": {
+                anchor: ratio
+                for anchor in ANCHORS
+                if anchor != name and (ratio := row.first_of(name, anchor)) is not None
+            },
             "workspace_bytes": result.workspace,
             "note": result.note,
             **facts,
@@ -158,6 +167,7 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
     for anchor in columns:
         table.add_column(anchor, justify="right", no_wrap=True)
         table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column("after others", justify="right", no_wrap=True)
     table.add_column("MiB", justify="right", no_wrap=True)
     table.add_column("aim", no_wrap=True)
     table.add_column("note", overflow="fold")
@@ -180,6 +190,7 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
                     for rate, ratio in zip(rates, ratios, strict=True)
                     for text in (_number(rate, 0, scale), _number(ratio, 2))
                 ),
+                _number(row.first_of(name, YARDSTICK[device.type]), 2),
                 _number(result.workspace, 0, 2**20),
                 aim.verdict if name == OURS and (aim := aim_of(row, rows)) else "",
                 "; ".join(_notes(row, name, columns)),
@@ -221,6 +232,9 @@ def main(
     workload: Annotated[
         list[str] | None, typer.Option(help="a workload's name, again for more; default: all")
     ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="N, G or w1, again for more: see tools.bench.curves")
+    ] = None,
     direction: Annotated[str, typer.Option(help="forward, backward or both")] = "both",
     fbgemm: Annotated[
         Path | None, typer.Option(help="a checkout of pytorch/FBGEMM, to run its kernels")
@@ -229,9 +243,9 @@ def main(
         Path | None, typer.Option("--json", help="append a JSON line for each figure here")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="write a bar chart (PNG) here")] = None,
-    seconds: Annotated[float, typer.Option(help="timed seconds a row, at most about")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="timed seconds a row, at most about")] = 3.0,
     max_seconds: Annotated[float, typer.Option(help="start no row after this long")] = 230.0,
-    quick: Annotated[bool, typer.Option("--quick", help="three runs of the first rows")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="three rounds of the first rows")] = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="time ours through torch.compile as well")
     ] = False,
@@ -245,10 +259,12 @@ def main(
         raise typer.BadParameter("--device cuda: this PyTorch sees no GPU")
     if direction not in ("forward", "backward", "both"):
         raise typer.BadParameter(f"--direction is forward, backward or both, got {direction!r}")
-    rows = _rows(workload, direction, where, quick)
+    rows = _rows(workload, direction, where, quick, sweep)
     if quick:
         seconds = min(seconds, 0.3)
     facts = environment(where)
+    if sweep and where.type == "cuda":
+        facts[BANDWIDTH] = round(copy_rate(where) / 1e9)
     started = time.monotonic()
     lines: list[dict[str, object]] = []
     with Progress(
@@ -264,7 +280,7 @@ def main(
                 reason = f"not run: --max-seconds {max_seconds:.0f} is spent"
                 row.results = {who: Result(note=reason) for who in builds}
             else:
-                measure(row, builds, where, seconds, least_runs=3 if quick else 10)
+                measure(row, builds, where, seconds, least_rounds=3 if quick else 5)
             new = list(records(row, facts))
             lines += new
             if json_file is not None:
@@ -282,14 +298,19 @@ def main(
         raise typer.Exit(1)
 
 
-def _rows(names: list[str] | None, direction: str, device: torch.device, quick: bool) -> list[Row]:
+def _rows(
+    names: list[str] | None, direction: str, device: torch.device, quick: bool,
+    sweeps: list[str] | None = None,
+) -> list[Row]:  # fmt: skip
+    if unswept := sorted(set(sweeps or ()) - set(SWEEPS)):
+        raise typer.BadParameter(f"no sweep {', '.join(unswept)}; there are: {', '.join(SWEEPS)}")
     unknown = sorted(set(names or ()) - set(WORKLOADS))
     if unknown:
         known = ", ".join(WORKLOADS)
         raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are: {known}")
-    chosen = [WORKLOADS[n] for n in names] if names else [
-        w for w in WORKLOADS.values() if w.device == device.type
-    ]  # fmt: skip
+    chosen = [WORKLOADS[n] for n in names or ()]
+    chosen += [w for name in sweeps or () for w in SWEEPS[name].values()]
+    chosen = chosen or [w for w in WORKLOADS.values() if w.device == device.type]
     rows = [
         Row(w, d) for w in chosen for d in w.directions if direction in (d, "both")
     ]  # fmt: skip

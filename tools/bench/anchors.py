@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simplex_ops import reference
-from tools.bench.timing import Function
+from tools.bench.timing import Function, time_in_turn
 from tools.workloads import (
     BACKWARD_FLOPS,
     Direction,
@@ -38,6 +38,14 @@ def matmul(workload: Workload, direction: Direction, device: torch.device) -> Jo
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=workload.dtype) for _ in range(2))
     return Job(lambda: torch.mm(a, b), 2.0 * size**3)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Return the bytes a second that a large copy on a device moves, reads and writes together."""
+    source = torch.empty(2**30, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    times = time_in_turn({"copy": lambda: target.copy_(source)}, device, seconds=0.1)
+    return 2 * source.numel() / (times["copy"].typical / 1e3)
 
 
 def cudnn(workload: Workload, direction: Direction, device: torch.device) -> Job:

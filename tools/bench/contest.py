@@ -1,5 +1,6 @@
 """A row of the bench: everyone who is timed on one problem, in turn, and what became of them."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,13 @@ class Result:
         """FLOP/s at the typical time, or None where it did not run."""
         return self.flops / (self.times.typical / 1e3) if self.times else None
 
+    @property
+    def first_rate(self) -> float | None:
+        """FLOP/s of the runs right after another contestant's, or None where none was timed."""
+        if self.times is None or not self.times.first:
+            return None
+        return self.flops / (statistics.median(self.times.first) / 1e3)
+
 
 @dataclass
 class Row:
@@ -48,6 +56,11 @@ class Row:
     def of(self, name: str, anchor: str) -> float | None:
         """Return the rate of a contestant as a fraction of an anchor's."""
         mine, theirs = (self.results.get(n, Result()).rate for n in (name, anchor))
+        return mine / theirs if mine is not None and theirs is not None else None
+
+    def first_of(self, name: str, anchor: str) -> float | None:
+        """Return the same of the runs right after another contestant's."""
+        mine, theirs = (self.results.get(n, Result()).first_rate for n in (name, anchor))
         return mine / theirs if mine is not None and theirs is not None else None
 
 
@@ -128,7 +141,7 @@ def field_of(
 
 
 def measure(
-    row: Row, builds: dict[str, Build], device: torch.device, seconds: float, least_runs: int
+    row: Row, builds: dict[str, Build], device: torch.device, seconds: float, least_rounds: int
 ) -> None:
     """Time everyone who can run, in turn; the results of the others are the reasons why not."""
     jobs: dict[str, Job] = {}
@@ -144,7 +157,7 @@ def measure(
             {name: job.run for name, job in jobs.items()},
             device,
             seconds=seconds,
-            least_runs=least_runs,
+            least_rounds=least_rounds,
         )
     for name in jobs:
         row.results[name].times = times[name]

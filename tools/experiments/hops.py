@@ -4,9 +4,12 @@ A token is an edge u -> f(u) of a permutation, or of a function, of 16 nodes, th
 random order, and the graph is a fresh one in every row of every batch. For k hops a model names
 f(f(...u)), f applied k + 1 times, for each token.
 
-A token knows f, once applied. A layer of ordinary attention looks at one other token, and so at
-best doubles the power of f that a token knows; a 2-simplicial layer looks at two at once and at
-best triples it. So L layers reach 2^L - 1 hops or 3^L - 1; mixed ones, the product less one.
+A token knows f, once applied. A head looks at one other token, or at two at once where it is
+2-simplicial, each found by a node that is known already. Looking ahead, a layer of ordinary
+attention at best doubles the power of f that a token knows, and a 2-simplicial one triples it: L
+layers reach 2^L - 1 hops or 3^L - 1 (`reach`). Of several heads some may look back instead. Then
+what a token knows grows at both ends, to three or five times as many nodes in a row, and L layers
+reach (3^L - 1) / 2 hops or (5^L - 1) / 2 (`reach_both_ways`).
 """
 
 from collections.abc import Callable, Iterator
@@ -45,11 +48,12 @@ class Hops:
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return edges [batch, nodes, 2] and the node that each leads to [batch, nodes]."""
         size = (batch, self.nodes)
-        source = torch.rand(size, generator=generator).argsort(-1)
+        device = generator.device
+        source = torch.rand(size, generator=generator, device=device).argsort(-1)
         if self.graph == "permutation":
-            follower = torch.rand(size, generator=generator).argsort(-1)
+            follower = torch.rand(size, generator=generator, device=device).argsort(-1)
         else:
-            follower = torch.randint(self.nodes, size, generator=generator)
+            follower = torch.randint(self.nodes, size, generator=generator, device=device)
         target = follower.gather(-1, source)
         reached = target
         for _ in range(self.hops):
@@ -58,10 +62,20 @@ class Hops:
 
 
 def reach(layers: tuple[Kind, ...]) -> int:
-    """Return how many hops layers of these kinds reach at best, by the argument above."""
+    """Return how many hops layers of these kinds reach looking ahead, by the argument above."""
     power = 1
     for kind in layers:
         power *= 3 if kind == SIMPLICIAL else 2
+    return power - 1
+
+
+def reach_both_ways(layers: tuple[Kind, ...]) -> int:
+    """Return how many hops they reach where some heads look back, by the argument above."""
+    power, known = 1, 1  # what is known: powers of f in a row, the last of them and how many
+    for kind in layers:
+        others = 2 if kind == SIMPLICIAL else 1
+        power += others * known
+        known += 2 * others * known
     return power - 1
 
 
@@ -99,11 +113,11 @@ def _arms(task: Hops, depth: int, steps: int, *, heads: int = 1, width: int = 64
     return [(task, shape, training) for shape in shapes]
 
 
-def _map() -> list[Row]:
+def _map(heads: int) -> list[Row]:
     rows = []
     for depth, steps in ((1, 2400), (2, 3600), (3, 4800)):
         for hops in (1, 2, 3, 4, 5, 7, 8, 9):
-            ordinary, simplicial, wider = _arms(Hops(hops), depth, steps, heads=4)
+            ordinary, simplicial, wider = _arms(Hops(hops), depth, steps, heads=heads)
             between = 2**depth - 1 < hops <= 3**depth - 1  # where the two should differ
             rows += [ordinary, simplicial, *([wider] if between else [])]
     return rows
@@ -129,9 +143,11 @@ _PARTS: dict[str, Callable[[], list[Row]]] = {
     "functions": lambda: [
         *_arms(Hops(2, graph="function"), 1, 2400),
         *_arms(Hops(4, graph="function"), 2, 3600),
+        *_arms(Hops(4, graph="function"), 2, 3600, heads=4),
     ],
     "controls": _controls,
-    "map": _map,
+    "map": lambda: _map(heads=4),
+    "map-one-head": lambda: _map(heads=1),
 }
 _QUICK: dict[str, Callable[[], list[Row]]] = {
     "quick": lambda: [*_arms(Hops(1, nodes=6), 1, 400), *_arms(Hops(2, nodes=6), 1, 400)],

@@ -14,6 +14,7 @@ second window of one key. Models are compiled by the pass; loss is that of held-
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ from tools.demo.corpus import even_batches
 from tools.demo.train import warm_cosine
 from tools.experiments import text
 from tools.experiments.train import Watch
+from tools.experiments.updates import AdamW, updates_of
 
+_HOW = AdamW(betas=(0.9, 0.95), weight_decay=0.1, clip=1.0)
 Arm = Literal["ordinary", "windowed", "2-simplicial"]
 ARMS: tuple[Arm, ...] = ("ordinary", "windowed", "2-simplicial")
 
@@ -76,31 +79,27 @@ def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, A
     model, forward = _compiled(size, setting.arm, device)
     model.load_state_dict(build(size, setting.arm, setting.seed).state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=size.learning_rate, betas=(0.9, 0.95), fused=True, weight_decay=0.1
-    )
     total = steps(setting)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: warm_cosine(n, total))
+    parts = size.evaluations
+    evaluated = sorted({round(total * n / parts) for n in range(1, parts + 1)} - {0})
+    rates = [size.learning_rate * warm_cosine(n, total) for n in range(total)]
     blocks = text.Blocks(source.training, size.seq, setting.seed)
     tests = even_batches(source.held_out, size.batch, size.seq, size.held_out_batches)
-    evaluated = {round(total * n / size.evaluations) for n in range(1, size.evaluations + 1)}
-    curve: list[tuple[int, float]] = []
     _loss(forward, tests[0]).backward()  # compiles, and is no update
-    model.zero_grad(set_to_none=True)
-    start, seconds = time.perf_counter(), 0.0
-    for step in range(1, total + 1):
-        _loss(forward, blocks.draw(size.batch)).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step in evaluated:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds += time.perf_counter() - start
-            curve.append((step * size.batch * size.seq, held_out_loss(forward, tests)))
-            watch(step, curve[-1][1])
-            start = time.perf_counter()
+    most = max(last - first for first, last in itertools.pairwise((0, *evaluated)))
+    update = updates_of(functools.partial(_loss, forward), trained, most, device, _HOW)
+    curve: list[tuple[int, float]] = []
+    done, seconds = 0, 0.0
+    for step in evaluated:
+        start = time.perf_counter()
+        drawn = blocks.draw((step - done) * size.batch).unflatten(0, (step - done, size.batch))
+        update((drawn,), rates[done:step])
+        done = step
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds += time.perf_counter() - start
+        curve.append((step * size.batch * size.seq, held_out_loss(forward, tests)))
+        watch(step, curve[-1][1])
     tokens = total * size.batch * size.seq
     return {
         "loss": curve[-1][1],

@@ -43,7 +43,8 @@ class Match3:
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return numbers [batch, length, 1] and whether each has a match [batch, length]."""
-        numbers = torch.randint(self.modulus, (batch, self.length), generator=generator)
+        size, device = (batch, self.length), generator.device
+        numbers = torch.randint(self.modulus, size, generator=generator, device=device)
         return numbers[..., None], has_match(numbers, self.modulus).long()
 
 

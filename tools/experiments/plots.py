@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 Cells = Mapping[tuple[int, int], float]  # (depth, hops): mean accuracy
 
 
-def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
+# Hops in reach of L layers looking ahead, and where heads look back too; a line's style.
+_AHEAD = {
+    "2^L − 1": (lambda depth: 2**depth - 1, "k--"),
+    "3^L − 1": (lambda depth: 3**depth - 1, "r-"),
+}
+_BOTH_WAYS = {
+    "(3^L − 1) / 2": (lambda depth: (3**depth - 1) / 2, "k:"),
+    "(5^L − 1) / 2": (lambda depth: (5**depth - 1) / 2, "r:"),
+}
+
+
+def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str, both_ways: bool = False) -> None:
     """Draw accuracy by hops and depth, a panel for each arm, and the curves of what is in reach."""
     figure = Figure(figsize=(4.6 * len(arms), 3.2), layout="constrained")
     panels = figure.subplots(1, len(arms), squeeze=False)[0]
@@ -20,12 +31,10 @@ def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
     for axes, (name, cells) in zip(panels, arms.items(), strict=True):
         table = [[cells.get((d, h), float("nan")) for h in hops] for d in depths]
         image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
-        for base, style in ((2, "k--"), (3, "r-")):
-            edges = [sum(h <= base**d - 1 for h in hops) - 0.5 for d in depths]
+        for label, (reach, style) in {**_AHEAD, **(_BOTH_WAYS if both_ways else {})}.items():
+            edges = [sum(h <= reach(d) for h in hops) - 0.5 for d in depths]
             heights = [n + half for n in range(len(depths)) for half in (-0.5, 0.5)]
-            axes.plot(
-                [edge for edge in edges for _ in (0, 1)], heights, style, label=f"{base}^L − 1"
-            )
+            axes.plot([edge for edge in edges for _ in (0, 1)], heights, style, label=label)
         for (d, h), value in cells.items():
             place = (hops.index(h), depths.index(d))
             ink = "black" if value > 0.6 else "white"
@@ -34,7 +43,7 @@ def heat_map(arms: Mapping[str, Cells], file: Path, *, title: str) -> None:
         axes.set_yticks(range(len(depths)), [str(d) for d in depths])
         axes.set(xlabel="hops", ylabel="layers, L", title=name)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=list(panels), label="accuracy")
     figure.suptitle(title, fontsize=9)

@@ -22,6 +22,7 @@ _HEADINGS = (
     "task", "layers", "width", "heads", "windows", "parameters", "mean accuracy [95%]",
     "lowest to highest", "majority", "learned [95%]", "steps, cap", "minutes", "expected",
 )  # fmt: skip
+MAPS = {4: "hops_map.png", 1: "hops_map_one_head.png"}  # by heads
 _PAIRED = ("task", "width", "heads", "seeds", "accuracy [95%]", "lowest to highest", "came")
 
 
@@ -32,6 +33,7 @@ def sections(name: str, found: list[Line]) -> list[str]:
     parts = []
     for place, on_device in by(found, where).items():
         parts.append(f"## {name}: {place}\n\n{dates(on_device)}\n")
+        parts.append(_used(on_device))
         rows = [_row(name, group) for group in by(on_device, without_seed).values()]
         parts.append(table(_HEADINGS, rows))
         differences = match3_differences(on_device) if name == "match3" else []
@@ -39,14 +41,18 @@ def sections(name: str, found: list[Line]) -> list[str]:
             parts.append("One 2-simplicial layer minus one ordinary one, seed by seed:\n")
             parts.append(table(_PAIRED, differences))
     if name == "hops":
-        drawn = {line["part"] for line in found}
-        parts += ["![two hops, one layer](two_hops.png)\n"] if "one-layer" in drawn else []
-        parts += ["![hops by layers](hops_map.png)\n"] if "map" in drawn else []
+        if any(line["part"] == "one-layer" for line in found):
+            parts.append("![two hops, one layer](two_hops.png)\n")
+        parts += [
+            f"![hops by layers, heads {heads}]({file})\n"
+            for heads, file in MAPS.items()
+            if any(_is_of_map(line, heads) for line in found)
+        ]
     return parts
 
 
 def draw(found: list[Line], folder: Path) -> None:
-    """Draw the learning curves of two hops in one layer, and the map where it has run.
+    """Draw the learning curves of two hops in one layer, and the maps that have run.
 
     Each is of the device that has most lines of it.
     """
@@ -64,22 +70,39 @@ def draw(found: list[Line], folder: Path) -> None:
             folder / "two_hops.png",
             title=f"two hops, one layer: a line for each seed\n{where(two[0])}",
         )
-    mapped = _of_one_device(
-        [line for line in found if line["part"] == "map" and _shape(line)["width"] == 64]
+    for heads, name in MAPS.items():
+        mapped = _of_one_device([line for line in found if _is_of_map(line, heads)])
+        if mapped:
+            plots.heat_map(
+                _cells(mapped),
+                folder / name,
+                title=f"mean accuracy over seeds, width 64, heads {heads}; {where(mapped[0])}",
+                both_ways=heads > 1,
+            )
+
+
+def _is_of_map(line: Line, heads: int) -> bool:
+    """Say whether a run is of the map, whatever part it was first asked for."""
+    shape, task = _shape(line), line["setting"]["task"]
+    return (
+        task["graph"] == "permutation"
+        and (shape["width"], shape["heads"]) == (64, heads)
+        and (shape["w1"], shape["w2"]) == (None, None)
+        and len(set(shape["layers"])) == 1
+        and shape["layers"][0] != "frozen"
     )
-    if mapped:
-        panels = {}
-        for arm, group in by(mapped, lambda line: _shape(line)["layers"][0]).items():
-            cells: dict[tuple[int, int], list[float]] = {}
-            for line in group:
-                cell = (len(_shape(line)["layers"]), line["setting"]["task"]["hops"])
-                cells.setdefault(cell, []).append(line["result"]["accuracy"])
-            panels[arm] = {cell: statistics.fmean(values) for cell, values in cells.items()}
-        plots.heat_map(
-            panels,
-            folder / "hops_map.png",
-            title=f"mean accuracy over seeds, width 64, 4 heads; {where(mapped[0])}",
-        )
+
+
+def _cells(found: list[Line]) -> dict[str, dict[tuple[int, int], float]]:
+    """Return the mean accuracies of each kind of layer, by depth and hops."""
+    panels = {}
+    for kind, of_kind in sorted(by(found, lambda line: _shape(line)["layers"][0]).items()):
+        cells: dict[tuple[int, int], list[float]] = {}
+        for line in of_kind:
+            cell = (len(_shape(line)["layers"]), line["setting"]["task"]["hops"])
+            cells.setdefault(cell, []).append(line["result"]["accuracy"])
+        panels[kind] = {cell: statistics.fmean(values) for cell, values in cells.items()}
+    return dict(reversed(panels.items()))  # ordinary first
 
 
 def within_reach(line: Line) -> bool | None:
@@ -88,6 +111,14 @@ def within_reach(line: Line) -> bool | None:
     if shape["w1"] is not None or shape["w2"] is not None:
         return None
     return line["setting"]["task"]["hops"] <= hops.reach(tuple(shape["layers"]))
+
+
+def within_both_ways(line: Line) -> bool | None:
+    """Say the same where heads may look back, which one head does not do beside looking ahead."""
+    shape, within = _shape(line), within_reach(line)
+    if within is None or shape["heads"] == 1:
+        return within
+    return line["setting"]["task"]["hops"] <= hops.reach_both_ways(tuple(shape["layers"]))
 
 
 def beyond_ordinary(line: Line) -> bool:
@@ -129,6 +160,17 @@ def _without_kind(line: Line) -> str:
     return json.dumps([line["setting"]["task"], shape, line["setting"]["training"]])
 
 
+def _used(found: list[Line]) -> str:
+    """Say how many runs were capped, and what all took."""
+    results = [line["result"] for line in found]
+    capped = sum(not result["learned"] for result in results)
+    minutes = sum(result["seconds"] for result in results) / 60
+    return (
+        f"{len(results)} runs in {minutes:.1f} minutes; {capped} stopped at their cap. Runs that "
+        "were trained together share their time evenly.\n"
+    )
+
+
 def _of_one_device(found: list[Line]) -> list[Line]:
     """Return the lines of the device that has most of them."""
     return max(by(found, where).values(), key=len, default=[])
@@ -156,7 +198,8 @@ def _row(name: str, group: Sequence[Line]) -> list[str]:
     expected = ""
     if within is not None:
         refuted = "; refuted" if learned and not within else ""
-        expected = ("in reach" if within else "out of reach") + refuted
+        back = "; in reach looking back" if within_both_ways(group[0]) and not within else ""
+        expected = ("in reach" if within else "out of reach") + refuted + back
     return [
         _task(name, group[0]),
         ", ".join(shape["layers"]),

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tools.experiments.model import Model, Shape
 from tools.experiments.stack import stacked
-from tools.experiments.updates import Batches, one_cycle, updates_of
+from tools.experiments.updates import AdamW, one_cycle, updates_of
 
 HELD_OUT_SEED = 2**32  # beyond every seed of a run
 HELD_OUT_BATCHES = 8
@@ -61,6 +62,7 @@ class Setting:
     seed: int
 
 
+Batches = tuple[Tensor, Tensor]  # tokens [steps, rows, N, fields], classes [steps, rows, N]
 Watch = Callable[[int, float], None]  # step, accuracy or loss at the last evaluation
 Curve = list[tuple[int, float]]  # step, accuracy
 
@@ -83,31 +85,33 @@ def train(
     """
     training = settings[0].training
     model = stacked([_start(setting) for setting in settings]).to(device)
-    data = [torch.Generator().manual_seed(setting.seed) for setting in settings]
+    data = [torch.Generator(device).manual_seed(setting.seed) for setting in settings]
     held_out = [torch.Generator().manual_seed(HELD_OUT_SEED) for _ in settings]
     test = _drawn(settings, held_out, 1, HELD_OUT_BATCHES * training.batch)
     tokens, classes = (part[0].to(device) for part in test)
-    update = updates_of(model, len(settings), device)
-    rates = one_cycle(training.learning_rate, training.steps)
+    trained = [p for p in model.parameters() if p.requires_grad]
 
-    def next_batches(done: int) -> Batches:
-        count = min(training.evaluate_every, training.steps - done)
-        return _drawn(settings, data, count, training.batch)
+    def loss(tokens: Tensor, classes: Tensor) -> Tensor:
+        mean = F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten())
+        return mean * len(settings)  # the sum of those of the runs
+
+    update = updates_of(loss, trained, training.evaluate_every, device, AdamW())
+    rates = one_cycle(training.learning_rate, training.steps)
 
     curves: list[Curve] = [[] for _ in settings]
     done, start = 0, time.perf_counter()
-    batches = next_batches(done)
     while done < training.steps and not all(map(learned, curves)):
-        update(batches, rates[done : done + len(batches[0])])
-        done += len(batches[0])
-        batches = next_batches(done)  # while a GPU works
+        count = min(training.evaluate_every, training.steps - done)
+        batches = _drawn(settings, data, count, training.batch)
+        update(batches, rates[done : done + count])
+        done += count
         found = accuracies(model, tokens, classes, len(settings))
         for curve, accuracy in zip(curves, found, strict=True):
             if not learned(curve):
                 curve.append((done, accuracy))
         if watch is not None:
             watch(done, statistics.fmean(curve[-1][1] for curve in curves))
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) // len(settings)
+    parameters = sum(p.numel() for p in trained) // len(settings)
     seconds = round((time.perf_counter() - start) / len(settings), 1)
     return model, [
         {

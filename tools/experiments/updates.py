@@ -1,14 +1,23 @@
-"""Updates of a small model: on a GPU one CUDA graph, which costs the host a single launch."""
+"""Updates of a model: on a GPU one CUDA graph, which costs the host a single launch."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batches = tuple[Tensor, Tensor]  # tokens [steps, batch, N, fields], classes [steps, batch, N]
-Update = Callable[[Batches, Sequence[float]], None]
+Loss = Callable[..., Tensor]  # of the parts of one batch
+Update = Callable[[Sequence[Tensor], Sequence[float]], None]  # parts [steps, ...], rates
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What an update is, but for its rate."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float | None = None  # the norm of all gradients
 
 
 def one_cycle(peak: float, steps: int) -> list[float]:
@@ -28,70 +37,90 @@ def one_cycle(peak: float, steps: int) -> list[float]:
     return rates
 
 
-def updates_of(model: nn.Module, runs: int, device: torch.device) -> Update:
-    """Return a function that makes updates by AdamW, one for each step of batches, at given rates.
+def updates_of(
+    loss: Loss, parameters: Sequence[nn.Parameter], most: int, device: torch.device, how: AdamW
+) -> Update:
+    """Return a function that makes updates by AdamW, for at most `most` batches a call.
 
-    The loss is summed over the runs that the model stacks. Batches come on the CPU, the first of
-    them the longest. On a GPU the host would take longer to launch an update's kernels than they to
-    run, and several programs on one GPU would wait for each other at every launch: so forward,
-    backward and AdamW are captured, and replayed for each step.
+    On a GPU the host would take longer to launch an update's kernels than they to run, and several
+    programs on one GPU would wait for each other at every launch: so forward, backward and AdamW
+    are captured, and replayed for each batch.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     if device.type == "cuda":
-        return _Captured(model, parameters, runs, device)
-    optimizer = torch.optim.AdamW(parameters, fused=True)
+        return _Captured(loss, parameters, most, device, how)
+    optimizer = torch.optim.AdamW(
+        parameters, fused=True, betas=how.betas, weight_decay=how.weight_decay
+    )
 
-    def update(batches: Batches, rates: Sequence[float]) -> None:
-        for tokens, classes, rate in zip(*batches, rates, strict=True):
+    def update(batches: Sequence[Tensor], rates: Sequence[float]) -> None:
+        for *parts, rate in zip(*batches, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
-            _set_gradients(model, tokens, classes, runs)
+            _set_gradients(loss(*parts), parameters, how)
             optimizer.step()
 
     return update
 
 
-def _set_gradients(model: nn.Module, tokens: Tensor, classes: Tensor, runs: int) -> None:
-    for parameter in model.parameters():
+def _set_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], how: AdamW) -> None:
+    for parameter in parameters:
         parameter.grad = None
-    loss = F.cross_entropy(model(tokens).flatten(0, 1), classes.flatten())
-    (loss * runs).backward()
+    loss.backward()
+    if how.clip is not None:
+        nn.utils.clip_grad_norm_(parameters, how.clip)
 
 
 class _Captured:
     """Updates that are captured at the first call."""
 
     def __init__(
-        self, model: nn.Module, parameters: list[nn.Parameter], runs: int, device: torch.device
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        most: int,
+        device: torch.device,
+        how: AdamW,
     ) -> None:
-        self.model, self.runs, self.device = model, runs, device
-        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.loss, self.parameters, self.most, self.how = loss, parameters, most, how
+        self.device = device
         self.rate = torch.zeros((), device=device)
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, fused=True, capturable=True)
+        self.rates = torch.zeros(most, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.held: list[Tensor] = []  # the parts of the batches, [most, ...]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.held: list[Tensor] = []  # tokens, classes, rates
+        self.optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self.rate,
+            fused=True,
+            capturable=True,
+            betas=how.betas,
+            weight_decay=how.weight_decay,
+        )
 
-    def __call__(self, batches: Batches, rates: Sequence[float]) -> None:
-        given = [*batches, torch.tensor(rates)]
+    def __call__(self, batches: Sequence[Tensor], rates: Sequence[float]) -> None:
         if self.graph is None:
-            self.held = [part.to(self.device) for part in given]
+            shapes = [(self.most, *part.shape[1:]) for part in batches]
+            self.held = [
+                part[0].to(self.device).expand(shape).clone()
+                for part, shape in zip(batches, shapes, strict=True)
+            ]
             self.graph = self._capture()
-        for place, part in zip(self.held, given, strict=True):
+        for place, part in zip(self.held, batches, strict=True):
             place[: len(rates)].copy_(part)
+        self.rates[: len(rates)].copy_(torch.tensor(rates))
         self.turn.zero_()
         graph = self.graph
         for _ in rates:
             graph.replay()
 
     def _one(self) -> None:
-        tokens, classes, rate = (part.index_select(0, self.turn)[0] for part in self.held)
-        self.rate.copy_(rate)
-        _set_gradients(self.model, tokens, classes, self.runs)
+        self.rate.copy_(self.rates.index_select(0, self.turn)[0])
+        parts = [part.index_select(0, self.turn)[0] for part in self.held]
+        _set_gradients(self.loss(*parts), self.parameters, self.how)
         self.optimizer.step()
         self.turn.add_(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Kernels are compiled, libraries and moments set up before the capture, at a rate of zero.
-        self.held[-1].zero_()
         beside = torch.cuda.Stream(self.device)
         beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(beside):

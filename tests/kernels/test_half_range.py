@@ -1,0 +1,222 @@
+"""Powers of two that keep float16 in its range: how they are chosen, and what gradients they give.
+
+What chooses them runs in Triton's interpreter too, with TRITON_INTERPRET=1.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton.experimental.gluon")
+
+from csrc_free import attn as entries
+from csrc_free.hopper import backward, half_range, key_plan
+from csrc_free.problem import problem_of
+from csrc_free.steps.delta import Statistics
+from simplex_ops.testing import Case, Problem, assert_matches_reference, run_attn
+
+attn = torch.ops.simplex.attn
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+)
+HALF = torch.float16
+LARGEST = torch.finfo(HALF).max
+SIZES = st.sampled_from((0.0, 2.0**-20, 2.0**-10, 1.0, 300.0, 2.0**14))
+
+
+def _problem(sizes, bias=0.0):
+    """Return a problem of normal numbers of given sizes (of q, k1, k2, v1, v2, dout)."""
+    torch.manual_seed(0)
+    of_q, *of_keys, of_dout = sizes
+    q = torch.randn(2, 6, 19, 40) * of_q
+    keys = [
+        torch.randn(2, 2, 23, dim) * size
+        for dim, size in zip((40, 40, 24, 24), of_keys, strict=True)
+    ]
+    dout = torch.randn(2, 6, 19, 24) * of_dout
+    inputs = [t.clamp(-LARGEST, LARGEST).to(HALF) for t in (q, *keys)]
+    problem = problem_of(
+        *inputs, (15, 0), (3, 0), 0.25, "trilinear", bias, bias, None, None
+    )  # fmt: skip
+    delta = torch.randn(2, 2, 19, 3) * of_dout
+    statistics = Statistics(
+        dout.clamp(-LARGEST, LARGEST).to(HALF), delta, torch.randn_like(delta),
+        torch.zeros(2, 2, dtype=torch.int32),
+    )  # fmt: skip
+    return problem, statistics
+
+
+def _most(x):
+    """Return the largest number of each batch row and key-value head."""
+    return x.double().abs().unflatten(1, (2, -1)).amax((2, 3, 4))
+
+
+@interpreted
+@settings(max_examples=5, deadline=None)
+@given(st.tuples(*[SIZES] * 6), st.sampled_from((0.0, 1.0)), st.booleans())
+def test_operands_stay_in_range_and_powers_are_divided_out(sizes, bias, is_of_keys):
+    problem, statistics = _problem(sizes, bias)
+    ranges = half_range.ranges_of(problem, statistics)
+    found = half_range.scaled(problem, statistics, ranges, is_of_keys=is_of_keys)
+    _, _, _, biased_k, biased_v = (t.double() for t in problem.tensors)
+    biased_k, biased_v = biased_k + bias, biased_v + bias
+    others = (problem.k_wide, problem.v_wide) if is_of_keys else (problem.q, statistics.dout)
+    of_logits = found.factors[..., 0].double() / problem.log2_scale
+    for got, true, other in zip(
+        (found.problem.k_narrow, found.problem.v_narrow), (biased_k, biased_v), others, strict=True
+    ):
+        assert got.isfinite().all()
+        assert (_most(got) * _most(other)).max() < 2**15
+        power = _most(got) / _most(true).clamp(min=1e-30)
+        rounded = (true * power[..., None, None]).to(HALF)
+        assert (got.double() - rounded.double()).abs().max() <= 2**-10 * _most(got).max()
+    assert torch.equal(of_logits.log2().round().exp2(), of_logits)
+    assert found.problem.biases() == (0.0,) * 4
+    if is_of_keys:
+        assert torch.equal(found.lse2, statistics.lse2 - half_range.P_EXPONENT.value)
+
+
+@interpreted
+@given(st.tuples(*[SIZES] * 6))
+@settings(max_examples=5, deadline=None)
+def test_no_gradient_of_a_logit_is_past_its_bound(sizes):
+    problem, statistics = _problem(sizes)
+    ranges = half_range.ranges_of(problem, statistics)
+    dout = statistics.dout.double().unflatten(1, (2, 3))
+    dp = torch.einsum(
+        "bhgnd,bhmd,bhkd->bhngmk", dout, problem.v_wide.double(), problem.v_narrow.double()
+    ).flatten(4)  # fmt: skip
+    size = (dp - statistics.delta[..., None]).abs().amax(-1)
+    assert (size <= ranges.bound.double() * (1 + 1e-5) + 1e-30).all()
+    for is_of_keys in (True, False):
+        found = half_range.scaled(problem, statistics, ranges, is_of_keys=is_of_keys)
+        is_small = statistics.delta.abs() > 1e-30
+        power = (found.delta / statistics.delta)[is_small].double()
+        most = 1.0 if is_of_keys else 2.0**14
+        assert (size[is_small] * power <= most).all()
+
+
+@interpreted
+def test_what_is_not_finite_does_not_change_the_powers():
+    problem, statistics = _problem((1.0,) * 6)
+    ranges = half_range.ranges_of(problem, statistics)
+    problem.k_wide[0, 0, 3, 5] = torch.inf
+    problem.v_narrow[0, 0, 4] = torch.nan
+    for one, other in zip(ranges, half_range.ranges_of(problem, statistics), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.2, atol=1)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Note who serves the backward, however few rows there are."""
+    noted = []
+    inner = backward.choose
+
+    def choose(*args):
+        choice = inner(*args)
+        noted.append(choice.served_by)
+        return choice
+
+    monkeypatch.setattr(key_plan, "FEWEST_ROWS", 0)
+    monkeypatch.setattr(backward, "choose", choose)
+    return noted
+
+
+CASES = {
+    "64 heads": Case(group=64, seq=90, head_dim=128, w1=50, w2=20),
+    "8 heads": Case(kv_heads=2, group=8, seq=200, head_dim=64, w1=100, w2=12, through="both"),
+    "5 heads": Case(batch=2, group=5, seq=120, head_dim=96, value_dim=80, w1=None, w2=9),
+    "exchanged": Case(group=16, seq=90, head_dim=128, w1=10, w2=70, through="both"),
+    "biases": Case(group=8, seq=90, head_dim=64, w1=40, w2=9, k2_bias=1.0, v2_bias=1.0),
+    "documents": Case(group=8, seq=150, head_dim=64, w1=60, w2=9, bounds="documents"),
+    "not causal": Case(group=32, seq=80, head_dim=40, value_dim=128, w1=20, w2=5, is_causal=False),
+    "large logits": Case(group=8, seq=90, head_dim=64, w1=40, w2=9, amplitude=30.0),
+    "lse alone": Case(group=8, seq=90, head_dim=64, w1=40, w2=9, through="lse"),
+}
+FACTORS = {
+    "as drawn": (1.0,) * 6,
+    "small": (1e-3,) * 6,
+    "keys large": (1e-3, 3e3, 1.0, 1.0, 1.0, 1.0),
+    "narrow keys large": (1e-3, 1.0, 3e3, 1.0, 1.0, 1.0),
+    "values large": (1.0, 1.0, 1.0, 200.0, 200.0, 1e-4),
+    "gradients large": (1.0, 1.0, 1.0, 1e-3, 1e-3, 1e4),
+}
+
+
+def _multiplied(case, factors):
+    """Return a case's problem, its tensors multiplied and its scale divided by as much."""
+    problem = Problem.of(dataclasses.replace(case, dtype=HALF), "cuda")
+    *of_inputs, of_dout = factors
+    inputs = tuple((t * f).to(HALF) for t, f in zip(problem.inputs, of_inputs, strict=True))
+    scale = case.head_dim**-0.5 / (of_inputs[0] * of_inputs[1] * of_inputs[2])
+    return dataclasses.replace(
+        problem,
+        inputs=inputs,
+        options=problem.options | {"scale": scale},
+        dout=None if problem.dout is None else (problem.dout * of_dout).to(HALF),
+        dlse=None if problem.dlse is None else problem.dlse * of_dout,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_in_float16_are_within_the_budget(name, factors, served, poisoned_memory):
+    if CASES[name].k2_bias and factors != "as drawn":
+        pytest.skip("a bias is not multiplied")
+    assert_matches_reference(_multiplied(CASES[name], FACTORS[factors]), attn, device="cuda")
+    assert served
+    assert all("keys" in by for by in served), served
+    wide_bias = CASES[name].k2_bias != 0.0 and CASES[name].w1 < CASES[name].w2
+    assert wide_bias or all("query" in by for by in served), served
+
+
+@pytest.mark.gpu
+def test_rows_of_small_gradients_keep_their_own(served):
+    """One power of two for all rows of a tensor would lose those beside a row of large ones."""
+    problem = _multiplied(CASES["64 heads"], FACTORS["as drawn"])
+    assert problem.dout is not None
+    small = 2.0**-12
+    dout = problem.dout.clone()
+    dout[:, :, 1::2] *= small
+    found = run_attn(attn, dataclasses.replace(problem, dout=dout))["dq"]
+    alone = torch.zeros_like(dout)
+    alone[:, :, 1::2] = dout[:, :, 1::2] / small
+    other = run_attn(attn, dataclasses.replace(problem, dout=alone))["dq"]
+    size = other[:, :, 1::2].abs().max()
+    torch.testing.assert_close(
+        found[:, :, 1::2].float() / small, other[:, :, 1::2].float(), rtol=0, atol=1e-2 * size
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["64 heads", "8 heads", "exchanged"])
+def test_gradients_in_float16_repeat_bit_for_bit(name, served):
+    problem = _multiplied(CASES[name], FACTORS["as drawn"])
+    first = run_attn(attn, problem)
+    for _ in range(3):
+        for one, other in zip(run_attn(attn, problem).values(), first.values(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_the_largest_numbers_have_finite_gradients(served):
+    """Products of two of them are past 65504 in float16, and gradients here are not."""
+    case = CASES["8 heads"]
+    problem = _multiplied(case, (1.0,) * 6)
+    inputs = tuple(t.sign() * LARGEST if at in (1, 2) else t for at, t in enumerate(problem.inputs))
+    scale = 1 / (8 * LARGEST**2)
+    problem = dataclasses.replace(
+        problem, inputs=inputs, options=problem.options | {"scale": scale}
+    )
+    found = run_attn(attn, problem)
+    with entries.portable_alone():
+        other = run_attn(attn, problem)
+    for name, grad in found.items():
+        assert grad.isfinite().all(), name
+        size = other[name].float().abs().max()
+        assert (grad.float() - other[name].float()).abs().max() <= 2e-2 * size, name

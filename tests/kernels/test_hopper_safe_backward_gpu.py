@@ -1,0 +1,142 @@
+"""The Hopper kernels' gradients on a device: scores and values of any size, NaN and infinities."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from both_forwards import relative
+
+from csrc_free import attn as entry
+from simplex_ops.devices.gpu import kernel_arguments
+from simplex_ops.testing import Case, Problem, run_attn
+from tools.precision import both, exact
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+SLACK = 1.1  # times the portable kernels' error
+# Heads to a key-value head, and how many of these: up to 4 heads, few tiles are left to others.
+SIZES = {64: 1, 8: 2, 4: 22, 1: 22}
+SEQ = {64: 96, 8: 136, 4: 136, 1: 136}
+# A step of bfloat16 here and there, which is luck.
+LUCK = torch.finfo(torch.bfloat16).eps / 4
+
+
+def _problem(group, **given):
+    case = Case(
+        **{
+            "batch": 2, "kv_heads": SIZES[group], "group": group, "seq": SEQ[group],
+            "head_dim": 128, "w1": 80, "w2": 20, "dtype": torch.bfloat16, "layout": "transposed",
+            "through": "both", **given,
+        }
+    )  # fmt: skip
+    problem = Problem.of(case, "cuda")
+    q, k1, k2, v1, v2 = problem.inputs
+    arguments = kernel_arguments(*problem.windows, q, problem.options)
+    assert problem.dout is not None
+    served_by = entry.backward_served_by(problem.dout, q, k1, k2, v1, v2, **arguments)
+    assert served_by.startswith("hopper")
+    assert "portable" not in served_by
+    return problem
+
+
+def _constant(q, k1, k2, v1, v2):
+    k1[:] = k1[:, :, :1]
+    k2[:] = 1
+
+
+def _outlier(q, k1, k2, v1, v2):
+    k1[:, :, 60] *= 60
+
+
+def _first_tile_far_below(q, k1, k2, v1, v2):
+    k1[:, :, :70] *= 50
+
+
+def _by_size(size):
+    def change(q, k1, k2, v1, v2):
+        q *= size
+
+    return change
+
+
+SAFE = {
+    "x1": _by_size(1), "x8": _by_size(8), "x30": _by_size(30), "constant": _constant,
+    "outlier": _outlier, "first tile far below": _first_tile_far_below,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SIZES)
+@pytest.mark.parametrize("name", SAFE)
+def test_gradients_err_as_the_portable_kernels_do(name, group):
+    problem = _problem(group)
+    SAFE[name](*problem.inputs)
+    ours, portable = both(problem)
+    for tensor, error in ours.of.items():
+        assert error <= SLACK * portable.of[tensor] + LUCK, tensor
+
+
+@pytest.mark.parametrize("group", SIZES)
+@pytest.mark.parametrize("size", [100, 1000, 1e6])
+def test_gradients_of_large_scores_are_finite(size, group):
+    """Which pair is the first is then a matter of rounding; see `python -m tools.precision`."""
+    problem = _problem(group)
+    problem.inputs[0].mul_(size)
+    for name, value in run_attn(torch.ops.simplex.attn, problem).items():
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("group", SIZES)
+def test_values_of_any_size_give_the_same_bits(group):
+    """v1 times 2^100 and dout by as much less: dv1 changes by that factor, and nothing else."""
+    problem = _problem(group, through="out")
+    _first_tile_far_below(*problem.inputs)
+    before = run_attn(torch.ops.simplex.attn, problem)
+    assert problem.dout is not None
+    problem.inputs[3].mul_(2.0**100)
+    problem.dout.mul_(2.0**-100)
+    after = run_attn(torch.ops.simplex.attn, problem)
+    factors = {"out": 2.0**100, "dv1": 2.0**-100}
+    for name, value in before.items():
+        assert torch.equal(after[name], value * factors.get(name, 1.0)), name
+
+
+@pytest.mark.parametrize("group", SIZES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", range(6))
+def test_what_is_not_finite_stays_in_its_head(which, bad, group):
+    """In its batch row and key-value head; `which` is one of the inputs, or dout."""
+    problem = _problem(group)
+    before = run_attn(torch.ops.simplex.attn, problem)
+    assert problem.dout is not None
+    tensor = (*problem.inputs, problem.dout)[which]
+    heads = SIZES[group] * (group if which in (0, 5) else 1)
+    tensor[1, heads - 1, 70, 5] = bad
+    after = run_attn(torch.ops.simplex.attn, problem)
+    for name, value in before.items():
+        others = value.shape[1] - value.shape[1] // SIZES[group]
+        assert torch.equal(after[name][0], value[0]), name
+        assert torch.equal(after[name][1, :others], value[1, :others]), name
+
+
+@pytest.mark.parametrize("group", SIZES)
+def test_queries_that_see_nothing_have_no_gradient(group):
+    problem = _problem(group, bounds="padding")
+    start, end = problem.options["kv_bounds"].unbind(-1)
+    start[:], end[:] = 0, SEQ[group]
+    start[0, 20:40], end[0, 20:40] = 5, 5
+    start[1, 40:60], end[1, 40:60] = 7, torch.iinfo(torch.int32).min
+    got, truth = run_attn(torch.ops.simplex.attn, problem), exact(problem)
+    assert (got["dq"][0, :, 20:40] == 0).all()
+    assert (got["dq"][1, :, 40:60] == 0).all()
+    for name in ("dq", "dk1", "dk2", "dv1", "dv2"):
+        assert relative(got[name], truth[name]) < 0.02, name
+    start[:], end[:] = 5, 5
+    got = run_attn(torch.ops.simplex.attn, problem)
+    for name in ("out", "dq", "dk1", "dk2", "dv1", "dv2"):
+        assert (got[name] == 0).all(), name
