@@ -28,8 +28,8 @@ from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
-# H100, 2026-11-25). With it a backward of determinants took 30.6 ms for 18.8 (B2 N2048 H32 Hkv8; H200,
-# torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+# H100, 2026-11-25). With it a backward of determinants took 30.6 ms for 18.8 (B2 N2048 H32 Hkv8;
+# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _SLOWER_UP_TO = 4
 
 
