@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
 
-from csrc_free.hopper import backward, key_plan
+from csrc_free.hopper import backward, backward_keys, key_plan
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics
@@ -121,11 +121,22 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
     tiles = -(-seq // KEYS)
     weights = [min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)]
     launches = -(-batch // plan.batch) * -(-kv_heads // plan.kv_heads)
-    one_each = key_plan._time(weights, batch * kv_heads, 1, 1)
-    chosen = launches * key_plan._time(weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits)
+    processors = HOPPER.multiprocessors
+    one_each = key_plan._time(weights, batch * kv_heads, 1, 1, processors)
+    some = plan.batch * plan.kv_heads
+    chosen = launches * key_plan._time(weights, some, plan.tiles, plan.splits, processors)
     slots = KEYS + w1 + 31
     if 4 * 256 * batch * kv_heads * tiles * slots <= key_plan.FLOOR_BYTES:
         assert chosen <= one_each * 1.001
+
+
+def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
+    """Programs that share a tile are for devices that would be idle without."""
+    small = dataclasses.replace(GROUP8, batch=1, heads=16, kv_heads=2)
+    few, many = (_plan(small, dataclasses.replace(HOPPER, multiprocessors=n)) for n in (1, 132))
+    assert isinstance(few, Plan)
+    assert isinstance(many, Plan)
+    assert few.splits < many.splits
 
 
 @pytest.mark.slow
@@ -340,6 +351,18 @@ def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", ["none", "ranges"])
+@pytest.mark.parametrize(("group", "lag"), [(8, 1), (8, 2), (8, 4), (64, 2), (64, 16)])
+def test_the_second_warpgroup_may_be_any_way_behind(group, lag, bounds, monkeypatch, used):
+    """So far behind, too, that some tiles of rows are of neither's key."""
+    monkeypatch.setattr(backward_keys, "lag_of", lambda problem: lag)
+    assert_matches_reference(
+        _change(kv_heads=1, group=group, batch=2, seq=110, bounds=bounds), attn, device="cuda"
+    )
+    assert used
 
 
 @pytest.mark.gpu
