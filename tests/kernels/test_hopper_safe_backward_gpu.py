@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from both_forwards import relative
 
 from csrc_free import attn as entry
+from csrc_free.hopper import serve
 from simplex_ops.devices.gpu import kernel_arguments
 from simplex_ops.testing import Case, Problem, run_attn
 from tools.precision import both, exact
@@ -23,8 +24,16 @@ SLACK = 1.1  # times the portable kernels' error
 # Heads to a key-value head, and how many of these: up to 4 heads, few tiles are left to others.
 SIZES = {64: 1, 8: 2, 4: 22, 1: 22}
 SEQ = {64: 96, 8: 136, 4: 136, 1: 136}
+# Kernels that round k1∘k2 where the forward rounded q∘k2 err more than those that round as it did.
+FAR = {"x8", "x30", "outlier", "first tile far below"}
 # A step of bfloat16 here and there, which is luck.
 LUCK = torch.finfo(torch.bfloat16).eps / 4
+
+
+@pytest.fixture(autouse=True)
+def every_tile_serves(monkeypatch):
+    """Serve what the portable forward would be faster at, too."""
+    monkeypatch.setattr(serve, "USEFUL_FROM", 0.0)
 
 
 def _problem(group, **given):
@@ -71,9 +80,16 @@ SAFE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("group", SIZES)
-@pytest.mark.parametrize("name", SAFE)
-def test_gradients_err_as_the_portable_kernels_do(name, group):
+def _groups_and_scores():
+    for group in SIZES:
+        for name in SAFE:
+            reason = "dk and dv of 5 to 31 heads round k1∘k2: DESIGN.md, Precision"
+            marks = [pytest.mark.xfail(reason=reason, strict=True)] * (group == 8 and name in FAR)
+            yield pytest.param(group, name, marks=marks)
+
+
+@pytest.mark.parametrize(("group", "name"), _groups_and_scores())
+def test_gradients_err_as_the_portable_kernels_do(group, name):
     problem = _problem(group)
     SAFE[name](*problem.inputs)
     ours, portable = both(problem)

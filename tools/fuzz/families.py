@@ -69,40 +69,44 @@ class Family:
     through: str = "both"
 
 
+# A narrow window's range is of one lag of the key side's warpgroups; every lag is some family's.
 FAMILIES = (
-    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (4, 40), (50, 90), (4, 44)),
+    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (50, 90), (8, 44)),
     Family(
-        "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (3, 30),
-        (193, 256), (4, 40), is_causal=False, has_bounds=True, has_starts=True,
+        "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (5, 30),
+        (193, 256), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "64 heads, long", 64, (128, 128), (1, 3), (385, 512), (4, 36), (385, 420), (4, 40),
+        "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (385, 420), (8, 44),
+    ),
+    Family(
+        "64 heads, long", 64, (128, 128), (1, 3), (385, 512), (8, 36), (385, 420), (8, 40),
         has_bounds=True,
     ),
     Family(
-        "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 36), (128, 140),
+        "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 7), (128, 140),
         (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
     ),
     Family(
         "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (4, 36), (192, 200), (4, 40),
         dtype=torch.float16, has_bounds=True, has_gradients=False,
     ),
-    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 40)),
+    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 31)),
     Family(
-        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (8, 40), (393, 410), (8, 50),
+        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (32, 48), (393, 410), (32, 50),
         kv_heads=2,
     ),
     Family(
-        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 40),
-        (201, 240), (8, 40), is_causal=False, has_bounds=True, has_starts=True, kv_heads=2,
+        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 16),
+        (201, 240), (9, 40), is_causal=False, has_bounds=True, has_starts=True, kv_heads=2,
     ),
     Family(
-        "16 heads, strassen, biases", 16, (64, 64), (4, 24), (142, 190), (4, 36), (190, 210),
-        (4, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
+        "16 heads, strassen, biases", 16, (64, 64), (4, 24), (142, 190), (16, 31), (190, 210),
+        (16, 40), form="strassen", has_bias=True, has_bounds=True, kv_heads=2,
     ),
     Family(
-        "12 heads, exchanged, biases", 12, (96, 80), (4, 30), (190, 205), (6, 40), (205, 220),
-        (6, 40), has_bias=True, is_exchanged=True, kv_heads=2,
+        "12 heads, exchanged, biases", 12, (96, 80), (4, 30), (190, 205), (32, 40), (205, 220),
+        (32, 40), has_bias=True, is_exchanged=True, kv_heads=2,
     ),
     Family(
         "32 heads, float16, strassen", 32, (128, 96), (2, 12), (128, 143), (4, 40), (143, 160),

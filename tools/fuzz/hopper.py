@@ -1,6 +1,8 @@
 """What a fuzzing process does besides where the Hopper kernels are fuzzed."""
 
+import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from simplex_ops.testing import Case, Problem
@@ -30,13 +32,24 @@ def serve_all(*, have_one_division: bool = False) -> None:
     With one division of the key side's work it is the same program whatever the sizes.
     """
     from csrc_free.attn import PortableWarning
-    from csrc_free.hopper import key_plan, serve
+    from csrc_free.hopper import backward, serve
 
     serve.USEFUL_FROM = 0.0
     serve.MOST_POSITIONS_OF_64_COLUMNS = 64
     if have_one_division:
-        key_plan.MULTIPROCESSORS = 1
+        backward.plan_of = of_one_processor(backward.plan_of)
+        backward.why_not_wide = of_one_processor(backward.why_not_wide)
     warnings.simplefilter("error", PortableWarning)
+
+
+def of_one_processor(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a choice made as for a device of one multiprocessor, which shares no work."""
+
+    def choose_there(problem: Any, *others: Any) -> Any:
+        device = dataclasses.replace(problem.device, multiprocessors=1)
+        return choose(dataclasses.replace(problem, device=device), *others)
+
+    return choose_there
 
 
 def note_compilations() -> None:
