@@ -96,8 +96,13 @@ def reset_cudagraphs() -> None:
 _wrapped: dict[str, tuple[Any, Any]] = {}  # by name: the wrapper, and what it wraps
 
 
-def wrap_entries(serve: Callable[[torch.fx.GraphModule], None]) -> None:
+def wrap_entries(
+    serve: Callable[[torch.fx.GraphModule], None],
+    for_export: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
     """Call `serve` on every graph that enters Inductor, and on what strict export has traced.
+
+    It traces under `for_export`.
 
     Not `pre_grad_custom_pass`: from 2.13 on that runs after the cache's look-up, without
     the graph's metadata in the key, and on each sub-graph alone.
@@ -115,7 +120,8 @@ def wrap_entries(serve: Callable[[torch.fx.GraphModule], None]) -> None:
     def around_export(inner: Any) -> Any:
         @functools.wraps(inner)
         def export_before_pass(*args: Any, **kwargs: Any) -> Any:
-            found = inner(*args, **kwargs)
+            with for_export():
+                found = inner(*args, **kwargs)
             serve(found)
             return found
 
@@ -235,10 +241,14 @@ def real_tensors() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
-def module_stack(node: torch.fx.Node) -> dict[str, str]:
-    """Return the modules that a node was traced in, outermost first: id to path in the model."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return {key: _readable(path) for key, (path, _) in stack.items()}
+def modules_of(node: torch.fx.Node) -> dict[str, Any]:
+    """Return the modules that a node was traced in, outermost first, by their ids."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def paths_of(node: torch.fx.Node) -> list[str]:
+    """Return those modules' paths from whatever was compiled."""
+    return [_readable(path) for path, _ in modules_of(node).values()]
 
 
 @functools.lru_cache(maxsize=4096)

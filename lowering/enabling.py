@@ -6,6 +6,7 @@ from torch import fx
 
 from lowering import compat
 from lowering.backend import serve_marks
+from simplex_ops.marking.windows_in_graphs import constant_windows
 
 
 class _Switch:
@@ -24,7 +25,7 @@ class _Switch:
         self.blocks += more_blocks
         if self.on:
             compat.warn_if_untested()
-            compat.wrap_entries(_serve_where_on)
+            compat.wrap_entries(_serve_where_on, constant_windows)
         else:
             compat.unwrap_entries()
 

@@ -11,6 +11,10 @@ trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · 
 σ[j] = sum of dS
 
     dk_wide += scale · (X + σ k_m)  dk_m = scale · sum over j of (X[j] + σ[j] k_j)
+
+For determinants, whose columns `ordered` moved, they are k_j × k_m in the threes, and
+
+    dk_wide += scale · k_m × X      dk_m = scale · sum over j of X[j] × k_j
 """
 
 import math

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.ordered import bytes_of, columns_of
 from csrc_free.problem import Problem, block
 from csrc_free.steps.parts import LIMIT_BYTES
 
@@ -53,8 +54,9 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     plan = _division(
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
-        problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
-        _bytes_of_gradients(problem), _bytes_of_statistics(problem), problem.device.multiprocessors,
+        problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
+        _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
+        problem.device.multiprocessors,
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
@@ -95,8 +97,6 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
         return f"compiled for sm_90 alone, and the device is {device.name}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):
         return f"for bfloat16 and float16, got {problem.q.dtype}"
-    if problem.form == "determinant":
-        return "for the forms trilinear and strassen, got determinant"
     if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
         return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
     for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_free.device.forms import STRASSEN
+from csrc_free.device.forms import DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import opaque_zero, parts_of_rows
 from csrc_free.hopper.channels import arrive, wait_empty, wait_full
 from csrc_free.hopper.key_items import (
@@ -22,6 +22,7 @@ from csrc_free.hopper.key_items import (
     turns_of,
 )
 from csrc_free.hopper.key_plan import KEYS, ROWS
+from csrc_free.hopper.threes import cross, plus_cross, rounded_cross
 from csrc_free.hopper.weigh_keys import weigh
 
 _KEYS = gl.constexpr(KEYS)
@@ -113,9 +114,22 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _of_key(x, sigma, other, FORM: gl.constexpr):
-    """Return what a pair of keys adds to the gradient of one of them, of which `other` is not."""
-    return x + sigma[:, None] * other if FORM == STRASSEN else x * other
+def _of_narrow_key(x, sigma, wide, FORM: gl.constexpr):
+    """Return what each wide key adds to the gradient of the narrow one."""
+    if FORM == DETERMINANT:
+        return cross(x, wide)
+    wide = wide.to(gl.float32)
+    return x + sigma[:, None] * wide if FORM == STRASSEN else x * wide
+
+
+@gluon.jit
+def _plus_of_wide_keys(total, x, sigma, narrow, FORM: gl.constexpr):
+    """Return the sums of the wide keys' gradients plus what the narrow key adds."""
+    if FORM == DETERMINANT:
+        narrow, _like = gl.broadcast(narrow, x)
+        return plus_cross(total, narrow, x)
+    narrow = narrow.to(gl.float32)
+    return total + (x + sigma[:, None] * narrow if FORM == STRASSEN else x * narrow)
 
 
 @gluon.jit
@@ -249,9 +263,14 @@ def sum_keys(
                         mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0,
                     )  # fmt: skip
                 if own_step_end > own_step:
-                    one = _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
-                    other = _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
-                    made = one + other if FORM == STRASSEN else one * other
+                    of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
+                    one = _biased(k_tile.load(of_made), k_wide_bias, HAS_BIAS)
+                    other = _biased(k_row.load(of_made), k_narrow_bias, HAS_BIAS)
+                    if FORM == DETERMINANT:
+                        other, _like = gl.broadcast(other, one)
+                        made = rounded_cross(one, other)
+                    else:
+                        made = one + other if FORM == STRASSEN else one * other
                     vk.store(made.to(vk.dtype))
                     vv.store(
                         (
@@ -344,9 +363,8 @@ def sum_keys(
                             gl.sum(sigma, 1), gl.SliceLayout(1, of_x), assert_trivial=True
                         )
                     dk_row = _sum_over_keys(
-                        _of_key(
-                            x, sigma,
-                            _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS), FORM,
+                        _of_narrow_key(
+                            x, sigma, _biased(k_tile.load(of_x), k_wide_bias, HAS_BIAS), FORM
                         ),
                         dk_partials, by_columns,
                     )  # fmt: skip
@@ -368,9 +386,9 @@ def sum_keys(
                     _wait_for_turn(dv_turn, r, turns_done)
                     dv_sums.store(dv_sums.load(of_y) + y * other)
                     arrive(dv_turn, r)
-                    other = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                    other = _biased(k_row.load(of_x), k_narrow_bias, HAS_BIAS)
                     _wait_for_turn(dk_turn, r, turns_done)
-                    dk_sums.store(dk_sums.load(of_x) + _of_key(x, sigma, other, FORM))
+                    dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, other, FORM))
                     arrive(dk_turn, r)
                 else:
                     _wait_for_turn(dv_turn, r, turns_done)

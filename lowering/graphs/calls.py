@@ -33,13 +33,11 @@ def name_of(node: fx.Node) -> str:
     is given a tensor to write its result to.
     """
     target: Any = node.target
-    if "out" in node.kwargs:
-        return ""
-    if node.op == "call_method":
-        return _plain(target)
-    if node.op != "call_function":
-        return ""
-    return _plain(str(node.args[1])) if target is getattr else _function(target)
+    if node.op == "call_function":
+        name = _plain(str(node.args[1])) if target is getattr else _function(target)
+    else:
+        name = _plain(target) if node.op == "call_method" else ""
+    return "" if name and "out" in node.kwargs else name
 
 
 @functools.cache
@@ -68,7 +66,8 @@ def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 def shape_of(node: Any) -> tuple[int, ...]:
     """Return the sizes that a tensor has in the example, as plain numbers."""
-    return tuple(compat.hint(size) for size in compat.example(node).shape)
+    sizes = compat.example(node).shape
+    return tuple(size if type(size) is int else compat.hint(size) for size in sizes)
 
 
 def is_tensor(value: Any) -> bool:

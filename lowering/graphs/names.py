@@ -1,5 +1,6 @@
 """The name of the module that a node was traced in, as its model calls it."""
 
+import functools
 import gc
 
 from torch import fx, nn
@@ -9,10 +10,9 @@ from simplex_ops.marking.marked import is_marked
 from simplex_ops.marking.naming import running
 
 
-def path_of(node: fx.Node) -> str:
+def _path_of(node: fx.Node) -> str:
     """Return the path of a node's module from whatever was compiled, as Dynamo noted it."""
-    stack = compat.module_stack(node)
-    return next(reversed(stack.values())) if stack else "the compiled module"
+    return next(reversed(compat.paths_of(node)), "the compiled module")
 
 
 class Names:
@@ -20,34 +20,45 @@ class Names:
 
     Where layers are compiled one by one, or a frame was resumed after a graph break, Dynamo's path
     begins somewhere within the model; the frames that wait for the compiler hold the model itself.
+    They are read when the first name is asked for.
     """
 
-    def __init__(self) -> None:
-        models = running()
+    @functools.cached_property
+    def _models(self) -> list[nn.Module]:
+        return running()
+
+    @functools.cached_property
+    def _within(self) -> int:
         # A frame that waits within a marked module is that module's own: a mark holds no other.
-        self._within = next((id(m) for m in reversed(models) if is_marked(m)), 0)
-        self._running: dict[int, str] = {}
-        for model in models:
+        return next((id(m) for m in reversed(self._models) if is_marked(m)), 0)
+
+    @functools.cached_property
+    def _running(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for model in self._models:
             for name, module in model.named_modules():
-                self._running.setdefault(id(module), _without_wrappers(name))
+                found.setdefault(id(module), _without_wrappers(name))
+        return found
 
     def of(self, node: fx.Node) -> str:
         """Name the module that a node was traced in; where no model holds it, by Dynamo's path."""
-        return self._running.get(_innermost(node)) or path_of(node)
+        return self._running.get(_innermost(node)) or _path_of(node)
 
-    def searched(self, node: fx.Node, made_by_child: fx.Node) -> str:
+    def of_mark(self, mark: fx.Node) -> str:
+        """Name the module that emitted a mark, also where Dynamo noted none."""
+        return self.of(mark) if compat.modules_of(mark) else self.searched(mark)
+
+    def searched(self, mark: fx.Node) -> str:
         """Name it wherever it is held: among all live modules, which takes a while.
 
-        Args:
-            node: traced in the module.
-            made_by_child: what a layer of the module made, whose weight tells the module where
-                Dynamo noted none.
+        Where Dynamo noted no module, the weight that k2 was made with tells it.
         """
-        wanted = _innermost(node) or self._within
+        wanted = _innermost(mark) or self._within
         if not self._running.get(wanted):
             held = _holders()
-            wanted = wanted or _holder_of_weight(made_by_child, held)
-            return self._running.get(wanted) or _name(wanted, held) or path_of(node)
+            k2: fx.Node = mark.args[1]  # pyright: ignore[reportAssignmentType]
+            wanted = wanted or _holder_of_weight(k2, held)
+            return self._running.get(wanted) or _name(wanted, held) or _path_of(mark)
         return self._running[wanted]
 
 
@@ -66,7 +77,7 @@ def _name(wanted: int, held: dict[int, tuple[int, str]]) -> str:
 
 def _innermost(node: fx.Node) -> int:
     """Return the id of the module that a node was traced in; 0 where Dynamo noted none."""
-    key = next(reversed(compat.module_stack(node)), "0")
+    key = next(reversed(compat.modules_of(node)), "0")
     return int(key.partition("@")[0])  # a region's second call has the key of the first and @1
 
 

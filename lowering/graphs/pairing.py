@@ -7,6 +7,8 @@ nobody marked would take the mark of the layer before it.
 from collections.abc import Collection
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx
 
 from lowering import compat
@@ -19,14 +21,35 @@ from simplex_ops.marking.mark_op import MARK_OP
 _FAR = 12  # nodes between a softmax and the product with values, of any spelling
 
 
-def calls_op(node: fx.Node, op: Any) -> bool:
-    """Say whether a node calls an operator of ours."""
-    return node.op == "call_function" and node.target in (op, op.overloadpacket)
+_MARKS = (MARK_OP, MARK_OP.overloadpacket)
+_SOFTMAXES = (F.softmax, torch.softmax, torch.ops.aten.softmax)
+_ATTENTION = (SDPA, ATTN_OP, ATTN_OP.overloadpacket)
 
 
 def is_mark(node: fx.Node) -> bool:
     """Say whether a node is a mark."""
-    return calls_op(node, MARK_OP)
+    return node.target in _MARKS
+
+
+def marks_in(graph: fx.Graph) -> list[fx.Node]:
+    """Return the marks of a graph, in its order."""
+    return _calls_of(graph, _MARKS)
+
+
+def calls_in(graph: fx.Graph) -> list[fx.Node]:
+    """Return a graph's calls of scaled_dot_product_attention, in its order."""
+    return _calls_of(graph, (SDPA,))
+
+
+def softmaxes_in(graph: fx.Graph) -> list[fx.Node]:
+    """Return the softmaxes of a graph, in its order."""
+    found = [*_calls_of(graph, _SOFTMAXES), *graph.find_nodes(op="call_method", sort=False)]
+    return sorted(filter(is_softmax, found))
+
+
+def _calls_of(graph: fx.Graph, functions: tuple[Any, ...]) -> list[fx.Node]:
+    found = (graph.find_nodes(op="call_function", target=f, sort=False) for f in functions)
+    return sorted(node for nodes in found for node in nodes)
 
 
 def is_softmax(node: fx.Node) -> bool:
@@ -37,7 +60,7 @@ def is_softmax(node: fx.Node) -> bool:
 def spelled_out_outputs(graph: fx.Graph) -> set[fx.Node]:
     """Return the products that follow from a softmax first: outputs of attention, if it is that."""
     found: set[fx.Node] = set()
-    for softmax in filter(is_softmax, graph.nodes):
+    for softmax in softmaxes_in(graph):
         reached = {softmax}
         for _ in range(_FAR):
             reached = {user for node in reached for user in node.users if not is_mark(user)}
@@ -59,7 +82,7 @@ def marks_behind(query: Any, call: fx.Node, stops: Collection[fx.Node] = ()) -> 
         if is_mark(node):
             if _traced_within(call, node):
                 found.append(node)
-        elif node.target is not SDPA and not calls_op(node, ATTN_OP):
+        elif node.target not in _ATTENTION:
             pending.extend(node.all_input_nodes)
     return found
 
@@ -70,13 +93,13 @@ def _traced_within(call: fx.Node, mark: fx.Node) -> bool:
     Where what an attention makes cannot be told from other nodes, dataflow alone would pair a mark
     with the next layer's call.
     """
-    known = compat.module_stack(call) and compat.module_stack(mark)
+    known = compat.modules_of(call) and compat.modules_of(mark)
     return not known or within(call, mark)
 
 
 def within(node: fx.Node, mark: fx.Node) -> bool:
     """Say whether a node was traced inside the module that emitted a mark."""
-    owner = compat.module_stack(mark)
+    owner = compat.modules_of(mark)
     if not owner:  # the frame that Dynamo traced is the module's own
         return compat.is_dynamos(mark.graph)
-    return next(reversed(owner)) in compat.module_stack(node)
+    return next(reversed(owner)) in compat.modules_of(node)

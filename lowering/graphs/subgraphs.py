@@ -12,7 +12,8 @@ _CALLS_ONCE = ("tag_activation_checkpoint", "invoke_subgraph", "wrap")
 class Subgraphs:
     """A graph and all it calls, each graph once.
 
-    `modules` holds, for each, the modules that share it: several for a region compiled once.
+    `modules` holds, for each, the modules that share it: several for a region compiled once. No
+    pass adds or takes away a graph, so one reading serves them all.
     A graph that no node takes is left out: Dynamo keeps the bodies that it inlined.
     """
 
@@ -27,8 +28,8 @@ class Subgraphs:
             if module in holders:
                 continue
             holders.append(module)
-            for node in module.graph.nodes:
-                held = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+            for node in module.graph.find_nodes(op="get_attr"):
+                held = getattr(module, str(node.target), None)
                 if isinstance(held, fx.GraphModule):
                     self._calls.setdefault(held.graph, []).extend(node.users)
                     for user in node.users:

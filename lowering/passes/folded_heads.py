@@ -34,44 +34,43 @@ from lowering.graphs.calls import (
     shape_of,
 )
 from lowering.graphs.marked_graphs import rewrite_where_marked
-from lowering.graphs.pairing import marks_behind
+from lowering.graphs.names import Names
+from lowering.graphs.pairing import calls_in, marks_behind
+from lowering.graphs.subgraphs import Subgraphs
 from lowering.report import Report
-from simplex_ops.marking.call import SDPA, SdpaCall
+from simplex_ops.marking.call import SdpaCall
 
 
-def fold(gm: fx.GraphModule) -> Report:
+def fold(subgraphs: Subgraphs, names: Names) -> Report:
     """Fold the keys and values of every marked attention, and count what was folded.
 
     It never raises on a graph that it does not understand.
     """
-    return Report(folded=rewrite_where_marked(gm, _is_call, _fold))
+    return Report(folded=rewrite_where_marked(subgraphs, names, calls_in, _fold))
 
 
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is SDPA
-
-
-def _fold(call: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> bool:
+def _fold(call: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> fx.Node | None:
+    """Fold the keys and values of a marked call, and return its mark; None where they stay."""
     try:
         found = _read(call, stops, written)
     except Exception:  # noqa: BLE001 (whatever it is, the keys stay as they are)
-        return False
+        return None
     if found is None:
-        return False
-    given, sources = found
+        return None
+    mark, given, sources = found
     with call.graph.inserting_before(call):
         key, value = (source.emit(call.graph) for source in sources)
     new = replace(given, key=key, value=value, enable_gqa=True)
     names = [field.name for field in fields(SdpaCall)]
     call.args, call.kwargs = tuple(getattr(new, name) for name in names), {}
     erase_unused([given.key, given.value])
-    return True
+    return mark
 
 
 def _read(
     call: fx.Node, stops: set[fx.Node], written: set[fx.Node]
-) -> "tuple[SdpaCall, list[_Source]] | None":
-    """Return a marked call and where its keys and values come from; None: it stays as it is."""
+) -> "tuple[fx.Node, SdpaCall, list[_Source]] | None":
+    """Return a mark, its call, and where keys and values come from; None: it stays as it is."""
     given = SdpaCall.bind(call.args, call.kwargs)
     marks = marks_behind(given.query, call, stops)
     if len(marks) != 1 or not (is_tensor(given.key) and is_tensor(given.value)):
@@ -81,7 +80,7 @@ def _read(
         return None
     sources = [_before_repeat(n, heads) for n in (given.key, given.value)]
     known = [source for source in sources if source is not None and source.node not in written]
-    return (given, known) if len(known) == len(sources) else None
+    return (marks[0], given, known) if len(known) == len(sources) else None
 
 
 @dataclass(frozen=True)

@@ -33,24 +33,23 @@ from torch import Tensor, fx
 from lowering import compat
 from lowering.graphs.causal_proof import CausalProofs
 from lowering.graphs.names import Names
-from lowering.graphs.pairing import is_mark, marks_behind, spelled_out_outputs, within
+from lowering.graphs.pairing import calls_in, marks_behind, marks_in, spelled_out_outputs, within
 from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.no_attention import why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
-from simplex_ops.marking.call import SDPA, Expected, SdpaCall, refusal, with_mask
+from simplex_ops.marking.call import Expected, SdpaCall, refusal, with_mask
 from simplex_ops.marking.ranges import RANGES_OP
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
 
 
-def rewrite(gm: fx.GraphModule) -> Report:
+def rewrite(subgraphs: Subgraphs, names: Names) -> Report:
     """Rewrite every mark that can be served, in a graph and its sub-graphs, and report on all.
 
     It never raises on a graph that it does not understand; `Report.raise_if_refused` does.
     """
-    subgraphs, names = Subgraphs(gm), Names()
-    marks = [n for graph in subgraphs.modules for n in graph.nodes if is_mark(n)]
+    marks = [mark for graph in subgraphs.modules for mark in marks_in(graph)]
     pairs, proofs = _pair(marks, subgraphs), CausalProofs(subgraphs)
     rewritten: list[Rewritten] = []
     refused: list[Refused] = []
@@ -58,7 +57,6 @@ def rewrite(gm: fx.GraphModule) -> Report:
         found = _serve_or_refuse(mark, pairs, subgraphs, proofs, names)
         (refused if isinstance(found, Refused) else rewritten).append(found)  # pyright: ignore[reportArgumentType]
     for graph in {mark.graph for mark in marks}:
-        graph.lint()
         for module in subgraphs.modules[graph]:
             module.recompile()
     return Report(tuple(rewritten), tuple(refused), tuple(map(names.of, pairs.unmarked)))
@@ -78,12 +76,7 @@ class _Pairs:
 
 
 def _pair(marks: list[fx.Node], subgraphs: Subgraphs) -> _Pairs:
-    calls = [
-        n
-        for graph in subgraphs.modules
-        for n in graph.nodes
-        if n.op == "call_function" and n.target is SDPA
-    ]
+    calls = [call for graph in subgraphs.modules for call in calls_in(graph)]
     stops = {graph: spelled_out_outputs(graph) for graph in {call.graph for call in calls}}
     marks_of = {
         call: marks_behind(SdpaCall.bind(call.args, call.kwargs).query, call, stops[call.graph])
@@ -97,13 +90,12 @@ def _serve_or_refuse(
     mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs, proofs: CausalProofs, names: Names
 ) -> Rewritten | Refused:
     try:
-        name = names.of(mark) if compat.module_stack(mark) else names.searched(mark, _k2(mark))
-        return _serve(mark, name, pairs, subgraphs, proofs)
+        return _serve(mark, names.of_mark(mark), pairs, subgraphs, proofs)
     except _Unserved as reason:
-        return Refused(names.searched(mark, _k2(mark)), str(reason))
+        return Refused(names.searched(mark), str(reason))
     except Exception as error:  # noqa: BLE001 (whatever it is, the mark stays, refused)
         reason = f"the pass does not understand its graph ({type(error).__name__}: {error})"
-        return Refused(names.searched(mark, _k2(mark)), reason)
+        return Refused(names.searched(mark), reason)
 
 
 def _serve(
@@ -219,10 +211,6 @@ def _positional(mark: fx.Node) -> tuple[Any, ...]:
     names = ("x", "k2", "v2", "attn_mask", "w1", "w2", "q_start")
     given = {**dict(zip(names, mark.args, strict=False)), **mark.kwargs}
     return tuple(given.get(name) for name in names)
-
-
-def _k2(mark: fx.Node) -> fx.Node:
-    return _positional(mark)[1]
 
 
 def _constant(value: Any) -> Any:

@@ -41,12 +41,12 @@ def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
 
 def _made_from(mark: fx.Node) -> list[fx.Node]:
     """Return the nodes of a mark's module that follow from the mark, in the graph's order."""
-    owner = next(reversed(compat.module_stack(mark)), None)
+    owner = next(reversed(compat.modules_of(mark)), None)
     found, reached = [], {mark}
     for node in mark.graph.nodes:
         if reached.isdisjoint(node.all_input_nodes):
             continue
-        stack = compat.module_stack(node)
+        stack = compat.modules_of(node)
         if owner is None or not stack or owner in stack:
             reached.add(node)
             found.append(node)

@@ -36,7 +36,8 @@ from lowering.graphs.calls import (
 )
 from lowering.graphs.layout import Layout
 from lowering.graphs.marked_graphs import rewrite_where_marked
-from lowering.graphs.pairing import is_softmax, marks_behind
+from lowering.graphs.names import Names
+from lowering.graphs.pairing import marks_behind, softmaxes_in
 from lowering.graphs.spelled import (
     Laid,
     Masking,
@@ -45,17 +46,18 @@ from lowering.graphs.spelled import (
     read_attention,
     scores_of,
 )
+from lowering.graphs.subgraphs import Subgraphs
 from lowering.graphs.writes import written_into
 from lowering.report import Report
 from simplex_ops.marking.call import SDPA
 
 
-def join(gm: fx.GraphModule) -> Report:
+def join(subgraphs: Subgraphs, names: Names) -> Report:
     """Make one call of each attention that a marked module spells out, and count them.
 
     It never raises on a graph that it does not understand.
     """
-    return Report(joined=rewrite_where_marked(gm, is_softmax, _join))
+    return Report(joined=rewrite_where_marked(subgraphs, names, softmaxes_in, _join))
 
 
 def why_not(softmax: fx.Node, mark: fx.Node) -> str | None:
@@ -67,15 +69,16 @@ def why_not(softmax: fx.Node, mark: fx.Node) -> str | None:
     return None
 
 
-def _join(softmax: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> bool:
+def _join(softmax: fx.Node, stops: set[fx.Node], written: set[fx.Node]) -> fx.Node | None:
+    """Make a call of what surrounds a softmax, and return its mark; None where it stays."""
     marks = _marks_of(softmax, stops)
     if len(marks) != 1:
-        return False
+        return None
     try:
         _put(_read(softmax, marks[0], written), marks[0])
     except Exception:  # noqa: BLE001 (whatever it is, the mark stays, and is refused with it)
-        return False
-    return True
+        return None
+    return marks[0]
 
 
 def _marks_of(softmax: fx.Node, stops: set[fx.Node]) -> list[fx.Node]:

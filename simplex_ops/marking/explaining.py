@@ -27,6 +27,7 @@ from simplex_ops.marking.marked import is_marked, takes_is_causal
 from simplex_ops.marking.models import attention_modules
 from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
 from simplex_ops.marking.ranges import RANGES_OP
+from simplex_ops.marking.unrepeated import Unrepeated
 from simplex_ops.marking.watching import watch
 
 
@@ -173,7 +174,7 @@ class _Watched:
         else:
             self.expected = found
 
-    def look_at(self, call: SdpaCall) -> None:
+    def look_at(self, call: SdpaCall, unrepeated: Unrepeated) -> None:
         """Ask of a call of attention inside the module whether a mark can take it over."""
         self.calls += 1
         call, found = with_mask(call, self.mask)
@@ -187,6 +188,7 @@ class _Watched:
             is_causal, without = bool(getattr(self.module, "is_causal", True)), False
         batch, tokens = self.rows
         k2 = torch.empty((batch, sizes[0], tokens, sizes[1]), device="meta")
+        call = unrepeated.folded(call, sizes[0])
         found = found or refusal(call, k2, is_causal, without, self.expected)
         if found is not None:
             self._refuse(*found)
@@ -225,6 +227,7 @@ class _Calls(TorchFunctionMode):
     def __init__(self, watched: list[_Watched]) -> None:
         super().__init__()
         self.watched = watched
+        self.unrepeated = Unrepeated()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -232,7 +235,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         inside = [w for w in self.watched if w.depth]
         if inside and func is SDPA:
-            inside[-1].look_at(SdpaCall.bind(args, kwargs))
+            inside[-1].look_at(SdpaCall.bind(args, kwargs), self.unrepeated)
         if inside and func is F.multi_head_attention_forward:
             try:
                 refuse_unserved(named(*args, **kwargs), inside[-1].said.name)
@@ -241,7 +244,10 @@ class _Calls(TorchFunctionMode):
             else:
                 with self:
                     return spelled_out(*args, **kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if inside:
+            self.unrepeated.note(func, args, kwargs, out)
+        return out
 
 
 class _Named:

@@ -14,6 +14,7 @@ from simplex_ops.marking.naming import running_as
 from simplex_ops.marking.ranges import RANGES_OP
 from simplex_ops.marking.recomputation import Surroundings, why_recomputed
 from simplex_ops.marking.setting import Mark
+from simplex_ops.marking.unrepeated import Unrepeated
 
 
 class InPlaceOfSdpa(TorchFunctionMode):
@@ -29,6 +30,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
         self.module, self.setting, self.pair = module, setting, pair
         self.mask = mask  # given to the module, and taken over by the mark
         self.entry = Surroundings.here()
+        self.unrepeated = Unrepeated()
         self.calls = 0
 
     def __torch_function__(
@@ -39,10 +41,13 @@ class InPlaceOfSdpa(TorchFunctionMode):
             with self:
                 return spelled_out(*args, **(kwargs or {}))
         if func is not SDPA:
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+            self.unrepeated.note(func, args, kwargs or {}, out)
+            return out
         self.calls += 1
         setting, pair = self.setting, self.pair
         call, found = with_mask(SdpaCall.bind(args, kwargs or {}), self.mask)
+        call = self.unrepeated.folded(call, pair.k2.shape[1])
         reason = (
             found
             or refusal(call, pair.k2, setting.is_causal, setting.without_dropout, pair.expected)

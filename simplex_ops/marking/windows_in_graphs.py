@@ -5,8 +5,12 @@ the model in eager code for good. So once a mark is replaced by one with other w
 are marked with more than four different pairs of windows, the windows of all marks are named to it
 as dynamic, by a public setting, torch.compiler.config.dynamic_sources, which it reads when it
 compiles. A window of 1 and an unbounded one remain graphs of their own. Until then they are
-constants, since torch.export(strict=True) knows no number that comes from a module.
+constants, and always where a program is exported: torch.export(strict=True) knows no number that
+comes from a module.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 from torch.compiler import config
 
@@ -35,3 +39,11 @@ def make_windows_dynamic() -> None:
     named = config.dynamic_sources
     if _SOURCE not in named.split(","):
         config.dynamic_sources = f"{named},{_SOURCE}" if named else _SOURCE
+
+
+@contextlib.contextmanager
+def constant_windows() -> Iterator[None]:
+    """Let windows be constants in what is traced inside."""
+    others = ",".join(name for name in config.dynamic_sources.split(",") if name != _SOURCE)
+    with config.patch(dynamic_sources=others):  # pyright: ignore[reportAttributeAccessIssue]
+        yield

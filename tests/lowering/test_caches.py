@@ -27,7 +27,11 @@ EXPECTED = {
 def run(sources: Path, cache: Path, device: str, *changes: str) -> dict[str, list[list[int]]]:
     """Train a marked model after each change, all in one new process."""
     command = [sys.executable, str(ROOT / "tests/support/cached_run.py"), device, *changes]
-    environment = {"PYTHONPATH": str(sources), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    environment = {
+        "PYTHONPATH": str(sources),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
     done = subprocess.run(
         command, cwd=sources, env={**os.environ, **environment}, capture_output=True, text=True,
         check=False, timeout=250,
@@ -46,4 +50,8 @@ def test_new_processes_hit_for_the_same_model_and_miss_for_any_other(device, tmp
             ROOT / package, sources / package, ignore=shutil.ignore_patterns("__pycache__")
         )
     assert run(sources, cache, device, "same") == {"same": MISS}
+    kernels = set(cache.rglob("*.cubin"))
+    assert bool(kernels) == (device == "cuda")
+    assert run(sources, cache, device, "same") == {"same": HIT}
+    assert set(cache.rglob("*.cubin")) == kernels  # Triton's own cache hits too
     assert run(sources, cache, device, *EXPECTED) == EXPECTED

@@ -69,6 +69,17 @@ def test_an_exported_marked_module_holds_the_operator(strict):
         torch.testing.assert_close(loaded(x), module(x))
 
 
+@STRICT
+def test_windows_that_are_numbers_in_graphs_are_constants_in_a_program(strict):
+    for w1 in range(2, 8):
+        module = randomize(mark(Attention(), window=(w1, 3)))
+    with lowering.enable():
+        program = torch.export.export(module, (states(),), strict=strict)
+    (call,) = (n for n in program.graph.nodes if str(n.target) == "simplex.attn.default")
+    assert call.args[5:7] == (7, 3)
+    torch.testing.assert_close(program.module()(states()), module(states()))
+
+
 class Logits(nn.Module):
     def __init__(self):
         super().__init__()

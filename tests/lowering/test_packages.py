@@ -43,6 +43,24 @@ def test_the_kernels_are_in_the_package_and_no_call_of_ours(heads):
     assert "forward_kernel" in found.code
 
 
+class Differentiate(nn.Module):
+    def forward(self, q, k1, k2, v1, v2):
+        out, lse = torch.ops.simplex.attn(q, k1, k2, v1, v2, 128, 16)
+        return torch.ops.simplex.attn_backward(
+            out.sigmoid(), None, q, k1, k2, v1, v2, out, lse, 128, 16
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(8, 4), (64, 1)], ids=["group of 2", "where Gluon would serve"])
+def test_a_backward_is_in_its_package_too(heads):
+    register()
+    found = packaged(Differentiate(), inputs_of(*heads), ({2: LENGTH},) * 5)
+    assert "simplex" not in found.calls
+    for name in ("forward_kernel", "backward_query_kernel", "delta_kernel"):
+        assert name in found.code
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_package_is_written_where_there_is_no_gpu(tmp_path, monkeypatch):

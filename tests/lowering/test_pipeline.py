@@ -5,6 +5,8 @@ import torch
 from torch import fx, nn
 
 from lowering.backend import serve_marks
+from lowering.graphs.names import Names
+from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes import pipeline
 from lowering.report import Report, Rewritten
 
@@ -12,7 +14,7 @@ from lowering.report import Report, Rewritten
 def _pass(name: str, ran: list[str]) -> pipeline.Pass:
     """Make a pass that notes its name and reports one module."""
 
-    def run(gm: fx.GraphModule) -> Report:
+    def run(subgraphs: Subgraphs, names: Names) -> Report:
         ran.append(name)
         return Report((Rewritten(name, 3, 2, "trilinear"),), (), ())
 

@@ -29,6 +29,8 @@ from torch._dynamo.backends.debugging import eager
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.backend import serve_marks
+from lowering.graphs.names import Names
+from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.marks import rewrite
 from lowering.report import last_report
 from simplex_ops import mark, unmark
@@ -285,7 +287,7 @@ def _two_layers(x, k2, v2):
 
 def test_dataflow_stops_at_other_attention():
     gm = _traced(_two_layers)
-    report = rewrite(gm)
+    report = rewrite(Subgraphs(gm), Names())
     assert (len(report.rewritten), len(report.refused), len(report.unmarked)) == (1, 0, 1)
     x, k2, v2 = torch.randn(3, 1, 2, 6, 8)
     first, _ = torch.ops.simplex.attn(x, x, k2, x, v2, 3, 2)
@@ -294,7 +296,7 @@ def test_dataflow_stops_at_other_attention():
 
 
 def test_a_graph_without_example_tensors_is_refused():
-    report = rewrite(fx.symbolic_trace(_two_layers))
+    report = rewrite(Subgraphs(fx.symbolic_trace(_two_layers)), Names())
     assert not report.rewritten
     assert "its graph holds no example tensors" in report.refused[0].reason
 
@@ -304,7 +306,7 @@ def test_a_query_from_two_marks_is_refused():
         first, second = (MARK_OP(x, k2, v2, None, 3, 2) for _ in range(2))
         return F.scaled_dot_product_attention(first + second, x, x, is_causal=True)
 
-    report = rewrite(_traced(two))
+    report = rewrite(Subgraphs(_traced(two)), Names())
     assert not report.rewritten
     assert len(report.refused) == 2
     assert all("comes from other marks" in r.reason for r in report.refused)

@@ -235,12 +235,6 @@ def test_another_attention_implementation_is_refused():
         ),
         (
             lambda q, k, v, **_: F.scaled_dot_product_attention(
-                q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
-            ),
-            r"key has 4 heads and k2 has 2",
-        ),
-        (
-            lambda q, k, v, **_: F.scaled_dot_product_attention(
                 q[:, :, -1:], k, v, enable_gqa=True
             ),
             r"there are 1 queries and 12 keys but 12 rows of k2",

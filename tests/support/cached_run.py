@@ -57,7 +57,7 @@ def changed(change: str) -> Iterator[dict]:
             yield {**MARK, **MARKS[change]}
             return
         if change == "pass":
-            passes = (*pipeline.PASSES, lambda _graph: lowering.Report())
+            passes = (*pipeline.PASSES, lambda *_given: lowering.Report())
             stack.enter_context(mock.patch.object(pipeline, "PASSES", passes))
         elif change in ("choice", "figures"):
             path = Path(csrc_free.__file__).parent / "measured" / "sm_90.json"

@@ -16,7 +16,7 @@ def listing(graph: fx.Graph, within: str | None = None) -> str:
     nodes = list(graph.nodes)
     if within is not None:
         nodes = [node for node in nodes if node.op != "placeholder"]
-        own = [at for at, node in enumerate(nodes) if within in compat.module_stack(node).values()]
+        own = [at for at, node in enumerate(nodes) if within in compat.paths_of(node)]
         nodes = nodes[min(own) : max(own) + 1]
     names: dict[fx.Node, str] = {}
 

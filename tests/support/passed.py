@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_llama import Attention, randomize
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager, eager
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -28,6 +28,9 @@ class Passed:
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         serve_marks(gm)
+        for module in gm.modules():
+            if isinstance(module, fx.GraphModule):
+                module.graph.lint()
         self.reports.append(last_report())
         return self.then(gm, example_inputs)
 

@@ -15,7 +15,11 @@ _DROPOUT = nn.Dropout(0.25).eval()
 
 
 def _above(s: Tensor) -> Tensor:
-    return torch.ones(s.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+
+
+def _added(s: Tensor) -> Tensor:
+    return torch.full(s.shape[-2:], HIDDEN, device=s.device).triu(1)
 
 
 def _written_into(s: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ PRODUCTS: dict[str, Pair] = {
     "baddbmm": (
         lambda q, k: _split(
             torch.baddbmm(
-                torch.empty(len(q) * 4, q.shape[2], k.shape[2]), _merged(q), _merged(k).mT,
+                q.new_empty(len(q) * 4, q.shape[2], k.shape[2]), _merged(q), _merged(k).mT,
                 beta=0, alpha=0.5,
             ) * 2,
             q,
@@ -106,20 +110,24 @@ AFTER: dict[str, Callable[[Tensor], Tensor]] = {
     "s *": lambda s: torch.mul(s, 8**-0.5),
     "div": lambda s: s.div(8**0.5),
     "*=": _scaled_in_place,
-    "/ full": lambda s: s / torch.full([], 8**0.5, dtype=s.dtype),
+    "/ full": lambda s: s / torch.full([], 8**0.5, dtype=s.dtype, device=s.device),
 }
 MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked_fill": lambda s: s.masked_fill(_above(s), HIDDEN),
     "masked_fill of ~": lambda s: torch.masked_fill(s, ~_above(s).logical_not(), -1e9),
     "masked_fill_": _written_into,
-    "tril == 0": lambda s: s.masked_fill(torch.tril(torch.ones(s.shape[-2:])) == 0, HIDDEN),
-    "where": lambda s: torch.where(~_above(s), s, torch.finfo(s.dtype).min),
-    "where, the other way": lambda s: torch.where(_above(s)[None], torch.tensor(HIDDEN), s),
-    "added": lambda s: s + torch.full(s.shape[-2:], HIDDEN).triu(1),
-    "added before": lambda s: torch.zeros(s.shape[-2:]).masked_fill(_above(s), HIDDEN) + s,
-    "twice": lambda s: (s + torch.full(s.shape[-2:], HIDDEN).triu(1)).masked_fill(
-        _above(s), HIDDEN
+    "tril == 0": lambda s: s.masked_fill(
+        torch.tril(torch.ones(s.shape[-2:], device=s.device)) == 0, HIDDEN
     ),
+    "where": lambda s: torch.where(~_above(s), s, torch.finfo(s.dtype).min),
+    "where, the other way": lambda s: torch.where(
+        _above(s)[None], torch.tensor(HIDDEN, device=s.device), s
+    ),
+    "added": lambda s: s + _added(s),
+    "added before": lambda s: (
+        torch.zeros(s.shape[-2:], device=s.device).masked_fill(_above(s), HIDDEN) + s
+    ),
+    "twice": lambda s: (s + _added(s)).masked_fill(_above(s), HIDDEN),
 }  # fmt: skip
 SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "F.softmax": lambda s: F.softmax(s, dim=-1),

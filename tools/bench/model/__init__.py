@@ -1,0 +1,1 @@
+"""The bench of a whole model: `python -m tools.bench.model`."""
