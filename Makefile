@@ -10,7 +10,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 ARGS ?=
 # Processes that share the tests: one a core, up to eight, each with a torch of its own in memory.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
-INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py tests/kernels/test_half_range.py
+INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py \
+	tests/kernels/test_half_range.py tests/kernels/test_ordered.py
 
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITCallable
 
 from csrc_free import tracing
 from csrc_free.traits import Config
 
 # The kernels reason about fused multiply-adds: a settled maximum is subtracted inside one.
 OPTIONS = {"enable_fp_fusion": True}
+_settled: set[int] = set()
 _FOR_TRITON = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -35,7 +37,24 @@ def launch(
         options = {name: named.pop(name) for name in _FOR_TRITON if name in named}
         tracer.launch(kernel, programs, named, options)
         return
+    settle_cache_key(kernel)
     kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
+
+
+def settle_cache_key(function: JITCallable) -> None:
+    """Have Triton compute a kernel's cache key after those of the functions that it calls.
+
+    Computed before, it leaves out what these refer to (3.6 and 3.7.1), and so a process found no
+    kernel in the cache where another had run others first: ten seconds of compilation for each.
+    """
+    if id(function) in _settled:  # its hash is the cache key
+        return
+    _settled.add(id(function))
+    for name in function.fn.__code__.co_names:
+        inner = function.fn.__globals__.get(name)
+        if isinstance(inner, JITCallable):
+            settle_cache_key(inner)
+    _ = function.cache_key
 
 
 @functools.cache

@@ -86,7 +86,10 @@ def simplicial_attention(
     A query that sees no pair gives out = 0, lse = -inf and zero gradients.
 
     Precision: products and sums are in float32 (float64 for float64 inputs), whatever the dtype
-    of the inputs. Differentiable in q, k1, k2, v1 and v2, through both out and lse.
+    of the inputs. On a GPU float32 inputs are multiplied to float32's precision on tensor cores
+    where these serve; where `torch.backends.cuda.matmul.fp32_precision` was set (by
+    `torch.set_float32_matmul_precision`, say), "ieee" or "tf32" products are what it asks for.
+    Differentiable in q, k1, k2, v1 and v2, through both out and lse.
 
     Args:
         q: [B, H, N, D] queries.

@@ -183,6 +183,7 @@ WORKLOADS = _by_name([
     Workload("gqa8-x100", 4, 64, 8, 4096, 128, 512, 32, q_scale=100.0, directions=("forward",)),
     Workload("gqa8-x1000", 4, 64, 8, 4096, 128, 512, 32, q_scale=1000.0, directions=("forward",)),
     Workload("mha", 1, 8, 8, 2048, 128, 512, 32),
+    Workload("pairs", 1, 8, 1, 512, 64, 64, 8),  # small enough for pairs that are stored
     Workload("mha-d64", 1, 8, 8, 2048, 64, 512, 32),  # all that `simplicial-attention` can run
     Workload("gqa4-d64", 2, 32, 8, 4096, 64, 512, 32),
     # Small or odd ones, each before what it is compared with.

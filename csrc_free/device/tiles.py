@@ -10,6 +10,7 @@ What goes together is a tuple, which whoever takes it unpacks by name:
     windows (wide_begin, wide_end, narrow_begin, narrow_end): query i sees [i + begin, i + end)
     rows    (i, head, mask): each row's query and head, and whether there is such a row
     bounds  (lo, hi) of kv_bounds for each row
+    heads   (source, stride_h, stride_n): the heads of one key-value head in q, dout or dq
     sight   (lo, hi, first, last, full_lo, full_hi): the wide keys [lo, hi) that each row sees,
             [first, last) that any of them sees, [full_lo, full_hi) that all of them see
 
@@ -97,14 +98,17 @@ def query_rows(
 
 
 @triton.jit
-def head_rows(tensor, batch, kv_head, rows, GROUP: tl.constexpr):
-    """Return (source, offs): where rows of [B, H, N, ..] stand, from the group's first element on.
-
-    `tensor` is (source, stride_b, stride_h, stride_n).
-    """
+def heads_of(tensor, batch, kv_head, GROUP: tl.constexpr):
+    """Return `heads` of a tensor [B, H, N, ..], given as (source, stride_b, stride_h, stride_n)."""
     source, stride_b, stride_h, stride_n = tensor
+    return source + (batch * stride_b + kv_head * GROUP * stride_h), stride_h, stride_n
+
+
+@triton.jit
+def rows_in(heads, rows):
+    """Return (source, offs [M]): where rows stand."""
+    source, stride_h, stride_n = heads
     i, head, _mask = rows
-    source += batch * stride_b + kv_head * GROUP * stride_h
     return source, i * stride_n + head * stride_h
 
 

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from csrc_free.device.forms import STRASSEN, TRILINEAR
+from csrc_free.device.forms import DETERMINANT, STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import (
     is_any_above,
     opaque_zero,
@@ -17,6 +17,7 @@ from csrc_free.hopper.channels import arrive, wait_empty, wait_full
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, rows_of
 from csrc_free.hopper.maximum import CENTRE, HALF_CENTRE, UNSET, raised, total_of_both
 from csrc_free.hopper.reach import query_reach
+from csrc_free.hopper.threes import cross, rounded_cross
 
 LN_2 = gl.constexpr(0.6931471805599453)
 # A part of a row's sum stays below 2^LIMIT, so that times any value up to 2^100 it is finite.
@@ -57,6 +58,11 @@ def _virtual_queries(
         if HAS_SCALE:
             q *= scale.to(gl.float16)
         vq = q * k
+    elif (
+        FORM == DETERMINANT and q.dtype == gl.bfloat16 and k.dtype == q.dtype and not HAS_WIDE_BIAS
+    ):
+        k, _like = gl.broadcast(k, q)
+        vq = rounded_cross(k, q)
     else:
         wide_q = q.to(gl.float32)
         if HAS_SCALE:
@@ -65,6 +71,9 @@ def _virtual_queries(
         if FORM == STRASSEN:
             constant = gl.convert_layout(gl.sum(wide_q * wide_k, 1), ROWS_LAYOUT)
             vq = wide_q + (wide_k * scale if HAS_SCALE else wide_k)
+        elif FORM == DETERMINANT:
+            wide_k, wide_q = gl.broadcast(wide_k, wide_q)
+            vq = cross(wide_k, wide_q)
         else:
             vq = wide_q * wide_k
         if HAS_WIDE_BIAS:

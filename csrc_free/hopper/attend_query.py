@@ -12,11 +12,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_free.device.forms import STRASSEN, TRILINEAR
+from csrc_free.device.forms import DETERMINANT, STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import opaque_zero, pack_as, warpgroup
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
 from csrc_free.hopper.query_items import place, seen_only, spread, to_float32
+from csrc_free.hopper.threes import plus_cross, rounded_cross
 
 INFINITY = gl.constexpr(float("inf"))
 _ROWS = gl.constexpr(128)  # 64 of an item, at either of two offsets
@@ -43,6 +44,8 @@ def _virtual(
     if HAS_BIAS:
         y = to_float32(y) + bias
         x = to_float32(x)
+    if FORM == DETERMINANT:
+        return rounded_cross(y, x)
     made = x + y if FORM == STRASSEN else x * y
     if HAS_BIAS:
         made = pack_as(made, dtype)
@@ -334,15 +337,21 @@ def attend_query(
                 dvq = warpgroup_mma_wait(1, deps=(dvq,))
                 if is_last:
                     arrive(empty, zero + END)
-                k = to_float32(spread(k_rows.index(here), acc.to(dtype), 2 * P, BLOCK_D))
+                k = spread(k_rows.index(here), acc.to(dtype), 2 * P, BLOCK_D)
                 if HAS_BIAS:
-                    k += biases[2]
+                    k = to_float32(k) + biases[2]
+                elif FORM != DETERMINANT:  # whose product takes it as it is
+                    k = to_float32(k)
                 if NEEDS_SUMS:
                     total = gl.convert_layout(sigma, rows_of(of_sums), assert_trivial=True)
                     if FORM == STRASSEN:
                         acc += dvq + total[:, None] * (k + biases[0])
+                    elif FORM == DETERMINANT:
+                        acc = plus_cross(acc, dvq + (biases[0] * total)[:, None], k)
                     else:
                         acc += (dvq + (biases[0] * total)[:, None]) * k
+                elif FORM == DETERMINANT:
+                    acc = plus_cross(acc, dvq, k)
                 else:
                     acc += dvq * k
                 arrive(rows_empty, here)

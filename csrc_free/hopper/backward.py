@@ -17,17 +17,19 @@ from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
+from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
 from csrc_free.portable import backward as portable
 from csrc_free.portable.gradients import PairGradients, complete
-from csrc_free.problem import Problem
+from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Traits
 
 # Query heads of a key-value head: at 4 the portable dq took 7.5 ms for 8.0 (B4 N2048 H32 Hkv8;
-# H100, 2026-11-25).
+# H100, 2026-11-25). With it a backward of determinants took 30.6 ms for 18.8 (B2 N2048 H32 Hkv8;
+# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _SLOWER_UP_TO = 4
 
 
@@ -71,7 +73,7 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     reason = why_not_int32(problem)
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
-    traits = problem.traits(dout)
+    traits = dataclasses.replace(problem.traits(dout), block_d=block(columns_of(problem)))
     keys, wide, small = plan_of(problem, dout), why_not_wide(problem, dout), _small(problem, traits)
     if wide is None and not isinstance(small, str):
         keys = "up to 4 heads the kernels of small groups are faster"
@@ -102,8 +104,8 @@ def _query_alone(problem: Problem, traits: Traits) -> query.Config | str:
         return reason
     config = query.choose(traits, problem.device)
     if config is None:
-        return "for no determinants, D and Dv of one size of tile, and 3 to 64 heads"
-    if problem.group <= _SLOWER_UP_TO:
+        return "for D and Dv of one size of tile, and 3 to 64 heads"
+    if problem.group <= _SLOWER_UP_TO and problem.form != "determinant":
         return f"for more than {_SLOWER_UP_TO} heads: up to there the portable kernel is faster"
     return config
 
@@ -115,13 +117,19 @@ def write_gradients(
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
     near = within_int32(problem)
+    if isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config):
+        near = ordered(near)
     ranges = None
     if problem.q.dtype == torch.float16 and (
         isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config)
     ):
         ranges = half_range.ranges_of(near, statistics)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
-        _run_keys(near, statistics, choice.keys, wide, narrow, ranges)
+        dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
+        dk_narrow, dv_narrow = complete(narrow, problem.k_narrow, problem.v_narrow)
+        with gradients_of(problem, dk_wide, dk_narrow) as (dk_wide, dk_narrow):
+            grads = dk_wide, dv_wide, dk_narrow, dv_narrow
+            _run_keys(near, statistics, choice.keys, grads, ranges)
         wide, narrow = nothing, nothing
     elif choice.wide is None and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
@@ -137,21 +145,18 @@ def write_gradients(
         scaled = None
         if ranges is not None:
             scaled = half_range.scaled(near, statistics, ranges, is_of_keys=False)
-        query.backward_query(near, statistics, dq, choice.query, scaled)
+        with gradients_of(problem, dq) as (place,):
+            query.backward_query(near, statistics, place, choice.query, scaled)
         dq = None
     portable.write_gradients(problem, statistics, dq, wide, narrow)
 
 
 def _run_keys(
-    problem: Problem, statistics: Statistics, plan: Plan,
-    wide: PairGradients, narrow: PairGradients, ranges: half_range.Ranges | None,
+    problem: Problem, statistics: Statistics, plan: Plan, grads: tuple[Tensor, ...],
+    ranges: half_range.Ranges | None,
 ) -> None:  # fmt: skip
     """Write the key-value gradients, some key-value heads at a time: all in the same memory."""
-    grads = (
-        *complete(wide, problem.k_wide, problem.v_wide),
-        *complete(narrow, problem.k_narrow, problem.v_narrow),
-        *(ranges or ()),
-    )
+    grads = (*grads, *(ranges or ()))
     for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow, *some_ranges) in _some_heads(
         problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):

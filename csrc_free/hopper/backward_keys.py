@@ -11,6 +11,10 @@ trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · 
 σ[j] = sum of dS
 
     dk_wide += scale · (X + σ k_m)  dk_m = scale · sum over j of (X[j] + σ[j] k_j)
+
+For determinants, whose columns `ordered` moved, they are k_j × k_m in the threes, and
+
+    dk_wide += scale · k_m × X      dk_m = scale · sum over j of X[j] × k_j
 """
 
 import math
@@ -63,7 +67,7 @@ def hopper_backward_keys_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
-    INDEX: gl.constexpr,
+    INDEX: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     """A persistent program takes items: some tiles of 64 wide keys, or one and some of its turns.
 
@@ -74,6 +78,7 @@ def hopper_backward_keys_kernel(
     q and dout are descriptors of [B, Hkv, N, G, D], delta and lse2 of [B * Hkv, N * G], the wide
     pair of [B, Hkv, rows, D]. Parts are zeroed float32 [parts, B, Hkv, slots, D].
     """
+    APART: gl.constexpr = LAG * (_ROWS // HEADS)
     dtype: gl.constexpr = q.dtype
     rows_of_k: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     float32_rows: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
@@ -90,7 +95,7 @@ def hopper_backward_keys_kernel(
     dv_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_DV], float32_rows)
     k_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_D], plain)
     v_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_DV], plain)
-    rows_full = barriers(STAGES, 1)
+    rows_full = barriers(3 * STAGES, 1)  # for tiles of warpgroup 0, of 1, of both
     rows_empty = barriers(STAGES, 2)
     keys_full = barriers(1, 1)
     keys_empty = barriers(1, 2)
@@ -119,6 +124,7 @@ def hopper_backward_keys_kernel(
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
+            APART,
         )),
         (sum_keys, (
             1,
@@ -132,6 +138,7 @@ def hopper_backward_keys_kernel(
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
+            APART,
         )),
         (bring_keys, (
             q, dout, delta, lse2, k_wide, v_wide, spans, q_start,
@@ -139,6 +146,7 @@ def hopper_backward_keys_kernel(
             rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles,
     tiles_of_a_part,
             HEADS, BLOCK_D, BLOCK_DV, STAGES, HAS_BOUNDS, HAS_Q_START, IS_CAUSAL, IS_SQUARE,
+            APART,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -202,12 +210,23 @@ def backward_keys(
         IS_CAUSAL=problem.wide_reach[1] == problem.narrow_reach[1] == 0,
         IS_SQUARE=problem.q_start is None and problem.q.shape[2] == wide_rows
         and wide_rows == problem.k_narrow.shape[2],
-        INDEX=problem.constants()["INDEX"],
+        INDEX=problem.constants()["INDEX"], LAG=lag_of(problem),
         config=Config(),
     )  # fmt: skip
     if plan.splits > 1:
         for grad, total in zip((dk_wide, dv_wide), sums, strict=True):
             grad.copy_(total.sum(0))
+
+
+def lag_of(problem: Problem) -> int:
+    """Return by how many tiles of rows the second warpgroup's key is after the first one's.
+
+    While one adds up a key's sums, the other multiplies. A tile that only one needs is brought for
+    it alone, so windows of few tiles want a shorter way.
+    """
+    positions = ROWS // triton.next_power_of_2(problem.group)
+    width = problem.narrow_width
+    return next((lag for lag in (4, 2) if 2 * lag * positions <= width), 1)
 
 
 def _rows(tensor: Tensor, group: int) -> TensorDescriptor:

@@ -72,7 +72,6 @@ def _serves(traits: Traits, device: Device) -> bool:
         device.backend == "cuda"
         and device.arch == 90
         and traits.dtype in (torch.bfloat16, torch.float16)
-        and traits.form in ("trilinear", "strassen")
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable

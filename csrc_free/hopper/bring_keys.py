@@ -10,7 +10,7 @@ from csrc_free.hopper.key_items import (
     known,
     narrow_key,
     places,
-    rows_of_key,
+    rows_of_pair,
     span_of,
     turns_of,
 )
@@ -28,9 +28,12 @@ def bring_keys(
     tiles_of_a_part,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    """Bring the wide keys of each item, and for each turn the rows."""
+    """Bring the wide keys of each item, and for each turn the rows.
+
+    A tile of rows is announced to those who need it, and who does not is said to be done with it.
+    """
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
         q_start_default,
@@ -49,7 +52,7 @@ def bring_keys(
                 tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
-            base, turns = turns_of(narrow_first, narrow_end, positions)
+            base, turns = turns_of(narrow_first, narrow_end, APART)
             place, own_turns = places(base, turns, split, splits)
             wait_empty(keys_empty, 0, tiles_done)
             mbarrier.expect(keys_full.index(0), k_wide.block_type.nbytes + v_wide.block_type.nbytes)
@@ -63,40 +66,48 @@ def bring_keys(
                 v_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
             for _turn in range(own_turns):
-                i, count = rows_of_key(
-                    narrow_key(place, base, positions), query_first, query_end, start,
-                    narrow_left, narrow_right, positions,
+                i, count, begin_0, end_0, begin_1, end_1 = rows_of_pair(
+                    narrow_key(place, base, APART), narrow_first, narrow_end,
+                    query_first, query_end, start, narrow_left, narrow_right, APART, positions,
                 )  # fmt: skip
                 place += 1
                 place = gl.where(place == turns, 0, place)
-                for _ in range(count):
+                for t in range(count):
                     s = step % STAGES
-                    full = rows_full.index(s)
                     wait_empty(rows_empty, s, step // STAGES)
-                    mbarrier.expect(
-                        full,
-                        q.block_type.nbytes + dout.block_type.nbytes
-                        + delta.block_type.nbytes + lse2.block_type.nbytes,
-                    )  # fmt: skip
-                    rows = [batch, kv_head, i, 0, 0]
-                    tma.async_copy_global_to_shared(
-                        q, rows, full,
-                        q_tiles.index(s)._reinterpret(
-                            q.dtype, [1, 1, positions, HEADS, BLOCK_D], q.layout
-                        ),
-                    )  # fmt: skip
-                    tma.async_copy_global_to_shared(
-                        lse2, [bh, i * HEADS], full, lse2_tiles.index(s)
-                    )
-                    tma.async_copy_global_to_shared(
-                        dout, rows, full,
-                        dout_tiles.index(s)._reinterpret(
-                            q.dtype, [1, 1, positions, HEADS, BLOCK_DV], dout.layout
-                        ),
-                    )  # fmt: skip
-                    tma.async_copy_global_to_shared(
-                        delta, [bh, i * HEADS], full, delta_tiles.index(s)
-                    )
+                    needs_0 = (t >= begin_0) & (t < end_0)
+                    needs_1 = (t >= begin_1) & (t < end_1)
+                    if needs_0 == 0:
+                        mbarrier.arrive(rows_empty.index(s), count=1)
+                    if needs_1 == 0:
+                        mbarrier.arrive(rows_empty.index(s), count=1)
+                    if needs_0 | needs_1:
+                        to_whom = gl.where(needs_0 & needs_1, 2, needs_1.to(gl.int32))
+                        full = rows_full.index(STAGES * to_whom + s)
+                        mbarrier.expect(
+                            full,
+                            q.block_type.nbytes + dout.block_type.nbytes
+                            + delta.block_type.nbytes + lse2.block_type.nbytes,
+                        )  # fmt: skip
+                        rows = [batch, kv_head, i, 0, 0]
+                        tma.async_copy_global_to_shared(
+                            q, rows, full,
+                            q_tiles.index(s)._reinterpret(
+                                q.dtype, [1, 1, positions, HEADS, BLOCK_D], q.layout
+                            ),
+                        )  # fmt: skip
+                        tma.async_copy_global_to_shared(
+                            lse2, [bh, i * HEADS], full, lse2_tiles.index(s)
+                        )
+                        tma.async_copy_global_to_shared(
+                            dout, rows, full,
+                            dout_tiles.index(s)._reinterpret(
+                                q.dtype, [1, 1, positions, HEADS, BLOCK_DV], dout.layout
+                            ),
+                        )  # fmt: skip
+                        tma.async_copy_global_to_shared(
+                            delta, [bh, i * HEADS], full, delta_tiles.index(s)
+                        )
                     i += positions
                     step += 1
             tiles_done += 1

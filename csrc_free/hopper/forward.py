@@ -31,6 +31,7 @@ from csrc_free.hopper.bring import ROWS, ROWS_AT_ONCE, bring, bring_narrow
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe, given_or, matrix
 from csrc_free.hopper.layouts import bytes_of, kept_dtype, permuted_rows, plain
+from csrc_free.hopper.ordered import ordered
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
 from csrc_free.traits import Device, Traits
@@ -170,6 +171,7 @@ def choose(width: int, block_d: int, block_dv: int, *, has_bias: bool) -> Config
 
 def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Write out [B, H, N, Dv] and lse [B, H, N]."""
+    problem = ordered(problem)
     if problem.group % 64:
         forward_tiles.compute(problem, out, lse)
         return

@@ -255,7 +255,7 @@ def scaled_rows_kernel(
         tl.store(factors + 1, _power(of_ds) * _power(-v_exponent))
         of_sums = _power(-of_ds) * OF_P
         tl.store(factors + 2, scale * of_sums * _power(-k_exponent))
-        tl.store(factors + 3, OF_P * _power(-v_exponent))
+        tl.store(factors + 3, _power(-v_exponent) * OF_P)
         tl.store(factors + 4, scale * of_sums)
         tl.store(factors + 5, OF_P)
         tl.store(scaled_delta + place, row_delta * _power(of_ds), mask=mask)

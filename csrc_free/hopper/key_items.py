@@ -92,14 +92,14 @@ def span_of(
 
 
 @gluon.jit
-def turns_of(narrow_first, narrow_end, POSITIONS: gl.constexpr):
+def turns_of(narrow_first, narrow_end, APART: gl.constexpr):
     """Return the first of the narrow keys' pairs, and their number.
 
-    A turn is of two narrow keys, POSITIONS apart, so that they share all but two tiles of rows.
+    A turn is of two narrow keys, APART from one another: one for either warpgroup.
     """
-    log: gl.constexpr = log2(2 * POSITIONS)
+    log: gl.constexpr = log2(2 * APART)
     base = (narrow_first >> log) << log
-    return base, ((narrow_end - base + 2 * POSITIONS - 1) >> log) * POSITIONS
+    return base, ((narrow_end - base + 2 * APART - 1) >> log) * APART
 
 
 @gluon.jit
@@ -116,17 +116,30 @@ def places(base, turns, split, splits):
 
 
 @gluon.jit
-def narrow_key(place, base, POSITIONS: gl.constexpr):
+def narrow_key(place, base, APART: gl.constexpr):
     """Return the first narrow key of a pair."""
-    log: gl.constexpr = log2(POSITIONS)
-    return base + ((place >> log) << (log + 1)) + (place & (POSITIONS - 1))
+    log: gl.constexpr = log2(APART)
+    return base + ((place >> log) << (log + 1)) + (place & (APART - 1))
 
 
 @gluon.jit
-def rows_of_key(
-    m, query_first, query_end, start, narrow_left, narrow_right, POSITIONS: gl.constexpr
-):
-    """Return the first query that sees m or m + POSITIONS, and how many tiles of rows do."""
+def rows_of_pair(
+    m, narrow_first, narrow_end, query_first, query_end, start, narrow_left, narrow_right,
+    APART: gl.constexpr, POSITIONS: gl.constexpr,
+):  # fmt: skip
+    """Return the first query that sees m or m + APART, and how many tiles of rows do.
+
+    And of these tiles, [begin, end) of those that see m, and of those that see m + APART.
+    """
+    log: gl.constexpr = log2(POSITIONS)
     first = gl.maximum(m - narrow_right - start, query_first)
-    end = gl.minimum(m + POSITIONS + narrow_left + 1 - start, query_end)
-    return first, gl.maximum(end - first + POSITIONS - 1, 0) >> log2(POSITIONS)
+    end = gl.minimum(m + APART + narrow_left + 1 - start, query_end)
+    count = gl.maximum(end - first + POSITIONS - 1, 0) >> log
+    end = gl.minimum(m + narrow_left + 1 - start, query_end)
+    own_end = gl.maximum(end - first + POSITIONS - 1, 0) >> log
+    own_end = gl.where((m >= narrow_first) & (m < narrow_end), own_end, 0)
+    m += APART
+    begin = gl.maximum(m - narrow_right - start, query_first)
+    begin = gl.minimum((begin - first) >> log, count)
+    begin = gl.where((m >= narrow_first) & (m < narrow_end), begin, count)
+    return first, count, 0, own_end, begin, count

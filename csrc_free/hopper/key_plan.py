@@ -7,6 +7,7 @@ import torch
 import triton
 
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.ordered import bytes_of, columns_of
 from csrc_free.problem import Problem, block
 from csrc_free.steps.parts import LIMIT_BYTES
 
@@ -16,7 +17,6 @@ ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
-MULTIPROCESSORS = 132  # of an H100 or H200 with all its power
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.
 FLOOR_BYTES = 2**27
@@ -54,8 +54,9 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     plan = _division(
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
-        problem.wide_first, problem.q.shape[3] + problem.v_wide.shape[3],
-        _bytes_of_gradients(problem), _bytes_of_statistics(problem),
+        problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
+        _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
+        problem.device.multiprocessors,
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
@@ -84,7 +85,7 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
     batch, kv_heads, rows, _ = problem.k_wide.shape
     items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
-    if 2 * items < MULTIPROCESSORS:
+    if 2 * items < problem.device.multiprocessors:
         return f"{items} tiles of {2 * KEYS} keys leave most of the device idle"
     return None
 
@@ -96,8 +97,6 @@ def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
         return f"compiled for sm_90 alone, and the device is {device.name}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):
         return f"for bfloat16 and float16, got {problem.q.dtype}"
-    if problem.form == "determinant":
-        return "for the forms trilinear and strassen, got determinant"
     if max(head_dim, value_dim) > 128 or min(head_dim, value_dim) < 33:
         return f"for head_dim from 33 to 128, got {head_dim} and {value_dim}"
     for name, tensor in (("q", problem.q), ("the wide keys", problem.k_wide),
@@ -128,7 +127,7 @@ def _bytes_of_statistics(problem: Problem) -> int:
 def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
-    columns: int, gradient_bytes: int, statistics_bytes: int,
+    columns: int, gradient_bytes: int, statistics_bytes: int, processors: int,
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
     limit = _limit(gradient_bytes) - statistics_bytes
@@ -151,7 +150,7 @@ def _division(
                 taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
                 if taken > limit:
                     continue
-                time = launches * _time(weights, heads, tiles, splits)
+                time = launches * _time(weights, heads, tiles, splits, processors)
                 time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
                 time *= 1 + 0.01 * (launches - 1)
                 if best is None or time < best[0]:
@@ -185,13 +184,13 @@ def _halves(count: int) -> list[int]:
     return found
 
 
-def _time(weights: list[int], heads: int, tiles: int, splits: int) -> float:
+def _time(weights: list[int], heads: int, tiles: int, splits: int, processors: int) -> float:
     """Return the work of the program that has most, in queries: items go round by number."""
     parts = [sum(weights[i : i + tiles]) / splits for i in range(0, len(weights), tiles)]
     items = len(parts) * splits * heads
     if items > _MOST_ITEMS:
-        return sum(parts) * splits * heads / MULTIPROCESSORS
-    work = [0.0] * min(MULTIPROCESSORS, items)
+        return sum(parts) * splits * heads / processors
+    work = [0.0] * min(processors, items)
     for item in range(items):
         work[item % len(work)] += parts[item // heads // splits]
     return max(work)

@@ -7,13 +7,13 @@ import torch
 
 from csrc_free import tracing
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.ordered import columns_of
 from csrc_free.hopper.tiles_config import choose
 from csrc_free.hopper.within_int32 import why_not_int32
 from csrc_free.problem import Problem
 
 ROWS = 64  # of a warpgroup's matrix product
 _DTYPES = (torch.bfloat16, torch.float16)
-_FORMS = ("trilinear", "strassen")
 _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would be wasted work
 # Each tile of the wide pair meets so many narrow keys, or its way to shared memory is what counts:
 # 512 x 1 took 1.15 ms for the portable kernel's 0.92, 512 x 4 2.10 for 2.65 (B 4, N 4096, H 64;
@@ -24,6 +24,9 @@ _NARROW_FROM = 4
 # keys. At 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10 (groups of 3 and 5;
 # H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29).
 USEFUL_FROM = 0.7
+# Of other forms than trilinear: at 0.59 the portable kernel took 2.6 and 3.6 times as long (groups
+# of 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+_USEFUL_FROM_OF_OTHERS = 0.5
 # Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
 MOST_POSITIONS_OF_64_COLUMNS = 16
 
@@ -36,8 +39,6 @@ def why_not(problem: Problem) -> str | None:
     if problem.q.dtype not in _DTYPES:
         dtype = str(problem.q.dtype).removeprefix("torch.")
         return f"they take bfloat16 and float16, and q is {dtype}"
-    if problem.form not in _FORMS:
-        return f"they take the forms {' and '.join(_FORMS)}, and this is {problem.form}"
     for name, dim in (("D", problem.q.shape[3]), ("Dv", problem.v_wide.shape[3])):
         if not _DIMS[0] <= dim <= _DIMS[1]:
             return f"they take {name} from {_DIMS[0]} to {_DIMS[1]}, got {dim}"
@@ -78,7 +79,7 @@ def _why_not_tiles(problem: Problem) -> str | None:
         return f"a tile holds a group, or {ROWS} heads of it, and a key-value head has {group}"
     if tracing.tracer() is not None:
         return None  # what follows depends on sizes: the operator that is called then decides
-    dims = (problem.q.shape[3], problem.v_wide.shape[3])
+    dims = (columns_of(problem), problem.v_wide.shape[3])
     block_d, block_dv = (64 if dim <= 64 else 128 for dim in dims)
     width = min(sum(problem.wide_reach) + 1, problem.k_wide.shape[2])
     config = choose(group, width, block_d, block_dv)
@@ -86,7 +87,8 @@ def _why_not_tiles(problem: Problem) -> str | None:
     if seq < config.p:
         return f"a tile is {config.p} positions of {config.heads} heads, and q has {seq}"
     useful = group * width / (config.heads * config.covered(width))
-    if useful < USEFUL_FROM:
+    least = USEFUL_FROM if problem.form == "trilinear" else _USEFUL_FROM_OF_OTHERS
+    if useful < least:
         return (
             f"a tile has {config.heads} rows for each of {config.p} positions, of which a group "
             f"fills {group}, and meets {config.covered(width)} keys, of which a query sees {width}"

@@ -9,20 +9,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from csrc_free.device.forms import STRASSEN
+from csrc_free.device.forms import DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import opaque_zero, parts_of_rows
 from csrc_free.hopper.channels import arrive, wait_empty, wait_full
 from csrc_free.hopper.key_items import (
     item_of,
     known,
-    log2,
     narrow_key,
     places,
-    rows_of_key,
+    rows_of_pair,
     span_of,
     turns_of,
 )
 from csrc_free.hopper.key_plan import KEYS, ROWS
+from csrc_free.hopper.threes import cross, plus_cross, rounded_cross
 from csrc_free.hopper.weigh_keys import weigh
 
 _KEYS = gl.constexpr(KEYS)
@@ -31,11 +31,18 @@ _NONE = gl.constexpr(-(2**30))  # before every query
 
 
 @gluon.jit
-def _pass_by(step, end, rows_full, rows_empty, STAGES: gl.constexpr):
-    """Let go of the tiles of a turn that only the other warpgroup needs."""
-    for at in range(step, end):
-        wait_full(rows_full, at % STAGES, at // STAGES)
-        arrive(rows_empty, at % STAGES)
+def _wait_for_rows(
+    rows_full, at, other_begin, other_end, state, r: gl.constexpr, STAGES: gl.constexpr
+):
+    """Wait for the tile of step `at`, which also the other warpgroup needs in [begin, end).
+
+    Each slot has a barrier for tiles of warpgroup 0, of 1 and of both, so that nobody waits for
+    what it does not need. Bits of the state flip with every use of one; returns the new state.
+    """
+    is_of_both = (at >= other_begin) & (at < other_end)
+    bar = at % STAGES + gl.where(is_of_both, 2 * STAGES, r * STAGES)
+    wait_full(rows_full, bar, state >> bar)
+    return state ^ (1 << bar)
 
 
 @gluon.jit
@@ -62,16 +69,41 @@ def _wait_for_turn(barrier, r: gl.constexpr, turn):
         wait_full(barrier, 0, turn)
 
 
+@gluon.constexpr_function
+def _from_lane(bit):
+    return f"shfl.sync.bfly.b32 $0, $1, {bit}, 31, 0xffffffff;"
+
+
+@gluon.jit
+def _halved(x, ROW_BIT: gl.constexpr, LANE_BIT: gl.constexpr):
+    """Add the rows that differ in a bit, which two lanes have: each keeps half the columns.
+
+    A row without the bit is then of the left half, one with it of the right half.
+    """
+    columns: gl.constexpr = x.shape[1] // 2
+    left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, columns]), (0, 2, 1)))
+    row = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, left.type.layout))
+    is_right = ((row & ROW_BIT) != 0)[:, None]
+    kept = gl.where(is_right, right, left)
+    given = gl.where(is_right, left, right)
+    return kept + gl.inline_asm_elementwise(
+        _from_lane(LANE_BIT), "=f,f", [given], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
 @gluon.jit
 def _sum_over_keys(x, buffer, LAYOUT: gl.constexpr):
-    """Sum [64, D] over the keys: two in a thread, then 32 a column through shared memory.
+    """Sum [64, D] over the keys: two in a thread, 16 in a warp, and four warps by shared memory.
 
-    No shuffles: `gl.sum` took 4% more of the whole at 64 heads to one, 12% at 8 (H100, 2026-11-25).
+    Lanes exchange halves of their columns, so that each ends with the sums of an eighth. That
+    order makes the columns of the eight rows of a warp those of one row.
     """
     columns: gl.constexpr = x.shape[1]
-    halves = gl.sum(gl.reshape(x, [4, 2, 8, columns]), 1)
-    buffer.store(gl.reshape(halves, [32, columns]))
-    return gl.sum(buffer.load(LAYOUT), 0)
+    pairs = gl.sum(gl.reshape(x, [4, 2, 8, columns]), 1)
+    sums = _halved(_halved(_halved(gl.reshape(pairs, [32, columns]), 4, 16), 2, 8), 1, 4)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    buffer._reinterpret(gl.float32, [32, columns // 8], plain).store(sums)
+    return gl.sum(buffer._reinterpret(gl.float32, [4, columns], plain).load(LAYOUT), 0)
 
 
 @gluon.jit
@@ -82,9 +114,22 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _of_key(x, sigma, other, FORM: gl.constexpr):
-    """Return what a pair of keys adds to the gradient of one of them, of which `other` is not."""
-    return x + sigma[:, None] * other if FORM == STRASSEN else x * other
+def _of_narrow_key(x, sigma, wide, FORM: gl.constexpr):
+    """Return what each wide key adds to the gradient of the narrow one."""
+    if FORM == DETERMINANT:
+        return cross(x, wide)
+    wide = wide.to(gl.float32)
+    return x + sigma[:, None] * wide if FORM == STRASSEN else x * wide
+
+
+@gluon.jit
+def _plus_of_wide_keys(total, x, sigma, narrow, FORM: gl.constexpr):
+    """Return the sums of the wide keys' gradients plus what the narrow key adds."""
+    if FORM == DETERMINANT:
+        narrow, _like = gl.broadcast(narrow, x)
+        return plus_cross(total, narrow, x)
+    narrow = narrow.to(gl.float32)
+    return total + (x + sigma[:, None] * narrow if FORM == STRASSEN else x * narrow)
 
 
 @gluon.jit
@@ -100,7 +145,7 @@ def sum_keys(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
-    INDEX: gl.constexpr,
+    INDEX: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: of every turn's narrow keys it takes number r."""
     (
@@ -118,10 +163,9 @@ def sum_keys(
     a_of_y: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
     by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     one_row: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
-    by_columns: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
+    by_columns: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
     in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     positions: gl.constexpr = _ROWS // HEADS
-    log: gl.constexpr = log2(positions)
     IS_HALF: gl.constexpr = vk.dtype == gl.float16
 
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
@@ -141,6 +185,7 @@ def sum_keys(
     step = 0
     tiles_done = 0
     turns_done = 0
+    state = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         bh, batch, kv_head, part, split, start = item_of(
             item, heads, splits, kv_heads, q_start, q_start_default, HAS_Q_START
@@ -165,9 +210,9 @@ def sum_keys(
                 tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
                 wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
             )  # fmt: skip
-            base, turns = turns_of(narrow_first, narrow_end, positions)
+            base, turns = turns_of(narrow_first, narrow_end, APART)
             place, own_turns = places(base, turns, split, splits)
-            m = narrow_key(place, base, positions) + positions * r
+            m = narrow_key(place, base, APART) + APART * r
             k_next, v_next = _load_rows(
                 k_narrow, v_narrow, k_head, v_head, m - narrow_row_0, narrow_rows,
                 stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
@@ -181,26 +226,22 @@ def sum_keys(
                         tile + opaque_zero(), batch, tiles, start, spans, seq, wide_rows,
                         narrow_rows, wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
                     )  # fmt: skip
-                    base, turns = turns_of(narrow_first, narrow_end, positions)
-                m = narrow_key(place, base, positions)
-                first, count = rows_of_key(
-                    m, query_first, query_end, start, narrow_left, narrow_right, positions
-                )
-                m += positions * r
+                    base, turns = turns_of(narrow_first, narrow_end, APART)
+                m = narrow_key(place, base, APART)
+                # The tiles of rows that see this warpgroup's key, among those of the turn.
+                first, count, begin_0, end_0, begin_1, end_1 = rows_of_pair(
+                    m, narrow_first, narrow_end, query_first, query_end, start,
+                    narrow_left, narrow_right, APART, positions,
+                )  # fmt: skip
+                next_step = step + count
+                own_step = step + (begin_0 if r == 0 else begin_1)
+                own_step_end = step + (end_0 if r == 0 else end_1)
+                other_begin = step + (begin_1 if r == 0 else begin_0)
+                other_end = step + (end_1 if r == 0 else end_0)
+                m += APART * r
                 see_first = m - narrow_right - start
                 see_last = m + narrow_left - start
-                # The tiles of rows that see this warpgroup's key, among those of the turn.
-                next_step = step + count
-                if r == 0:
-                    own_step = step
-                    own_end = gl.minimum(see_last + 1, query_end)
-                    own_step_end = step + ((gl.maximum(own_end - first, 0) + positions - 1) >> log)
-                else:
-                    own_first = gl.maximum(see_first, query_first)
-                    own_step = step + gl.minimum((own_first - first) >> log, count)
-                    own_step_end = next_step
                 is_narrow = (m >= narrow_first) & (m < narrow_end)
-                own_step_end = gl.where(is_narrow, own_step_end, own_step)
                 shift = first - step * positions  # of a tile's first query from its step's
 
                 place += 1
@@ -209,7 +250,7 @@ def sum_keys(
                 v_row.store(v_next[None, :])
                 k_next, v_next = _load_rows(
                     k_narrow, v_narrow, k_head, v_head,
-                    narrow_key(place, base, positions) + positions * r - narrow_row_0, narrow_rows,
+                    narrow_key(place, base, APART) + APART * r - narrow_row_0, narrow_rows,
                     stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
                 )  # fmt: skip
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
@@ -221,12 +262,15 @@ def sum_keys(
                         dv_parts + (slot + m) * VALUE_DIM + part_value_columns,
                         mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0,
                     )  # fmt: skip
-                if r == 1:
-                    _pass_by(step, own_step, rows_full, rows_empty, STAGES)
                 if own_step_end > own_step:
-                    one = _biased(k_tile.load(by_rows), k_wide_bias, HAS_BIAS)
-                    other = _biased(k_row.load(by_rows), k_narrow_bias, HAS_BIAS)
-                    made = one + other if FORM == STRASSEN else one * other
+                    of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
+                    one = _biased(k_tile.load(of_made), k_wide_bias, HAS_BIAS)
+                    other = _biased(k_row.load(of_made), k_narrow_bias, HAS_BIAS)
+                    if FORM == DETERMINANT:
+                        other, _like = gl.broadcast(other, one)
+                        made = rounded_cross(one, other)
+                    else:
+                        made = one + other if FORM == STRASSEN else one * other
                     vk.store(made.to(vk.dtype))
                     vv.store(
                         (
@@ -266,7 +310,9 @@ def sum_keys(
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
                     now = own_step % STAGES
-                    wait_full(rows_full, now, own_step // STAGES)
+                    state = _wait_for_rows(
+                        rows_full, own_step, other_begin, other_end, state, r, STAGES
+                    )
                     s = warpgroup_mma(
                         vk, q_tiles.index(now).permute((1, 0)), no_logits,
                         use_acc=False, is_async=True,
@@ -282,7 +328,9 @@ def sum_keys(
                             FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
                         later = at % STAGES
-                        wait_full(rows_full, later, at // STAGES)
+                        state = _wait_for_rows(
+                            rows_full, at, other_begin, other_end, state, r, STAGES
+                        )
                         x = warpgroup_mma(
                             gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                         )
@@ -303,21 +351,20 @@ def sum_keys(
                     x = warpgroup_mma(
                         gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                     )
-                    x, y = warpgroup_mma_wait(0, deps=(x, y))
-                    arrive(rows_empty, now)
-                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
+                    y = warpgroup_mma_wait(1, deps=(y,))
                     dv_row = _sum_over_keys(
                         y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
                         dv_partials, by_columns,
                     )  # fmt: skip
+                    x = warpgroup_mma_wait(0, deps=(x,))
+                    arrive(rows_empty, now)
                     if FORM == STRASSEN:
                         sigma = gl.convert_layout(
                             gl.sum(sigma, 1), gl.SliceLayout(1, of_x), assert_trivial=True
                         )
                     dk_row = _sum_over_keys(
-                        _of_key(
-                            x, sigma,
-                            _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS), FORM,
+                        _of_narrow_key(
+                            x, sigma, _biased(k_tile.load(of_x), k_wide_bias, HAS_BIAS), FORM
                         ),
                         dk_partials, by_columns,
                     )  # fmt: skip
@@ -335,23 +382,15 @@ def sum_keys(
                         mask=part_columns < HEAD_DIM,
                     )  # fmt: skip
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
+                    other = _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
                     _wait_for_turn(dv_turn, r, turns_done)
-                    dv_sums.store(
-                        dv_sums.load(of_y)
-                        + y * _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
-                    )
+                    dv_sums.store(dv_sums.load(of_y) + y * other)
                     arrive(dv_turn, r)
+                    other = _biased(k_row.load(of_x), k_narrow_bias, HAS_BIAS)
                     _wait_for_turn(dk_turn, r, turns_done)
-                    dk_sums.store(
-                        dk_sums.load(of_x)
-                        + _of_key(
-                            x, sigma,
-                            _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS), FORM,
-                        )
-                    )  # fmt: skip
+                    dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, other, FORM))
                     arrive(dk_turn, r)
                 else:
-                    _pass_by(own_step_end, next_step, rows_full, rows_empty, STAGES)
                     _wait_for_turn(dv_turn, r, turns_done)
                     arrive(dv_turn, r)
                     _wait_for_turn(dk_turn, r, turns_done)

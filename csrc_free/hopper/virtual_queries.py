@@ -3,9 +3,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from csrc_free.device.forms import STRASSEN, TRILINEAR
+from csrc_free.device.forms import DETERMINANT, STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import pack_bfloat16, pack_float16
 from csrc_free.hopper.bring_tiles import ROWS
+from csrc_free.hopper.threes import cross, rounded_cross
 
 
 @gluon.jit
@@ -61,6 +62,8 @@ def virtual_queries(
         if HAS_SCALE:
             q *= scale.to(gl.float16)
         vq = q * k
+    elif FORM == DETERMINANT and not HAS_SCALE and not HAS_NARROW_BIAS and not HAS_WIDE_BIAS:
+        vq = rounded_cross(k, q)
     else:
         wide_q = to_float32(q)
         if HAS_SCALE:
@@ -71,6 +74,8 @@ def virtual_queries(
         if FORM == STRASSEN:
             constant = gl.convert_layout(gl.sum(wide_q * wide_k, 1), ROWS_LAYOUT)
             vq = wide_q + (wide_k * scale if HAS_SCALE else wide_k)
+        elif FORM == DETERMINANT:
+            vq = cross(wide_k, wide_q)
         else:
             vq = wide_q * wide_k
         if HAS_WIDE_BIAS:

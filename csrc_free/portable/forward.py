@@ -25,11 +25,12 @@ from csrc_free.device.pair import (
 from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     head_offs,
-    head_rows,
+    heads_of,
     look,
     offset_range,
     place,
     query_rows,
+    rows_in,
     sizes_of,
     windows_of,
 )
@@ -213,7 +214,8 @@ def forward_kernel(
         (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
         batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
-    q, query_offs = head_rows((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, rows, GROUP)
+    q_heads = heads_of((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, GROUP)
+    q, query_offs = rows_in(q_heads, rows)
     keys = tl.arange(0, BLOCK_N).to(INDEX)
 
     top = tl.full([M], float("-inf"), tl.float32)

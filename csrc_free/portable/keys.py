@@ -13,7 +13,15 @@ from torch import Tensor
 from csrc_free import measured
 from csrc_free.device.forms import key_gradient, query_gradient, store_rows
 from csrc_free.device.pair import load_narrow_keys, pairs_of
-from csrc_free.device.tiles import head_rows, look, place, query_rows, sizes_of, windows_of
+from csrc_free.device.tiles import (
+    heads_of,
+    look,
+    place,
+    query_rows,
+    rows_in,
+    sizes_of,
+    windows_of,
+)
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import (
     attend_backward,
@@ -119,6 +127,9 @@ def backward_keys_kernel(
         (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
         batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
+    q_heads = heads_of((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, GROUP)
+    dout_heads = heads_of((dout, stride_do_b, stride_do_h, stride_do_n), batch, kv_head, GROUP)
+    dq_heads = heads_of((dq, stride_dq_b, stride_dq_h, stride_dq_n), batch, kv_head, GROUP)
     is_huge = tl.load(has_huge + bh) != 0
     base = slot_base(part, part_rows, GROUP, part_shift)
     if PARTS_FOLLOW_QUERIES:
@@ -138,10 +149,7 @@ def backward_keys_kernel(
         narrow_lo, narrow_hi, sees = narrow_sight
         key_first = tl.min(tl.where(sees, narrow_lo, key_count), 0)
         key_end = tl.max(tl.where(sees, narrow_hi, 0), 0)
-        queries = queries_of(
-            (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
-            batch, kv_head, rows, GROUP,
-        )  # fmt: skip
+        queries = queries_of(q_heads, dout_heads, rows)
         stats = load_stats(lse2, delta, (bh * seq + i) * GROUP + head, mask)
 
         acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -179,10 +187,8 @@ def backward_keys_kernel(
                 queries, stats, narrow, wide, same + ahead - narrow_first, same + ahead < key_end,
                 sees_key, log2_scale, form, dims, dot,
             )  # fmt: skip
-        dq_head, dq_offs = head_rows(
-            (dq, stride_dq_b, stride_dq_h, stride_dq_n), batch, kv_head, rows, GROUP
-        )
-        store_rows(dq_head, dq_offs, acc, mask, HEAD_DIM)
+        dq_rows, dq_offs = rows_in(dq_heads, rows)
+        store_rows(dq_rows, dq_offs, acc, mask, HEAD_DIM)
         # The next tile meets the same narrow keys.
         tl.debug_barrier()
 

@@ -23,7 +23,7 @@ from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.pair import biases_of, load_wide, pairs_of
 from csrc_free.device.products import operand, product, transposed
-from csrc_free.device.tiles import key_ranges, place, query_rows, sizes_of, windows_of
+from csrc_free.device.tiles import heads_of, key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of
 from csrc_free.portable.shared_memory import backward_bytes
@@ -189,6 +189,9 @@ def backward_pairs_kernel(
         (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
         batch, kv_head, sizes, False,
     )  # fmt: skip
+    if not DESCRIPTORS:
+        q_heads = heads_of((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, GROUP)
+        dout_heads = heads_of((dout, stride_do_b, stride_do_h, stride_do_n), batch, kv_head, GROUP)
     is_huge = tl.load(has_huge + bh) != 0
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
@@ -241,11 +244,7 @@ def backward_pairs_kernel(
                 row_lse2 = tl.reshape(row_lse2, [BLOCK_Q])
                 row_delta = tl.reshape(row_delta, [BLOCK_Q])
             else:
-                queries = queries_of(
-                    (q, stride_q_b, stride_q_h, stride_q_n),
-                    (dout, stride_do_b, stride_do_h, stride_do_n),
-                    batch, kv_head, rows, GROUP,
-                )  # fmt: skip
+                queries = queries_of(q_heads, dout_heads, rows)
                 query, _query_prev = load_queries(queries, form, dims)
                 do = load_dout(queries, dims)
                 row_lse2, row_delta = load_stats(lse2, delta, bh * seq * GROUP + row, mask)

@@ -18,6 +18,7 @@ from csrc_free.device.forms import key_gradient, query_gradient, store_rows
 from csrc_free.device.pair import load_narrow_keys, pairs_of
 from csrc_free.device.tiles import (
     head_offs,
+    heads_of,
     look,
     offset_range,
     place,
@@ -166,10 +167,9 @@ def backward_query_kernel(
         batch, kv_head, sizes, DESCRIPTORS,
     )  # fmt: skip
     is_huge = tl.load(has_huge + bh) != 0
-    queries = queries_of(
-        (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
-        batch, kv_head, rows, GROUP,
-    )  # fmt: skip
+    q_heads = heads_of((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, GROUP)
+    dout_heads = heads_of((dout, stride_do_b, stride_do_h, stride_do_n), batch, kv_head, GROUP)
+    queries = queries_of(q_heads, dout_heads, rows)
     stats = load_stats(lse2, delta, (bh * seq + i) * GROUP + head, mask)
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)

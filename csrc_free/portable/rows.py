@@ -20,15 +20,15 @@ from csrc_free.device.pair import (
     load_values,
 )
 from csrc_free.device.products import operand, product, transposed
-from csrc_free.device.tiles import head_rows
+from csrc_free.device.tiles import rows_in
 
 
 @triton.jit
-def queries_of(q, dout, batch, kv_head, rows, GROUP: tl.constexpr):
-    """Return `queries`; q and dout are as `head_rows` takes them."""
+def queries_of(q_heads, dout_heads, rows):
+    """Return `queries`."""
     _i, _head, mask = rows
-    q, query_offs = head_rows(q, batch, kv_head, rows, GROUP)
-    dout, dout_offs = head_rows(dout, batch, kv_head, rows, GROUP)
+    q, query_offs = rows_in(q_heads, rows)
+    dout, dout_offs = rows_in(dout_heads, rows)
     return q, query_offs, dout, dout_offs, mask
 
 

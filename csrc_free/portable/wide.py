@@ -10,7 +10,15 @@ from csrc_free import measured
 from csrc_free.device.forms import store_rows, virtual_query
 from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_wide, pairs_of
 from csrc_free.device.products import operand, product, transposed
-from csrc_free.device.tiles import look, offset_range, place, query_rows, sizes_of, windows_of
+from csrc_free.device.tiles import (
+    heads_of,
+    look,
+    offset_range,
+    place,
+    query_rows,
+    sizes_of,
+    windows_of,
+)
 from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
 from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of, row_constants
 from csrc_free.portable.shared_memory import backward_bytes
@@ -98,6 +106,8 @@ def backward_wide_kernel(
         (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_narrow_bias),
         batch, kv_head, sizes, False,
     )  # fmt: skip
+    q_heads = heads_of((q, stride_q_b, stride_q_h, stride_q_n), batch, kv_head, GROUP)
+    dout_heads = heads_of((dout, stride_do_b, stride_do_h, stride_do_n), batch, kv_head, GROUP)
     is_huge = tl.load(has_huge + bh) != 0
     columns = tl.arange(0, BLOCK_D)
 
@@ -126,10 +136,7 @@ def backward_wide_kernel(
         is_partial = (key_first < full_lo) | (key_first + BLOCK_N > full_hi) | is_huge
         offset_first, offset_last = offset_range(i, narrow_lo, narrow_hi, sees)
 
-        queries = queries_of(
-            (q, stride_q_b, stride_q_h, stride_q_n), (dout, stride_do_b, stride_do_h, stride_do_n),
-            batch, kv_head, rows, GROUP,
-        )  # fmt: skip
+        queries = queries_of(q_heads, dout_heads, rows)
         query, query_prev = load_queries(queries, form, dims)
         do = load_dout(queries, dims)
         row_lse2, row_delta = load_stats(lse2, delta, bh * seq * GROUP + row, mask)

@@ -18,6 +18,7 @@ from csrc_free.hopper import (
     backward_wide,
     forward_tiles,
     half_range,
+    ordered,
 )
 from csrc_free.hopper import backward_query as hopper_backward_query
 from csrc_free.hopper import forward as hopper_forward
@@ -96,6 +97,7 @@ KINDS = {
     "scaled_rows_kernel": half_range.Config,
     "delta_kernel": delta.Config,
     "sum_parts_kernel": parts_sum.Config,
+    "order_columns_kernel": ordered.Config,
 }
 
 

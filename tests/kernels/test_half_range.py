@@ -8,8 +8,6 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
 
@@ -25,27 +23,34 @@ interpreted = pytest.mark.skipif(
 )
 HALF = torch.float16
 LARGEST = torch.finfo(HALF).max
-SIZES = st.sampled_from((0.0, 2.0**-20, 2.0**-10, 1.0, 300.0, 2.0**14))
+# Of q, k1, k2, v1, v2 and dout.
+SIZES = {
+    "as drawn": (1.0,) * 6,
+    "small": (2.0**-10, 2.0**-20, 2.0**-10, 2.0**-10, 2.0**-20, 2.0**-10),
+    "large": (300.0, 2.0**14, 300.0, 2.0**14, 300.0, 2.0**14),
+    "nothing": (0.0, 1.0, 0.0, 2.0**14, 0.0, 0.0),
+}
 
 
 def _problem(sizes, bias=0.0):
-    """Return a problem of normal numbers of given sizes (of q, k1, k2, v1, v2, dout)."""
+    """Return a problem of normal numbers of given sizes."""
     torch.manual_seed(0)
     of_q, *of_keys, of_dout = sizes
-    q = torch.randn(2, 6, 19, 40) * of_q
+    q = torch.randn(1, 6, 19, 40) * of_q
     keys = [
-        torch.randn(2, 2, 23, dim) * size
+        torch.randn(1, 2, 23, dim) * size
         for dim, size in zip((40, 40, 24, 24), of_keys, strict=True)
     ]
-    dout = torch.randn(2, 6, 19, 24) * of_dout
+    dout = torch.randn(1, 6, 19, 24) * of_dout
     inputs = [t.clamp(-LARGEST, LARGEST).to(HALF) for t in (q, *keys)]
+    q, k1, k2, v1, v2 = inputs
     problem = problem_of(
-        *inputs, (15, 0), (3, 0), 0.25, "trilinear", bias, bias, None, None
-    )  # fmt: skip
-    delta = torch.randn(2, 2, 19, 3) * of_dout
+        q, k1, k2, v1, v2, (15, 0), (3, 0), 0.25, "trilinear", bias, bias, None, None
+    )
+    delta = torch.randn(1, 2, 19, 3) * of_dout
     statistics = Statistics(
         dout.clamp(-LARGEST, LARGEST).to(HALF), delta, torch.randn_like(delta),
-        torch.zeros(2, 2, dtype=torch.int32),
+        torch.zeros(1, 2, dtype=torch.int32),
     )  # fmt: skip
     return problem, statistics
 
@@ -56,48 +61,42 @@ def _most(x):
 
 
 @interpreted
-@settings(max_examples=5, deadline=None)
-@given(st.tuples(*[SIZES] * 6), st.sampled_from((0.0, 1.0)), st.booleans())
-def test_operands_stay_in_range_and_powers_are_divided_out(sizes, bias, is_of_keys):
-    problem, statistics = _problem(sizes, bias)
+@pytest.mark.parametrize("name", SIZES)
+def test_operands_stay_in_range_and_powers_are_divided_out(name):
+    bias = 1.0 if name == "as drawn" else 0.0
+    problem, statistics = _problem(SIZES[name], bias)
     ranges = half_range.ranges_of(problem, statistics)
-    found = half_range.scaled(problem, statistics, ranges, is_of_keys=is_of_keys)
-    _, _, _, biased_k, biased_v = (t.double() for t in problem.tensors)
-    biased_k, biased_v = biased_k + bias, biased_v + bias
-    others = (problem.k_wide, problem.v_wide) if is_of_keys else (problem.q, statistics.dout)
-    of_logits = found.factors[..., 0].double() / problem.log2_scale
-    for got, true, other in zip(
-        (found.problem.k_narrow, found.problem.v_narrow), (biased_k, biased_v), others, strict=True
-    ):
-        assert got.isfinite().all()
-        assert (_most(got) * _most(other)).max() < 2**15
-        power = _most(got) / _most(true).clamp(min=1e-30)
-        rounded = (true * power[..., None, None]).to(HALF)
-        assert (got.double() - rounded.double()).abs().max() <= 2**-10 * _most(got).max()
-    assert torch.equal(of_logits.log2().round().exp2(), of_logits)
-    assert found.problem.biases() == (0.0,) * 4
-    if is_of_keys:
-        assert torch.equal(found.lse2, statistics.lse2 - half_range.P_EXPONENT.value)
-
-
-@interpreted
-@given(st.tuples(*[SIZES] * 6))
-@settings(max_examples=5, deadline=None)
-def test_no_gradient_of_a_logit_is_past_its_bound(sizes):
-    problem, statistics = _problem(sizes)
-    ranges = half_range.ranges_of(problem, statistics)
-    dout = statistics.dout.double().unflatten(1, (2, 3))
-    dp = torch.einsum(
-        "bhgnd,bhmd,bhkd->bhngmk", dout, problem.v_wide.double(), problem.v_narrow.double()
-    ).flatten(4)  # fmt: skip
-    size = (dp - statistics.delta[..., None]).abs().amax(-1)
+    size = _gradients_of_logits(problem, statistics, bias)
     assert (size <= ranges.bound.double() * (1 + 1e-5) + 1e-30).all()
+    true = [t.double() + bias for t in (problem.k_narrow, problem.v_narrow)]
     for is_of_keys in (True, False):
         found = half_range.scaled(problem, statistics, ranges, is_of_keys=is_of_keys)
-        is_small = statistics.delta.abs() > 1e-30
-        power = (found.delta / statistics.delta)[is_small].double()
-        most = 1.0 if is_of_keys else 2.0**14
-        assert (size[is_small] * power <= most).all()
+        assert found.problem.biases() == (0.0,) * 4
+        of_keys = (problem.k_wide, problem.v_wide)
+        others = of_keys if is_of_keys else (problem.q, statistics.dout)
+        scaled = (found.problem.k_narrow, found.problem.v_narrow)
+        for got, wanted, other in zip(scaled, true, others, strict=True):
+            assert got.isfinite().all()
+            assert (_most(got) * _most(other)).max() < 2**15
+            power = (_most(got) / _most(wanted).clamp(min=1e-30)).log2().round().exp2()
+            rounded = (wanted * power[..., None, None]).to(HALF)
+            assert torch.equal(got, rounded) or not wanted.any()
+        of_logits = (found.factors[..., 0].double() / problem.log2_scale).log2()
+        assert torch.allclose(of_logits, of_logits.round(), atol=1e-5)
+        is_some = statistics.delta.abs() > 1e-30
+        of_ds = (found.delta / statistics.delta)[is_some].double()
+        assert (size[is_some] * of_ds <= (1.0 if is_of_keys else 2.0**14)).all()
+        if is_of_keys:
+            assert torch.equal(found.lse2, statistics.lse2 - half_range.P_EXPONENT.value)
+
+
+def _gradients_of_logits(problem, statistics, bias):
+    """Return the largest |dP - delta| of each row."""
+    dout = statistics.dout.double().unflatten(1, (2, 3))
+    dp = torch.einsum(
+        "bhgnd,bhmd,bhkd->bhngmk", dout, problem.v_wide.double(), problem.v_narrow.double() + bias
+    ).flatten(4)  # fmt: skip
+    return (dp - statistics.delta[..., None]).abs().amax(-1)
 
 
 @interpreted
@@ -171,7 +170,7 @@ def test_gradients_in_float16_are_within_the_budget(name, factors, served, poiso
     assert_matches_reference(_multiplied(CASES[name], FACTORS[factors]), attn, device="cuda")
     assert served
     assert all("keys" in by for by in served), served
-    wide_bias = CASES[name].k2_bias != 0.0 and CASES[name].w1 < CASES[name].w2
+    wide_bias = CASES[name].k2_bias != 0.0 and name == "exchanged"
     assert wide_bias or all("query" in by for by in served), served
 
 
@@ -187,7 +186,7 @@ def test_rows_of_small_gradients_keep_their_own(served):
     alone = torch.zeros_like(dout)
     alone[:, :, 1::2] = dout[:, :, 1::2] / small
     other = run_attn(attn, dataclasses.replace(problem, dout=alone))["dq"]
-    size = other[:, :, 1::2].abs().max()
+    size = other[:, :, 1::2].abs().max().item()
     torch.testing.assert_close(
         found[:, :, 1::2].float() / small, other[:, :, 1::2].float(), rtol=0, atol=1e-2 * size
     )

@@ -62,6 +62,8 @@ def _why_not(inputs, **arguments):
         ({"dim": 40, "value_dim": 120}, {}),
         ({"width": 136}, {}),
         ({}, {"form": "strassen"}),
+        ({}, {"form": "determinant"}),
+        ({"dim": 64, "group": 8}, {"form": "determinant", "w1": 9, "w2": 100}),
         ({}, {"k2_bias": 1.0, "v2_bias": 0.5}),
         ({}, {"w1": 8, "w2": 200, "k2_bias": 1.0}),
         ({}, {"kv_bounds": torch.zeros(2, 300, 2, dtype=torch.int32)}),
@@ -77,7 +79,6 @@ def test_serves(hopper, given, arguments):
     ("given", "arguments", "reason"),
     [
         ({"dtype": torch.float32}, {}, "they take bfloat16 and float16, and q is float32"),
-        ({}, {"form": "determinant"}, "this is determinant"),
         ({"dim": 32}, {}, "they take D from 33 to 128, got 32"),
         ({"dim": 136}, {}, "they take D from 33 to 128, got 136"),
         ({"value_dim": 256}, {}, "they take Dv from 33 to 128, got 256"),
@@ -201,13 +202,14 @@ def test_tiles_of_64_columns_have_more_keys(width, tiles):
     ("given", "arguments", "spills"),
     [
         ({}, {"w1": 512, "w2": 32}, 64),
+        ({}, {"w1": 512, "w2": 32, "form": "determinant"}, 100),
         ({"dim": 64}, {"w1": 128}, 64),
         ({"dim": 64}, {"w1": 64, "k2_bias": 1.0}, 200),  # in the warp that brings rows
     ],
 )
 def test_compiles_for_sm_90_almost_without_spills(hopper, given, arguments, spills):
     inputs = _inputs(seq=600, **given)
-    (launch,) = _run(inputs, **arguments)
+    *_moves, launch = _run(inputs, **arguments)
     usage = usage_of(launch, device_of("sm_90"))
     assert usage.registers == 168
     assert usage.spills <= spills

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
 
-from csrc_free.hopper import backward, key_plan
+from csrc_free.hopper import backward, backward_keys, key_plan
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics
@@ -49,7 +49,6 @@ def _plan(workload, device=HOPPER):
             {"dtype": torch.float16, "form": "strassen"},
             "in float16 for the trilinear form alone, got strassen",
         ),
-        ({"form": "determinant"}, "for the forms trilinear and strassen, got determinant"),
         ({"heads": 16}, "for 3 to 64 query heads of a key-value head, got 2"),
         ({"heads": 1024}, "for 3 to 64 query heads of a key-value head, got 128"),
         ({"value_dim": 256}, "for head_dim from 33 to 128, got 128 and 256"),
@@ -77,7 +76,7 @@ def test_an_expanded_dout_is_not_served():
 
 
 def test_both_halves_say_why_they_do_not_run():
-    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, form="determinant")))
+    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, head_dim=256)))
     assert set(choice.reasons) == {"keys", "wide", "query"}
     assert backward.choose(*_problem(GROUP8)).reasons == {}
 
@@ -122,11 +121,22 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
     tiles = -(-seq // KEYS)
     weights = [min(tile * KEYS + KEYS + w1 - 1, seq) - tile * KEYS for tile in range(tiles)]
     launches = -(-batch // plan.batch) * -(-kv_heads // plan.kv_heads)
-    one_each = key_plan._time(weights, batch * kv_heads, 1, 1)
-    chosen = launches * key_plan._time(weights, plan.batch * plan.kv_heads, plan.tiles, plan.splits)
+    processors = HOPPER.multiprocessors
+    one_each = key_plan._time(weights, batch * kv_heads, 1, 1, processors)
+    some = plan.batch * plan.kv_heads
+    chosen = launches * key_plan._time(weights, some, plan.tiles, plan.splits, processors)
     slots = KEYS + w1 + 31
     if 4 * 256 * batch * kv_heads * tiles * slots <= key_plan.FLOOR_BYTES:
         assert chosen <= one_each * 1.001
+
+
+def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
+    """Programs that share a tile are for devices that would be idle without."""
+    small = dataclasses.replace(GROUP8, batch=1, heads=16, kv_heads=2)
+    few, many = (_plan(small, dataclasses.replace(HOPPER, multiprocessors=n)) for n in (1, 132))
+    assert isinstance(few, Plan)
+    assert isinstance(many, Plan)
+    assert few.splits < many.splits
 
 
 @pytest.mark.slow
@@ -136,7 +146,8 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
         (dataclasses.replace(GROUP8, form="strassen"), 450),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen"],
+        (dataclasses.replace(GROUP8, form="determinant"), 450),
+    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen", "determinant"],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
@@ -152,7 +163,9 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
             None, (None, None), (torch.empty_like(problem.k_narrow), None),
         )  # fmt: skip
     names = [launch.kernel.__name__ for launch in launches]
-    assert set(names) == {"hopper_backward_keys_kernel", "sum_parts_kernel"}
+    assert set(names) - {"order_columns_kernel"} == {
+        "hopper_backward_keys_kernel", "sum_parts_kernel",
+    }  # fmt: skip
     usage = usage_of(launches[names.index("hopper_backward_keys_kernel")], HOPPER)
     assert usage.spills <= most_spills
     assert usage.shared <= HOPPER.shared_limit
@@ -229,6 +242,26 @@ CASES = {
         form="strassen", w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5
     ),
     "strassen, logits of hundreds": _change(form="strassen", amplitude=30.0),
+    "determinant": _change(form="determinant"),
+    "determinant, 64 heads": _change(form="determinant", kv_heads=1, group=64, seq=100),
+    "determinant, 5 heads in tiles of 8, D 80": _change(
+        form="determinant", group=5, seq=99, head_dim=80, value_dim=96
+    ),
+    "determinant, D 64": _change(form="determinant", group=16, head_dim=64),
+    "determinant, D 96, transposed": _change(
+        form="determinant", head_dim=96, layout="transposed", layout_of_gradients="transposed"
+    ),
+    "determinant, the first pair narrow, biases": _change(
+        form="determinant", w1=12, w2=70, k2_bias=1.0, v2_bias=-0.5
+    ),
+    "determinant, biases": _change(form="determinant", k2_bias=1.0, v2_bias=-0.5),
+    "determinant, wild bounds, starts": _change(
+        form="determinant", batch=2, bounds="wild", starts="random"
+    ),
+    "determinant, a cache": _change(
+        form="determinant", is_causal=False, seq=20, keys1=150, keys2=130
+    ),
+    "determinant, logits of hundreds": _change(form="determinant", amplitude=30.0),
 }
 
 
@@ -318,6 +351,18 @@ def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", ["none", "ranges"])
+@pytest.mark.parametrize(("group", "lag"), [(8, 1), (8, 2), (8, 4), (64, 2), (64, 16)])
+def test_the_second_warpgroup_may_be_any_way_behind(group, lag, bounds, monkeypatch, used):
+    """So far behind, too, that some tiles of rows are of neither's key."""
+    monkeypatch.setattr(backward_keys, "lag_of", lambda problem: lag)
+    assert_matches_reference(
+        _change(kv_heads=1, group=group, batch=2, seq=110, bounds=bounds), attn, device="cuda"
+    )
+    assert used
 
 
 @pytest.mark.gpu

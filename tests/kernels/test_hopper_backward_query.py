@@ -13,6 +13,7 @@ from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.key_plan import FLOOR_BYTES
+from csrc_free.hopper.ordered import gradients_of, ordered
 from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
 from csrc_free.problem import problem_of
@@ -124,7 +125,6 @@ def test_parts_of_small_groups_stay_within_their_memory(hopper, group, seq):
     "change",
     [
         {"dtype": torch.float32},
-        {"form": "determinant"},
         {"block_d": 256, "block_dv": 256},
         {"block_dv": 64},
         {"is_describable": False},
@@ -135,6 +135,14 @@ def test_what_is_not_served_is_left_to_others(hopper, change):
     traits = replace(_problem_of(given).traits(given.dout), **change)
     assert query.choose(traits, HOPPER) is None
     assert narrow.choose(replace(traits, group=1), HOPPER, 32) is None
+
+
+def test_small_groups_are_served_for_the_trilinear_form_alone(hopper):
+    given = _on_meta()
+    traits = replace(_problem_of(given).traits(given.dout), group=1)
+    assert narrow.choose(traits, HOPPER, 32) is not None
+    for form in ("determinant", "strassen"):
+        assert narrow.choose(replace(traits, form=form), HOPPER, 32) is None
 
 
 @pytest.mark.parametrize("name", sorted(set(DEVICES) - {"sm_90"}))
@@ -153,6 +161,7 @@ def test_no_other_device_is_served(hopper, name):
         ({"group": 64}, 160),
         ({"group": 8}, 480),  # in masked tiles, and once a turn
         ({"group": 8, "form": "strassen"}, 640),
+        ({"group": 8, "form": "determinant"}, 300),
         ({"group": 1}, 2000),  # where rows are added to a part, once a step
         ({"group": 4}, 900),
     ],
@@ -197,7 +206,8 @@ def _run(given: Problem, *, portable: bool = False) -> dict[str, torch.Tensor]:
         return {"dq": dq}
     config, small = _choice(problem, statistics)
     if config is not None:
-        query.backward_query(problem, statistics, dq, config)
+        with gradients_of(problem, dq) as (place,):
+            query.backward_query(ordered(problem), statistics, place, config)
         return {"dq": dq}
     assert small is not None, "no kernel here serves this problem"
     parts = narrow.backward_narrow(problem, statistics, dq, small)
@@ -248,6 +258,19 @@ CASES = {
     "8 heads, biased": _case(group=8, seq=100, w1=64, w2=8, k2_bias=1.0, v2_bias=-0.5),
     "8 heads, biased wide": _case(group=8, seq=100, w1=8, w2=80, k2_bias=0.5, v2_bias=1.0),
     "8 heads, strassen": _case(group=8, seq=100, w1=80, w2=8, form="strassen", k2_bias=0.5),
+    "8 heads, determinant": _case(group=8, seq=100, w1=80, w2=8, form="determinant"),
+    "8 heads, determinant, wide second": _case(
+        kv_heads=2, group=8, seq=90, w1=8, w2=80, form="determinant", k2_bias=0.5, v2_bias=1.0
+    ),
+    "8 heads, determinant, biased": _case(
+        group=8, seq=90, w1=70, w2=9, form="determinant", k2_bias=1.0, v2_bias=-0.5
+    ),
+    "5 heads, determinant, 80 columns": _case(
+        kv_heads=2, group=5, seq=90, head_dim=80, value_dim=96, w1=64, w2=8, form="determinant"
+    ),
+    "64 heads, determinant": _case(
+        group=64, batch=2, seq=70, w1=60, w2=7, bounds="ranges", form="determinant"
+    ),
     "8 heads, 64 columns": _case(group=8, seq=131, head_dim=64, w1=130, w2=9),
     "8 heads, 96 and 80 columns": _case(group=8, seq=90, head_dim=96, value_dim=80, w1=64, w2=8),
     "5 heads": _case(kv_heads=3, group=5, seq=100, w1=80, w2=15, layout="fused"),
@@ -327,8 +350,8 @@ class TestOnHopper:
 
     @given(
         case=cases(
-            dtypes=(torch.bfloat16,), forms=("trilinear", "strassen"), max_seq=150, max_heads=64,
-            max_head_dim=128, max_batch=2, max_work=20_000_000,
+            dtypes=(torch.bfloat16,), max_seq=150, max_heads=64, max_head_dim=128, max_batch=2,
+            max_work=20_000_000,
         ),
         group=st.sampled_from((3, 8, 64)),
         dims=st.sampled_from(((128, 128), (64, 64), (80, 96))),

@@ -83,6 +83,14 @@ def _assert_served_and_right(case: Case) -> None:
         {"form": "strassen"},
         {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5},
         {"form": "strassen", "k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 20},
+        {"form": "determinant"},
+        {"form": "determinant", "w1": 4, "w2": 33},
+        {"form": "determinant", "k2_bias": 1.0, "v2_bias": -0.5},
+        {"form": "determinant", "k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 20},
+        {"form": "determinant", "head_dim": 64},
+        {"form": "determinant", "head_dim": 80, "value_dim": 96},
+        {"form": "determinant", "head_dim": 96, "batch": 2, "kv_heads": 2},
+        {"form": "determinant", "head_dim": 120, "value_dim": 64},
         {"k2_bias": 1.0, "v2_bias": 1.0},
         {"k2_bias": 1.0, "v2_bias": -0.5, "w1": 4, "w2": 33},
         {"head_dim": 64},
@@ -92,6 +100,8 @@ def _assert_served_and_right(case: Case) -> None:
         {"amplitude": 0.0},
         {"dtype": torch.float16, "bounds": "ranges"},
         {"dtype": torch.float16, "form": "strassen", "k2_bias": 1.0},
+        {"dtype": torch.float16, "form": "determinant"},
+        {"dtype": torch.float16, "form": "determinant", "w1": 5, "w2": 33, "k2_bias": -0.5},
         {"dtype": torch.float16, "w1": 5, "w2": 33, "k2_bias": -0.5, "v2_bias": 1.0},
     ],
     ids=str,
@@ -125,7 +135,7 @@ def test_windows_of_several_tiles(windows, keys, group, poisoned_memory):
 
 
 @settings(max_examples=25)
-@given(case=cases(dtypes=(torch.bfloat16,), forms=("trilinear", "strassen"), max_head_dim=128),
+@given(case=cases(dtypes=(torch.bfloat16,), max_head_dim=128),
        keys=st.tuples(st.integers(0, 128), st.integers(0, 70)),
        group=st.sampled_from([1, 8]))  # fmt: skip
 def test_drawn_problems(case, keys, group):
@@ -153,6 +163,14 @@ def test_scores_of_any_size_err_as_the_portable_kernel_does(name, group):
     inputs = _inputs(700, group)
     SAFE[name](*inputs)
     assert_errs_as_the_portable_kernel(inputs, QUERIES)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("name", SAFE)
+def test_scores_of_any_size_in_the_determinant_form(name, group):
+    inputs = _inputs(700, group)
+    SAFE[name](*inputs)
+    assert_errs_as_the_portable_kernel(inputs, QUERIES, form="determinant")
 
 
 @pytest.mark.parametrize("name", SAFE)

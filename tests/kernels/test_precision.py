@@ -19,8 +19,8 @@ def matmul():
     """Return where PyTorch keeps the setting, and put it back afterwards."""
     yield torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("highest")
-    for kept in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        kept.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_float32(name, columns=128):
@@ -68,13 +68,14 @@ def test_no_setting_reaches_half_precision(matmul, said):
 
 def test_a_changed_setting_is_another_choice_and_another_program(matmul, monkeypatch):
     monkeypatch.setattr("csrc_free.problem.device_of", lambda device: DEVICES["sm_90"])
-    inputs = [torch.empty(1, heads, 64, 64, device="meta") for heads in (8, 2, 2, 2, 2)]
+    q = torch.empty(1, 8, 64, 64, device="meta")
+    k1, k2, v1, v2 = (torch.empty(1, 2, 64, 64, device="meta") for _ in range(4))
     seen = set()
     for said in ("none", "ieee", "tf32"):
         matmul.fp32_precision = said
         problem = problem_of(
-            *inputs, (15, 0), (3, 0), 0.1, "trilinear", 0.0, 0.0, None, None
-        )  # fmt: skip
+            q, k1, k2, v1, v2, (15, 0), (3, 0), 0.1, "trilinear", 0.0, 0.0, None, None
+        )
         seen.add((problem.traits(), problem.constants()["PRECISION"]))
     assert len({traits for traits, _ in seen}) == len({constant for _, constant in seen}) == 3
 

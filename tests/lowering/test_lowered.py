@@ -161,10 +161,14 @@ def test_lengths_and_windows_stay_arguments():
 
 @pytest.mark.parametrize(
     ("sizes", "dtype", "device"),
-    [((4, 2, 64), torch.float64, "cuda"), ((4, 2, 512), BF16, "cuda")],
-    ids=["float64", "head_dim"],
+    [
+        ((4, 2, 64), torch.float64, "cuda"),
+        ((4, 2, 512), BF16, "cuda"),
+        ((4, 2, 64), torch.float32, "cuda"),
+    ],
+    ids=["float64", "head_dim", "float32, whose products a setting decides"],
 )
-def test_what_no_kernel_serves_stays_a_call_of_the_operator(sizes, dtype, device):
+def test_what_cannot_be_written_out_stays_a_call_of_the_operator(sizes, dtype, device):
     compiled = compiled_for_gpu(
         both(20, 5), lambda: make_inputs(*sizes, dtype=dtype, device=device)
     )

@@ -32,13 +32,13 @@ def both(inputs, w1, w2, **options):
     return ours, theirs
 
 
-def exact(inputs, i, w1, w2):
+def exact(inputs, i, w1, w2, **options):
     """Return out [H, Dv] and lse [H] of query i of the first batch row, in float64."""
     q, k1, k2, v1, v2 = (t[:1].double() for t in inputs)
     first, second = slice(max(0, i - w1 + 1), i + 1), slice(max(0, i - w2 + 1), i + 1)
     out, lse = reference.attn(
         q[:, :, i : i + 1], k1[:, :, first], k2[:, :, second], v1[:, :, first], v2[:, :, second],
-        None, None, is_causal=False,
+        None, None, is_causal=False, **options,
     )  # fmt: skip
     return out[0, :, 0], lse[0, :, 0]
 
@@ -90,12 +90,11 @@ def relative(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def assert_errs_as_the_portable_kernel(inputs, queries):
+def assert_errs_as_the_portable_kernel(inputs, queries, **options):
     """Hold the error of out and lse over some queries to 1.1 times the portable kernel's."""
-    ours, theirs = both(inputs, W1, W2)
-    truths = [
-        torch.stack(t) for t in zip(*(exact(inputs, i, W1, W2) for i in queries), strict=True)
-    ]
+    ours, theirs = both(inputs, W1, W2, **options)
+    found = (exact(inputs, i, W1, W2, **options) for i in queries)
+    truths = [torch.stack(t) for t in zip(*found, strict=True)]
     for name, mine, other, truth in zip(("out", "lse"), ours, theirs, truths, strict=True):
         assert mine.isfinite().all(), name
         mine, other = (t[0].transpose(0, 1)[list(queries)] for t in (mine, other))

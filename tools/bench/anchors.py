@@ -18,6 +18,8 @@ from tools.workloads import (
     nominal_flops,
 )
 
+FLASH_ROSTER = ("llama-mqa",)  # of equal FLOPs it runs at one rate for all
+
 
 class NotRunError(Exception):
     """A reason why a contestant cannot take part, said in its row."""
@@ -49,15 +51,27 @@ def copy_rate(device: torch.device) -> float:
 
 
 def cudnn(workload: Workload, direction: Direction, device: torch.device) -> Job:
-    """Build cuDNN's dense SDPA with the FLOPs of the workload, and as many kv heads as heads.
+    """Build cuDNN's dense SDPA with the FLOPs of the workload."""
+    return _dense(workload, direction, device, SDPBackend.CUDNN_ATTENTION)
+
+
+def flash(workload: Workload, direction: Direction, device: torch.device) -> Job:
+    """Build the flash attention that PyTorch has, of the same shape."""
+    return _dense(workload, direction, device, SDPBackend.FLASH_ATTENTION)
+
+
+def _dense(
+    workload: Workload, direction: Direction, device: torch.device, backend: SDPBackend
+) -> Job:
+    """Build a dense SDPA with the FLOPs of the workload, and as many kv heads as heads.
 
     Nq is the workload's N and Nk is w1·w2, so 4·B·H·Nq·Nk·D is the nominal count (to the nearest 64
     keys: where that is not exact, rates still compare).
     """
     if device.type != "cuda":
-        raise NotRunError("cuDNN serves CUDA devices only")
+        raise NotRunError("it serves CUDA devices only")
     if workload.dtype not in (torch.float16, torch.bfloat16):
-        raise NotRunError("cuDNN's SDPA serves float16 and bfloat16 only")
+        raise NotRunError("it serves float16 and bfloat16 only")
     n1, n2 = keys_per_query(workload)
     keys = max(64, round(n1 * n2 / 64) * 64)
 
@@ -71,7 +85,7 @@ def cudnn(workload: Workload, direction: Direction, device: torch.device) -> Job
     flops = 2.0 * (workload.head_dim + workload.dv) * rows * keys
 
     def forward() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
     if direction == "forward":

@@ -12,7 +12,7 @@ import simplex_ops  # noqa: F401  (registers the operators)
 from simplex_ops.devices.gpu import kernel_arguments
 from tools.bench import anchors
 from tools.bench.anchors import Job, NotRunError
-from tools.bench.peers import fbgemm, lucidrains
+from tools.bench.peers import fbgemm, flex, lucidrains
 from tools.bench.timing import Times, time_in_turn
 from tools.workloads import Direction, Inputs, Workload, make_inputs, nominal_flops
 
@@ -135,6 +135,10 @@ def field_of(
             builds["simplicial-attention"] = lucidrains.build
         if (workload.name, direction) in fbgemm.ROSTER:
             builds["FBGEMM Triton"] = partial(fbgemm.build, path=fbgemm_path)
+        if (workload.name, direction) in flex.ROSTER:
+            builds["FlexAttention of pairs"] = flex.build
+        if workload.name in anchors.FLASH_ROSTER:
+            builds["flash fwd" if direction == "forward" else "flash bwd"] = anchors.flash
     elif workload.name == "cpu-short":
         builds["einsum"] = anchors.einsum
     return builds

@@ -26,10 +26,9 @@ _OF_TILES = (
 BRANCHES = (
     *(f"heads: {name}" for name in _OF_BOTH),
     *(f"tiles: {name}" for name in (*_OF_BOTH, *_OF_TILES)),
-    "dq: tail", "dq: masked tile", "lse beyond 2^10",
+    "dq: tail", "dq: masked tile",
     "wide bias", "narrow bias", "bounds", "starts",
 )  # fmt: skip
-_LARGE = 2.0**10  # of steps.delta
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def reach_of(problem: Problem) -> Reach:
     return Reach(lo, hi, narrow_lo, narrow_hi, sees, position - problem.narrow_first)
 
 
-def branches(problem: Problem, choice: Choice | None, lse: Tensor) -> Iterator[str]:
+def branches(problem: Problem, choice: Choice | None) -> Iterator[str]:
     """Yield the branches of the forward, and of the backward where there is a choice for it."""
     reach = reach_of(problem)
     is_of_heads = problem.group % 64 == 0
@@ -80,7 +79,7 @@ def branches(problem: Problem, choice: Choice | None, lse: Tensor) -> Iterator[s
         names = set(of_kernel(problem, reach, _logits(problem, reach)))
         yield from (f"{kernel}: {name}" for name in sorted(names))
     if choice is not None:
-        yield from _of_backward(problem, choice, reach, lse)
+        yield from _of_backward(choice, reach)
     biases = problem.biases()
     given = {
         "wide bias": any(biases[:2]),
@@ -145,9 +144,7 @@ def _of_narrow(count: Tensor, chunk: int) -> Iterator[str]:
     })  # fmt: skip
 
 
-def _of_backward(problem: Problem, choice: Choice, reach: Reach, lse: Tensor) -> Iterator[str]:
-    size = lse.abs() * 1.4426950408889634
-    yield from _said({"lse beyond 2^10": (size > _LARGE) & size.isfinite()})
+def _of_backward(choice: Choice, reach: Reach) -> Iterator[str]:
     if not isinstance(choice.query, QueryConfig) or not reach.sees.any():
         return
     config = choice.query

@@ -3,8 +3,6 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from simplex_ops.testing import Case, Problem
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def note_compilations() -> None:
     knobs.compilation.listener = note
 
 
-def branches_of(problem: Problem, lse: torch.Tensor) -> list[str]:
+def branches_of(problem: Problem) -> list[str]:
     """Return who serves a problem, and the branches that it takes there."""
     from csrc_free import attn
     from csrc_free.hopper import backward
@@ -73,5 +71,5 @@ def branches_of(problem: Problem, lse: torch.Tensor) -> list[str]:
         if said.startswith("hopper"):
             choice = backward.choose(launched, dout)
     if served_by == "hopper" and launched.form != "determinant":
-        found += branches(launched, choice, lse)
+        found += branches(launched, choice)
     return found
