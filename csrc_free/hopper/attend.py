@@ -378,12 +378,12 @@ def attend(
             columns = gl.arange(0, BLOCK_DV, layout=columns_of(T))
             head = (kv_head * head_tiles + head_tile) * ROWS + rows
             first_row = batch.to(gl.int64) * o_stride_b + i.to(gl.int64) * o_stride_n
-            to = out + first_row + head.to(gl.int64)[:, None] * o_stride_h + columns[None, :]
+            ptrs = out + first_row + head.to(gl.int64)[:, None] * o_stride_h + columns[None, :]
             if VALUE_DIM == BLOCK_DV:
-                gl.store(to, acc.to(out.dtype.element_ty))
+                gl.store(ptrs, acc.to(out.dtype.element_ty))
             else:
                 mask = (head >= 0)[:, None] & (columns < VALUE_DIM)[None, :]
-                gl.store(to, acc.to(out.dtype.element_ty), mask=mask)
+                gl.store(ptrs, acc.to(out.dtype.element_ty), mask=mask)
             heads = kv_heads * head_tiles * ROWS
             gl.store(lse + (batch.to(gl.int64) * heads + head) * seq + i, logarithm * LN_2)
         count += 1  # noqa: SIM113 (a kernel has no enumerate)

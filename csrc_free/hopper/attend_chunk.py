@@ -15,7 +15,6 @@ from csrc_free.hopper.tile_state import (
     END,
     FLIPS,
     GROUP_OF_TILES,
-    HAS_BEFORE,
     IS_AT_TAIL,
     IS_HIDDEN,
     IS_HUGE,
@@ -38,20 +37,6 @@ from csrc_free.hopper.virtual_queries import spread_rows, to_float32, twice, vir
 
 
 @gluon.jit
-def _with_values(
-    acc, t, units, unit, v_bias, HAS_NARROW_BIAS: gl.constexpr,
-    P: gl.constexpr, DTYPE: gl.constexpr, BLOCK_DV: gl.constexpr,
-    NARROW_ROWS: gl.constexpr, V_BY_HEADS: gl.constexpr, V_ROW: gl.constexpr,
-):  # fmt: skip
-    """Return the sums with T of an offset added, times its narrow values, rows from a unit on."""
-    T: gl.constexpr = acc.type.layout
-    v = to_float32(spread_rows(units, unit, P, DTYPE, BLOCK_DV, NARROW_ROWS, T, V_BY_HEADS, V_ROW))
-    if HAS_NARROW_BIAS:
-        v += v_bias
-    return acc + t * v
-
-
-@gluon.jit
 def attend_chunk(
     which, acc, sums, top, state, chunks,
     q_tile, k_tiles, v_tiles, k_tail, v_tail, units, plans, spans,
@@ -67,8 +52,7 @@ def attend_chunk(
 
     `chunks` of the item are left, this one among them. In a turn, that is a group of tiles at an
     offset, P is multiplied by a tile of values while the next logits are made, those of the next
-    offset's first tile behind the last tile of this one. Nothing is in flight between turns. The T
-    of a turn is added to the sums in the next, while that one's first product runs.
+    offset's first tile behind the last tile of this one. Nothing is in flight between turns.
     """
     S: gl.constexpr = accumulator(BLOCK_N, 8)
     T: gl.constexpr = accumulator(BLOCK_DV, 8)
@@ -113,31 +97,17 @@ def attend_chunk(
     sums *= gl.convert_layout(decay, rows_of(PARTS))[:, None]
     sums += parts
     mass = parts  # of the offset at hand, which v_wide_bias multiplies
-    t = nothing
-    before = 0  # number of the offset that t is of, where there is one
     while is_set(state, IS_ON):
         z = opaque_zero()
         is_first = (state & (31 << THIS)) == 0
         is_last = is_set(state, IS_LAST)
-        if TILES == 1:
-            if is_set(state, HAS_BEFORE):
-                acc = _with_values(
-                    acc, t, units, V_START - which + z - 2 * before, v_bias,
-                    HAS_NARROW_BIAS, P, DTYPE, BLOCK_DV, NARROW_ROWS, V_BY_HEADS, V_ROW,
-                )  # fmt: skip
-            t = nothing
+        t = nothing
         for n in gl.static_range(TILES - 1):
             if is_first:
                 wait_full(k_full, z + n + 1, state >> GROUP_OF_TILES)
                 wait_full(v_full, z + n, state >> GROUP_OF_TILES)
             k_tile = k_tiles.index(z + n + 1).permute((1, 0))
             s = warpgroup_mma(vq, k_tile, blank, use_acc=False, is_async=True)
-            if n == 0:  # noqa: SIM102 (one is of compile time, one of run time)
-                if is_set(state, HAS_BEFORE):
-                    acc = _with_values(
-                        acc, t, units, V_START - which + z - 2 * before, v_bias,
-                        HAS_NARROW_BIAS, P, DTYPE, BLOCK_DV, NARROW_ROWS, V_BY_HEADS, V_ROW,
-                    )  # fmt: skip
             t = warpgroup_mma(p, v_tiles.index(z + n), t, use_acc=n > 0, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             # Elsewhere than at a group's ends a partly seen tile is weighed anew.
@@ -236,9 +206,19 @@ def attend_chunk(
         t = warpgroup_mma_wait(0, deps=(t,))
         if is_last:
             arrive(v_empty, z + TILES - 1)
+        # Loaded before the wait, it would take the registers of p.
+        v = to_float32(
+            spread_rows(
+                units, V_START - which + z - 2 * this_offset(state),
+                P, DTYPE, BLOCK_DV, NARROW_ROWS, T, V_BY_HEADS, V_ROW,
+            )
+        )  # fmt: skip
+        if HAS_NARROW_BIAS:
+            v += v_bias
         if HAS_WIDE_BIAS:
             total = gl.convert_layout(gl.sum(mass, 1), rows_of(T))
             t += (v_wide_bias * total)[:, None]
+        acc += t * v
         if (is_bad != 0) & is_more:
             k_tile = k_tiles.index(z).permute((1, 0))
             constant, weight, parts, top, decay, is_huge = attend_anew(
@@ -247,9 +227,7 @@ def attend_chunk(
                 constant, top, factor, which, HAS_CONSTANT, S,
             )  # fmt: skip
             state |= is_huge << IS_HUGE
-            decay_t = gl.convert_layout(decay, rows_of(T))[:, None]
-            t *= decay_t
-            acc *= decay_t
+            acc *= gl.convert_layout(decay, rows_of(T))[:, None]
             decay_s = gl.convert_layout(decay, rows_of(PARTS))[:, None]
             grown = sums * decay_s + parts
         p = packed(weight, DTYPE, WEIGHTS)
@@ -265,11 +243,6 @@ def attend_chunk(
             group = bits_of_group(plans, plan, next_word, row, left, TILES, BLOCK_N)
             state = (state & ~OF_GROUP) ^ (1 << GROUP_OF_TILES) | group
             state &= gl.where(left > 0, -1, ~(1 << IS_ON))
-        before = this_offset(state)
-        state = (state & ~OF_OFFSET) | bits | (1 << HAS_BEFORE)
-    acc = _with_values(
-        acc, t, units, V_START - which - 2 * before, v_bias,
-        HAS_NARROW_BIAS, P, DTYPE, BLOCK_DV, NARROW_ROWS, V_BY_HEADS, V_ROW,
-    )  # fmt: skip
+        state = (state & ~OF_OFFSET) | bits
     state ^= byte_of(word, HAS_TAIL) << END
     return acc, sums, top, state & (FLIPS | (1 << IS_HUGE))

@@ -280,10 +280,10 @@ def attend_narrow(
                     sums.store(gl.reshape(pairs, [32, BLOCK_D]))
                     total = sums.load(by_column)
                 else:
-                    one, other = split_pairs(t * narrow, ENTRIES)
-                    sums.store(one)
+                    first_rows, second_rows = split_pairs(t * narrow, ENTRIES)
+                    sums.store(first_rows)
                     total = sums.load(by_column)
-                    sums.store(other)
+                    sums.store(second_rows)
                     second_total = sums.load(by_column)
                 mbarrier.arrive(k_empty.index(buffer), count=1)
 
@@ -305,20 +305,20 @@ def attend_narrow(
                     r * ENTRIES, HEADS, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 n += 1
-            to = dq + batch.to(gl.int64) * dq_strides[0]
+            ptrs = dq + batch.to(gl.int64) * dq_strides[0]
             _store_sums(
-                to, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS
+                ptrs, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS
             )
             if ENTRIES > 1:
                 _store_sums(
-                    to, second_total * scale, entry + 1, kv_head, seq, dq_strides,
+                    ptrs, second_total * scale, entry + 1, kv_head, seq, dq_strides,
                     GROUP, HEADS, HEAD_DIM, PAIRS,
                 )  # fmt: skip
 
 
 @gluon.jit
 def _store_sums(
-    to, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
+    ptrs, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     """Store sums of rows [32, columns], those of every second entry from `entry` on."""
@@ -328,8 +328,8 @@ def _store_sums(
     columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
     at = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
     at += (entries // HEADS).to(gl.int64) * strides[2]
-    is_real = (entries // HEADS < seq) & (entries % HEADS < GROUP)
+    mask = (entries // HEADS < seq) & (entries % HEADS < GROUP)
     gl.store(
-        to + at[:, None] + columns[None, :], total.to(gl.bfloat16),
-        mask=is_real[:, None] & (columns < HEAD_DIM)[None, :],
+        ptrs + at[:, None] + columns[None, :], total.to(gl.bfloat16),
+        mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip

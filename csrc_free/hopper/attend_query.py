@@ -191,13 +191,13 @@ def attend_query(
             bh = batch.to(gl.int64) * kv_heads + kv_head
             x = gl.arange(0, _ROWS, layout=of_rows) % 64
             i = i0 + x // HEADS
-            real = (i < seq) & (x % HEADS < GROUP)
-            at = bh * seq * GROUP + i * GROUP + x % HEADS
-            row_lse2 = gl.load(lse2 + at, mask=real, other=INFINITY)
-            row_delta = gl.load(delta + at, mask=real, other=0.0)
+            mask = (i < seq) & (x % HEADS < GROUP)
+            offs = bh * seq * GROUP + i * GROUP + x % HEADS
+            row_lse2 = gl.load(lse2 + offs, mask=mask, other=INFINITY)
+            row_delta = gl.load(delta + offs, mask=mask, other=0.0)
             of_dp = row_delta
             if dtype == gl.float16:  # as `half_range.scaled_rows_kernel` left them
-                of_dp = gl.load(row_factors + at, mask=real, other=0.0)
+                of_dp = gl.load(row_factors + offs, mask=mask, other=0.0)
                 log2_scale = gl.load(factors + bh * 8)
             is_huge = gl.load(has_huge + bh) != 0
             position = p0 + x // HEADS
@@ -208,8 +208,8 @@ def attend_query(
             narrow_hi = keys
             if HAS_BOUNDS:
                 at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
-                low = gl.load(at, mask=real, other=0)
-                high = gl.load(at + 1, mask=real, other=0)
+                low = gl.load(at, mask=mask, other=0)
+                high = gl.load(at + 1, mask=mask, other=0)
                 lo = gl.maximum(lo, low)
                 hi = gl.minimum(hi, high)
                 narrow_lo = gl.maximum(gl.maximum(position - narrow_left, narrow_first), low)
@@ -316,12 +316,13 @@ def attend_query(
                 )
                 # The next virtual rows, while the product runs. Those of the last turn are made of
                 # whatever is there, and never used.
-                here = turns & 1
-                there = (turns + 1) & 1
+                buffer = turns & 1
+                next_buffer = (turns + 1) & 1
                 if g < last:
-                    wait_full(rows_full, there, (turns + 1) >> 1)
+                    wait_full(rows_full, next_buffer, (turns + 1) >> 1)
                 logit, dp = _make_virtual(
-                    vq, vdo, q_buffer, do_buffer, k_rows.index(there), v_rows.index(there),
+                    vq, vdo, q_buffer, do_buffer,
+                    k_rows.index(next_buffer), v_rows.index(next_buffer),
                     log2_scale, biases, FORM, HAS_WIDE_BIAS, HAS_BIAS,
                     P, BLOCK_D, BLOCK_DV, of_rows,
                 )  # fmt: skip
@@ -337,7 +338,7 @@ def attend_query(
                 dvq = warpgroup_mma_wait(1, deps=(dvq,))
                 if is_last:
                     arrive(empty, zero + END)
-                k = spread(k_rows.index(here), acc.to(dtype), 2 * P, BLOCK_D)
+                k = spread(k_rows.index(buffer), acc.to(dtype), 2 * P, BLOCK_D)
                 if HAS_BIAS:
                     k = to_float32(k) + biases[2]
                 elif FORM != DETERMINANT:  # whose product takes it as it is
@@ -354,7 +355,7 @@ def attend_query(
                     acc = plus_cross(acc, dvq, k)
                 else:
                     acc += dvq * k
-                arrive(rows_empty, here)
+                arrive(rows_empty, buffer)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 group += is_last.to(gl.int32)
                 it = it2
@@ -365,20 +366,22 @@ def attend_query(
         acc_left, acc_right = _halves(acc)
         left.store(acc_left)
         right.store(acc_right)
-        to = dq + batch.to(gl.int64) * dq_strides[0]
+        ptrs = dq + batch.to(gl.int64) * dq_strides[0]
         of_dq = row_factors
         if dtype == gl.float16:
             of_dq += (items // tiles + batch * kv_heads + kv_head).to(gl.int64) * seq * GROUP
-        _store_half(to, left, scale, of_dq, 0, i0, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM)
         _store_half(
-            to, right, scale, of_dq, BLOCK_D // 2, i0, kv_head, seq, dq_strides,
+            ptrs, left, scale, of_dq, 0, i0, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM
+        )
+        _store_half(
+            ptrs, right, scale, of_dq, BLOCK_D // 2, i0, kv_head, seq, dq_strides,
             GROUP, HEADS, HEAD_DIM,
         )  # fmt: skip
 
 
 @gluon.jit
 def _store_half(
-    to, sums, scale, of_dq, first_column, i0, kv_head, seq, strides,
+    ptrs, sums, scale, of_dq, first_column, i0, kv_head, seq, strides,
     GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Store columns of the rows of an item that are real, the sums of both warpgroups."""
@@ -389,13 +392,13 @@ def _store_half(
     column = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     i = i0 + row // HEADS
     head = kv_head * GROUP + row % HEADS
-    real = (i < seq) & (row % HEADS < GROUP)
-    if to.dtype.element_ty == gl.float16:
-        x *= gl.load(of_dq + i * GROUP + row % HEADS, mask=real, other=0.0)[:, None]
+    mask = (i < seq) & (row % HEADS < GROUP)
+    if ptrs.dtype.element_ty == gl.float16:
+        x *= gl.load(of_dq + i * GROUP + row % HEADS, mask=mask, other=0.0)[:, None]
     else:
         x *= scale
     at = head.to(gl.int64) * strides[1] + i.to(gl.int64) * strides[2]
     gl.store(
-        to + at[:, None] + column[None, :], x.to(to.dtype.element_ty),
-        mask=real[:, None] & (column < HEAD_DIM)[None, :],
+        ptrs + at[:, None] + column[None, :], x.to(ptrs.dtype.element_ty),
+        mask=mask[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip

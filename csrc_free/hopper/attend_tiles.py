@@ -105,17 +105,17 @@ def attend_tiles(
         rows = gl.arange(0, ROWS, layout=rows_of(F))
         query = i + rows // HEADS
         head = kv_head * group + rows % HEADS
-        is_real = (query < seq) & (rows % HEADS < group)
+        mask = (query < seq) & (rows % HEADS < group)
         heads = kv_heads * group
-        to = lse + (batch.to(gl.int64) * heads + head) * seq + query
-        gl.store(to, logarithm * LN_2, mask=is_real)
-        to = out + batch.to(gl.int64) * o_stride_b
-        to += (head.to(gl.int64) * o_stride_h + query.to(gl.int64) * o_stride_n)[:, None]
+        ptrs = lse + (batch.to(gl.int64) * heads + head) * seq + query
+        gl.store(ptrs, logarithm * LN_2, mask=mask)
+        ptrs = out + batch.to(gl.int64) * o_stride_b
+        ptrs += (head.to(gl.int64) * o_stride_h + query.to(gl.int64) * o_stride_n)[:, None]
         for half in gl.static_range(2):
             hand_out.store(_half_of(acc, half))
             columns = half * HALF + gl.arange(0, HALF, layout=columns_of(F))
             both = hand_out.slice(0, ROWS, 0).load(F) * first_weight[:, None]
             both += hand_out.slice(ROWS, ROWS, 0).load(F) * second_weight[:, None]
-            mask = is_real[:, None] & (columns < VALUE_DIM)[None, :]
-            gl.store(to + columns[None, :], both.to(out.dtype.element_ty), mask=mask)
+            of_columns = mask[:, None] & (columns < VALUE_DIM)[None, :]
+            gl.store(ptrs + columns[None, :], both.to(out.dtype.element_ty), mask=of_columns)
         state = (state & FLIPS) ^ (1 << ITEM)

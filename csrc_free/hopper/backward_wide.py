@@ -318,10 +318,10 @@ def _sum_up(
                 if d == 0:
                     row = i + both % positions
                     head = both % _ROWS // positions
-                    is_row = (row < seq) & (head < group)
+                    mask = (row < seq) & (head < group)
                     at = (bh.to(gl.int64) * seq + row) * group + head
-                    of_lse2 = gl.load(lse2 + at, mask=is_row & (both < _ROWS), other=float("inf"))
-                    of_delta = gl.load(delta + at, mask=is_row & (both >= _ROWS), other=0.0)
+                    of_lse2 = gl.load(lse2 + at, mask=mask & (both < _ROWS), other=float("inf"))
+                    of_delta = gl.load(delta + at, mask=mask & (both >= _ROWS), other=0.0)
                     both_statistics.store(gl.where(both < _ROWS, of_lse2, of_delta)[None, :])
                 dp = warpgroup_mma(
                     v_tile, ring.index(2 * now + 1).permute((1, 0)), no_logits,
@@ -380,15 +380,15 @@ def _sum_up(
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))
         kv_head = (bh % kv_heads).to(gl.int64)
-        to = batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
+        offs = batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
         gl.store(
-            dk_wide + to + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
+            dk_wide + offs + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
             (x * scale).to(gl.bfloat16),
             mask=(row < wide_rows)[:, None] & (column < HEAD_DIM)[None, :],
         )  # fmt: skip
-        to = batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
+        offs = batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
         gl.store(
-            dv_wide + to + (row.to(gl.int64) * stride_dv_n)[:, None] + column[None, :],
+            dv_wide + offs + (row.to(gl.int64) * stride_dv_n)[:, None] + column[None, :],
             y.to(gl.bfloat16),
             mask=(row < wide_rows)[:, None] & (column < VALUE_DIM)[None, :],
         )  # fmt: skip

@@ -70,7 +70,7 @@ def bring(
 
 @gluon.jit
 def _bring_rows(
-    source, stride_n, first, end, bias, to, start,
+    source, stride_n, first, end, bias, target, start,
     HAS_BIAS: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Write rows [first, end) of a matrix, CHUNK at most, to shared memory; 0 beyond."""
@@ -85,7 +85,7 @@ def _bring_rows(
         )
         if HAS_BIAS:
             x = x.to(gl.float32) + bias
-        to.index(start + n).store(x.to(to.dtype))
+        target.index(start + n).store(x.to(target.dtype))
 
 
 @gluon.jit

@@ -56,13 +56,13 @@ def bring_keys(
             place, own_turns = places(base, turns, split, splits)
             wait_empty(keys_empty, 0, tiles_done)
             mbarrier.expect(keys_full.index(0), k_wide.block_type.nbytes + v_wide.block_type.nbytes)
-            to = [batch, kv_head, tile * _KEYS, 0]
+            coords = [batch, kv_head, tile * _KEYS, 0]
             tma.async_copy_global_to_shared(
-                k_wide, to, keys_full.index(0),
+                k_wide, coords, keys_full.index(0),
                 k_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_D], k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                v_wide, to, keys_full.index(0),
+                v_wide, coords, keys_full.index(0),
                 v_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
             for _turn in range(own_turns):

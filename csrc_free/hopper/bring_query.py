@@ -65,7 +65,7 @@ def bring_tiles(
 
 @gluon.jit
 def _copy_rows(
-    to, pointer, stride_8, key, narrow_first, narrow_rows, bounds, i0, seq, DIMS: gl.constexpr,
+    buffer, pointer, stride_8, key, narrow_first, narrow_rows, bounds, i0, seq, DIMS: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, P: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Begin to copy the narrow rows of keys key .. key + P to shared memory, one for each query.
@@ -86,7 +86,7 @@ def _copy_rows(
             seen = seen & (key + x >= low) & (key + x < high)
         seen = seen[:, None] & (columns < DIMS)[None, :]
         at = pointer + (rows.to(gl.int64) * stride_8 * 8)[:, None] + columns[None, :]
-        async_copy.async_copy_global_to_shared(to.slice(x0, AT_ONCE), at, mask=seen)
+        async_copy.async_copy_global_to_shared(buffer.slice(x0, AT_ONCE), at, mask=seen)
 
 
 @gluon.jit
@@ -118,21 +118,21 @@ def bring_rows(
             bounds += b * seq * 2
         for _ in range(0, count, SLOTS):
             for offset in range((offsets + 1) // 2 * 2):
-                to = turn & 3
+                buffer = turn & 3
                 key = p0 - offset_first - offset
                 # An offset after the last one is nobody's: its rows are zeros.
-                there = gl.where(offset < offsets, narrow_rows, 0)
+                rows = gl.where(offset < offsets, narrow_rows, 0)
                 if turn & 1 == 0:
-                    wait_empty(rows_empty, to >> 1, turn >> 2)
+                    wait_empty(rows_empty, buffer >> 1, turn >> 2)
                 _copy_rows(
-                    k_rows.index(to), k_head, stride_kn_n, key, narrow_first, there,
+                    k_rows.index(buffer), k_head, stride_kn_n, key, narrow_first, rows,
                     bounds, i0, seq, HEAD_DIM, HAS_BOUNDS, P, BLOCK_D,
                 )  # fmt: skip
                 _copy_rows(
-                    v_rows.index(to), v_head, stride_vn_n, key, narrow_first, there,
+                    v_rows.index(buffer), v_head, stride_vn_n, key, narrow_first, rows,
                     bounds, i0, seq, VALUE_DIM, HAS_BOUNDS, P, BLOCK_DV,
                 )  # fmt: skip
                 if turn & 1 == 1:
-                    async_copy.mbarrier_arrive(rows_full.index(to >> 1))
-                    mbarrier.arrive(rows_full.index(to >> 1), count=1)
+                    async_copy.mbarrier_arrive(rows_full.index(buffer >> 1))
+                    mbarrier.arrive(rows_full.index(buffer >> 1), count=1)
                 turn += 1

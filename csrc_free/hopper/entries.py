@@ -42,10 +42,10 @@ def load_entries(
     head = kv_head * GROUP + entries % HEADS
     at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
     at += i.to(gl.int64) * strides[2]
-    is_real = (i < seq) & (entries % HEADS < GROUP)
+    mask = (i < seq) & (entries % HEADS < GROUP)
     return gl.load(
         pointer + (at * 8)[:, None] + columns[None, :],
-        mask=is_real[:, None] & (columns < DIMS)[None, :], other=0.0,
+        mask=mask[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
 
@@ -172,10 +172,10 @@ def add_to_part(
         if IS_SHIFTED:
             both = gl.where((y == 0)[:, None], first, both)
         for g in gl.static_range(ENTRIES // 2):
-            to = base + (first_entry + 2 * g) // HEADS
-            _add_rows(part, to, slots, both, g * KEYS, KEYS, DIMS, KEYS)
+            slot = base + (first_entry + 2 * g) // HEADS
+            _add_rows(part, slot, slots, both, g * KEYS, KEYS, DIMS, KEYS)
             if IS_SHIFTED:
-                _add_rows(part, to + KEYS, slots, second, g * KEYS, 1, DIMS, KEYS)
+                _add_rows(part, slot + KEYS, slots, second, g * KEYS, 1, DIMS, KEYS)
             if ENTRIES > 2:
                 thread_barrier()
 
@@ -194,9 +194,9 @@ def _add_rows(
     row = gl.arange(0, value.shape[0], layout=rows_of(layout))
     column = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
     slot = gl.minimum(gl.maximum(slot + row - first, 0), slots - 1)
-    to = part + (slot * DIMS)[:, None] + column[None, :]
+    ptrs = part + (slot * DIMS)[:, None] + column[None, :]
     if (value.shape[0] == count) and (value.shape[1] == DIMS):
-        gl.atomic_add(to, value, sem="relaxed")
+        gl.atomic_add(ptrs, value, sem="relaxed")
     else:
-        is_there = (row >= first) & (row < first + count)
-        gl.atomic_add(to, value, mask=is_there[:, None] & (column < DIMS)[None, :], sem="relaxed")
+        mask = (row >= first) & (row < first + count)
+        gl.atomic_add(ptrs, value, mask=mask[:, None] & (column < DIMS)[None, :], sem="relaxed")

@@ -51,21 +51,21 @@ def place(
             1, gl.BlockedLayout([(P + 31) // 32, 1], [32, 1], [1, WARPS], [1, 0])
         )
         i = i0 + gl.arange(0, P, layout=layout)
-        real = i < seq
+        mask = i < seq
         p = start + i
         at = kv_bounds + (batch.to(gl.int64) * seq + i) * 2
-        low = gl.load(at, mask=real, other=0)
-        high = gl.load(at + 1, mask=real, other=0)
+        low = gl.load(at, mask=mask, other=0)
+        high = gl.load(at + 1, mask=mask, other=0)
         lo = gl.maximum(gl.maximum(p - wide_left, wide_first), low)
         hi = gl.minimum(gl.minimum(p + wide_right + 1, keys), high)
         narrow_lo = gl.maximum(gl.maximum(p - narrow_left, narrow_first), low)
         narrow_hi = gl.minimum(gl.minimum(p + narrow_right + 1, keys), high)
-        sees = real & (lo < hi) & (narrow_lo < narrow_hi)
+        sees = mask & (lo < hi) & (narrow_lo < narrow_hi)
         bottom = gl.min(gl.where(sees, lo, FAR), 0)
         top = gl.max(gl.where(sees, hi, -FAR), 0)
         full_lo = gl.max(gl.where(sees, lo, -FAR), 0)
         # Where a row sees nothing, every tile is masked.
-        full_hi = gl.min(gl.where(real, gl.where(sees, hi, -FAR), FAR), 0)
+        full_hi = gl.min(gl.where(mask, gl.where(sees, hi, -FAR), FAR), 0)
         offset_first = gl.min(gl.where(sees, p - narrow_hi + 1, FAR), 0)
         offset_last = gl.max(gl.where(sees, p - narrow_lo, -FAR), 0)
     else:

@@ -67,10 +67,10 @@ def spans_kernel(
     narrow_end = tl.zeros([BLOCK], tl.int32)
     for first in range(begin, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        real = i < end
-        rows = (i, i, real)  # of no head
+        mask = i < end
+        rows = (i, i, mask)  # of no head
         lo, hi, narrow_lo, narrow_hi = key_ranges(rows, batch, kv_bounds, windows, sizes, True)
-        sees = real & (lo < key_end) & (hi > key_first) & (narrow_lo < narrow_hi)
+        sees = mask & (lo < key_end) & (hi > key_first) & (narrow_lo < narrow_hi)
         query_first = tl.minimum(query_first, tl.where(sees, i, _FAR))
         query_end = tl.maximum(query_end, tl.where(sees, i + 1, 0))
         narrow_first = tl.minimum(narrow_first, tl.where(sees, narrow_lo, _FAR))
@@ -84,18 +84,18 @@ def spans_kernel(
     hi_of_all = tl.full([BLOCK], _FAR, tl.int32)
     for first in range(first_of_all, end_of_all, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        real = i < end_of_all
+        mask = i < end_of_all
         bound = kv_bounds + (batch * seq + i) * 2
-        lo_of_all = tl.maximum(lo_of_all, tl.load(bound, mask=real, other=0))
-        hi_of_all = tl.minimum(hi_of_all, tl.load(bound + 1, mask=real, other=_FAR))
-    to = spans + (batch * tiles + tile) * _FIELDS
+        lo_of_all = tl.maximum(lo_of_all, tl.load(bound, mask=mask, other=0))
+        hi_of_all = tl.minimum(hi_of_all, tl.load(bound + 1, mask=mask, other=_FAR))
+    ptr = spans + (batch * tiles + tile) * _FIELDS
     is_seen = first_of_all < end_of_all
-    tl.store(to, tl.where(is_seen, first_of_all, 0))
-    tl.store(to + 1, end_of_all)
-    tl.store(to + 2, tl.where(is_seen, narrow_first_of_all, 0))
-    tl.store(to + 3, tl.where(is_seen, narrow_end_of_all, 0))
-    tl.store(to + 4, tl.max(lo_of_all, 0))
-    tl.store(to + 5, tl.minimum(tl.min(hi_of_all, 0), keys))
+    tl.store(ptr, tl.where(is_seen, first_of_all, 0))
+    tl.store(ptr + 1, end_of_all)
+    tl.store(ptr + 2, tl.where(is_seen, narrow_first_of_all, 0))
+    tl.store(ptr + 3, tl.where(is_seen, narrow_end_of_all, 0))
+    tl.store(ptr + 4, tl.max(lo_of_all, 0))
+    tl.store(ptr + 5, tl.minimum(tl.min(hi_of_all, 0), keys))
 
 
 def spans_of(problem: Problem, keys: int) -> Tensor | None:

@@ -264,13 +264,13 @@ def sum_keys(
                     )  # fmt: skip
                 if own_step_end > own_step:
                     of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
-                    one = _biased(k_tile.load(of_made), k_wide_bias, HAS_BIAS)
-                    other = _biased(k_row.load(of_made), k_narrow_bias, HAS_BIAS)
+                    wide = _biased(k_tile.load(of_made), k_wide_bias, HAS_BIAS)
+                    narrow = _biased(k_row.load(of_made), k_narrow_bias, HAS_BIAS)
                     if FORM == DETERMINANT:
-                        other, _like = gl.broadcast(other, one)
-                        made = rounded_cross(one, other)
+                        narrow, _like = gl.broadcast(narrow, wide)
+                        made = rounded_cross(wide, narrow)
                     else:
-                        made = one + other if FORM == STRASSEN else one * other
+                        made = wide + narrow if FORM == STRASSEN else wide * narrow
                     vk.store(made.to(vk.dtype))
                     vv.store(
                         (
@@ -290,10 +290,10 @@ def sum_keys(
                     sigma = of_keys
                     if FORM == STRASSEN:
                         last = gl.minimum(last, seq - positions)
-                        one = _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS)
-                        other = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                        wide = _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS)
+                        narrow = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
                         of_keys = gl.convert_layout(
-                            gl.sum(one * other, 1) * log2_scale, of_keys.type.layout,
+                            gl.sum(wide * narrow, 1) * log2_scale, of_keys.type.layout,
                             assert_trivial=True,
                         )  # fmt: skip
                         sigma = parts_of_rows(no_logits)
@@ -382,13 +382,13 @@ def sum_keys(
                         mask=part_columns < HEAD_DIM,
                     )  # fmt: skip
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
-                    other = _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
+                    narrow = _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
                     _wait_for_turn(dv_turn, r, turns_done)
-                    dv_sums.store(dv_sums.load(of_y) + y * other)
+                    dv_sums.store(dv_sums.load(of_y) + y * narrow)
                     arrive(dv_turn, r)
-                    other = _biased(k_row.load(of_x), k_narrow_bias, HAS_BIAS)
+                    narrow = _biased(k_row.load(of_x), k_narrow_bias, HAS_BIAS)
                     _wait_for_turn(dk_turn, r, turns_done)
-                    dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, other, FORM))
+                    dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, narrow, FORM))
                     arrive(dk_turn, r)
                 else:
                     _wait_for_turn(dv_turn, r, turns_done)

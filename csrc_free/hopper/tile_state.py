@@ -25,11 +25,9 @@ IS_LAST = gl.constexpr(17)
 IS_HIDDEN = gl.constexpr(18)
 THIS = gl.constexpr(19)
 OF_OFFSET = gl.constexpr((1 << 27) - (1 << 17))
-# Of the chunk: whether turns are left, whether the T of one before waits to be added. Of the item:
-# whether some row's maximum is huge.
+# Of the chunk: whether turns are left. Of the item: whether some row's maximum is huge.
 IS_ON = gl.constexpr(27)
 IS_HUGE = gl.constexpr(28)
-HAS_BEFORE = gl.constexpr(29)
 
 
 @gluon.jit

@@ -30,16 +30,20 @@ from tools.compiled import registers
 from tools.compiled.launches import Launch
 
 FORMS = ("trilinear", "determinant", "strassen")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PRECISIONS = (
+    (torch.bfloat16, None), (torch.float16, "tf32"), (torch.float32, "ieee"),
+    (torch.float32, "bf16x6"),
+)  # fmt: skip
 GROUPS = (1, 2, 4, 7, 8, 16, 31, 32, 40, 64, 96, 128)
 BLOCKS = (16, 32, 64, 128, 256)
 SPACES = {module.Config: module.SPACE for module in (forward, wide, query, keys, pairs)}
 EVERY = tuple(
-    Traits(group, block_d, block_dv, dtype, form, is_describable, are_rows_describable)
-    for group, block_d, block_dv, dtype, form, (is_describable, are_rows_describable)
+    Traits(group, d, dv, dtype, form, of_keys, of_rows, precision=precision)
+    for group, d, dv, (dtype, precision), form, (of_keys, of_rows)
     in itertools.product(
-        GROUPS, BLOCKS, BLOCKS, DTYPES, FORMS, ((False, False), (True, False), (True, True))
+        GROUPS, BLOCKS, BLOCKS, PRECISIONS, FORMS, ((False, False), (True, False), (True, True))
     )
+    if precision != "bf16x6" or max(d, dv) <= 128  # as `precision_of` has it
 )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ def test_devices_without_a_copy_engine_do_not(device):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": torch.float16}, {"form": "strassen"}, {"block_d": 256}]
+    "change",
+    [{"dtype": torch.float16, "precision": "tf32"}, {"form": "strassen"}, {"block_d": 256}],
 )
 def test_what_takes_small_tiles_is_read_by_pointers(change):
     assert not any(_by_descriptor(dataclasses.replace(TRAITS, **change), HOPPER))

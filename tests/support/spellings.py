@@ -19,7 +19,7 @@ def _above(s: Tensor) -> Tensor:
 
 
 def _added(s: Tensor) -> Tensor:
-    return torch.full(s.shape[-2:], HIDDEN, device=s.device).triu(1)
+    return torch.full(s.shape[-2:], HIDDEN, device=s.device, dtype=s.dtype).triu(1)
 
 
 def _written_into(s: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "added": lambda s: s + _added(s),
     "added before": lambda s: (
-        torch.zeros(s.shape[-2:], device=s.device).masked_fill(_above(s), HIDDEN) + s
+        torch.zeros(s.shape[-2:], device=s.device, dtype=s.dtype).masked_fill(_above(s), HIDDEN) + s
     ),
     "twice": lambda s: (s + _added(s)).masked_fill(_above(s), HIDDEN),
 }  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simplex_ops.contract.layout import empty_in_order_of
+from simplex_ops.contract.layout import empty_gradients
 from simplex_ops.contract.scale import scale_of
 from simplex_ops.devices.blocked import forms
 from simplex_ops.devices.blocked.buffers import (
@@ -49,10 +49,7 @@ def attn_backward(
 ) -> tuple[Tensor, ...]:
     """Return (dq, dk1, dk2, dv1, dv2); see `torch.ops.simplex.attn_backward`."""
     inputs = (q, k1, k2, v1, v2)
-    grads = tuple(
-        empty_in_order_of(x, x.shape[3]) if wanted else x.new_empty(0)
-        for x, wanted in zip(inputs, grad_mask, strict=True)
-    )
+    grads = empty_gradients(inputs, grad_mask)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0 or not any(grad_mask):
         return tuple(grad.zero_() for grad in grads)
     factor = scale_of(q, scale)

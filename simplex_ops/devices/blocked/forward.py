@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from simplex_ops.contract.layout import empty_in_order_of, lse_dtype
+from simplex_ops.contract.layout import empty_outputs
 from simplex_ops.contract.scale import scale_of
 from simplex_ops.devices.blocked import forms
 from simplex_ops.devices.blocked.buffers import (
@@ -42,8 +42,7 @@ def attn_forward(
     q_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out [B, H, N, Dv], lse [B, H, N]); see `torch.ops.simplex.attn`."""
-    out = empty_in_order_of(q, v1.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device)
+    out, lse = empty_outputs(q, v1)
     if lse.numel() == 0 or k1.shape[2] == 0 or k2.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     factor = scale_of(q, scale)
