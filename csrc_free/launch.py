@@ -37,7 +37,8 @@ def launch(
         options = {name: named.pop(name) for name in _FOR_TRITON if name in named}
         tracer.launch(kernel, programs, named, options)
         return
-    settle_cache_key(kernel)
+    if isinstance(kernel, JITCallable):  # the interpreter's are not
+        settle_cache_key(kernel)
     kernel[(programs,)](*args, **constants, **_said_of(config), **OPTIONS)
 
 
