@@ -18,6 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,8 +76,13 @@ def settings(seeds: int, *, quick: bool) -> Iterator[tuple[str, Setting]]:
 
 def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, Any]:
     """Train one model; return its loss on held-out files, nats a byte, by tokens seen."""
-    size, source = setting.size, _text(device)
+    size = setting.size
     model, forward = _compiled(size, setting.arm, device)
+    with ThreadPoolExecutor(1) as beside:  # reads while this thread compiles
+        reading = beside.submit(_text, device)
+        any_tokens = torch.zeros(size.batch, size.seq + 1, dtype=torch.int64, device=device)
+        _loss(forward, any_tokens).backward()  # compiles, and is no update
+        source = reading.result()
     model.load_state_dict(build(size, setting.arm, setting.seed).state_dict())
     trained = [p for p in model.parameters() if p.requires_grad]
     total = steps(setting)
@@ -85,7 +91,6 @@ def measure(setting: Setting, device: torch.device, watch: Watch) -> dict[str, A
     rates = [size.learning_rate * warm_cosine(n, total) for n in range(total)]
     blocks = text.Blocks(source.training, size.seq, setting.seed)
     tests = even_batches(source.held_out, size.batch, size.seq, size.held_out_batches)
-    _loss(forward, tests[0]).backward()  # compiles, and is no update
     most = max(last - first for first, last in itertools.pairwise((0, *evaluated)))
     update = updates_of(functools.partial(_loss, forward), trained, most, device, _HOW)
     curve: list[tuple[int, float]] = []
