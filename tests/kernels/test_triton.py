@@ -5,6 +5,7 @@ products are wrong in the interpreter: a GPU runs them, by tests/op/test_budgets
 neighbours.
 """
 
+import dataclasses
 import math
 import os
 from itertools import product
@@ -16,6 +17,8 @@ import torch
 from huge_logits import assert_finite
 from hypothesis import given, settings
 
+from csrc_free.portable.wide_parts import with_wide_parts
+from csrc_free.problem import problem_of
 from simplex_ops import reference
 from simplex_ops.devices import gpu
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases, run_attn
@@ -240,3 +243,17 @@ def test_q_start_at_the_ends_of_int32(windows, keys, is_causal, group):
         found.append((out, lse, *torch.autograd.grad(out.square().sum(), inputs)))
     for got, exact in zip(*found, strict=True):
         torch.testing.assert_close(got.double(), exact.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_float32_add_up_to_the_last_bit():
+    """Up to the largest number, which would round to infinity in bfloat16."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 2, 21, 20), torch.randn(2, 21, 2, 33).transpose(1, 2) * 1e20
+    k[0, 0, 0, 0] = torch.finfo(torch.float32).max
+    problem = problem_of(
+        torch.randn(2, 4, 9, 20), k, k, v, v, (8, 0), (2, 0), 1.0, "trilinear", 0.0, 0.0, None, None
+    )  # fmt: skip
+    parts = with_wide_parts(dataclasses.replace(problem, precision="bf16x6")).wide_parts
+    assert parts is not None
+    for whole, part in zip((problem.k_wide, problem.v_wide), parts, strict=True):
+        assert torch.equal(part.double().unflatten(2, (3, -1)).sum(2), whole.double())
