@@ -63,6 +63,8 @@ def exact(problem: Problem) -> dict[str, Tensor]:
     for head in range(kv_heads):
 
         def cut(t: Tensor, head: int = head) -> Tensor:
+            if not t.is_floating_point():
+                return t  # bounds and starts, which all heads share
             return t[:, head * group : (head + 1) * group] if t.shape[1] != kv_heads else (
                 t[:, head : head + 1]
             )  # fmt: skip

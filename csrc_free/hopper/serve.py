@@ -21,12 +21,10 @@ _DIMS = (33, 128)  # a tile has 64 or 128 columns: less than half of them would 
 _NARROW_FROM = 4
 
 # What of a tile's work is of use at least: a group fills some of its rows, a query sees some of its
-# keys. At 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10 (groups of 3 and 5;
-# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29).
-USEFUL_FROM = 0.7
-# Of other forms than trilinear: at 0.59 the portable kernel took 2.6 and 3.6 times as long (groups
-# of 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
-_USEFUL_FROM_OF_OTHERS = 0.5
+# keys. Trilinear: at 0.59 the portable kernel took 0.79 and 0.90 of the time, at 0.73 1.10; other
+# forms: at 0.59 2.6 and 3.6 (groups of 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29
+# and 30).
+USEFUL_FROM = {"trilinear": 0.7, "strassen": 0.5, "determinant": 0.5}
 # Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
 MOST_POSITIONS_OF_64_COLUMNS = 16
 
@@ -87,8 +85,7 @@ def _why_not_tiles(problem: Problem) -> str | None:
     if seq < config.p:
         return f"a tile is {config.p} positions of {config.heads} heads, and q has {seq}"
     useful = group * width / (config.heads * config.covered(width))
-    least = USEFUL_FROM if problem.form == "trilinear" else _USEFUL_FROM_OF_OTHERS
-    if useful < least:
+    if useful < USEFUL_FROM[problem.form]:
         return (
             f"a tile has {config.heads} rows for each of {config.p} positions, of which a group "
             f"fills {group}, and meets {config.covered(width)} keys, of which a query sees {width}"

@@ -405,7 +405,7 @@ def test_extreme_scores_agree_with_the_portable_kernels(size, used, monkeypatch)
         # They round k1∘k2 where the portable kernels here round q∘k2: a logit of thousands moves by
         # several, and which pair a query sees with it.
         if size <= 30:
-            assert (one - other).float().norm() <= 6e-3 * size * other.float().norm()
+            assert (one - other).float().norm() <= 8e-3 * size * other.float().norm()
 
 
 @pytest.mark.gpu

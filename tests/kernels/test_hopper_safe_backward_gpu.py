@@ -33,7 +33,7 @@ LUCK = torch.finfo(torch.bfloat16).eps / 4
 @pytest.fixture(autouse=True)
 def every_tile_serves(monkeypatch):
     """Serve what the portable forward would be faster at, too."""
-    monkeypatch.setattr(serve, "USEFUL_FROM", 0.0)
+    monkeypatch.setattr(serve, "USEFUL_FROM", dict.fromkeys(serve.USEFUL_FROM, 0.0))
 
 
 def _problem(group, **given):
@@ -109,15 +109,18 @@ def test_gradients_of_large_scores_are_finite(size, group):
 
 @pytest.mark.parametrize("group", SIZES)
 def test_values_of_any_size_give_the_same_bits(group):
-    """v1 times 2^100 and dout by as much less: dv1 changes by that factor, and nothing else."""
+    """v1 times 2^80 and dout by as much less: dv1 changes by that factor, and nothing else.
+
+    Sums of exponentials grow to 2^30 before they are brought down, and v1∘v2 is multiplied by them.
+    """
     problem = _problem(group, through="out")
     _first_tile_far_below(*problem.inputs)
     before = run_attn(torch.ops.simplex.attn, problem)
     assert problem.dout is not None
-    problem.inputs[3].mul_(2.0**100)
-    problem.dout.mul_(2.0**-100)
+    problem.inputs[3].mul_(2.0**80)
+    problem.dout.mul_(2.0**-80)
     after = run_attn(torch.ops.simplex.attn, problem)
-    factors = {"out": 2.0**100, "dv1": 2.0**-100}
+    factors = {"out": 2.0**80, "dv1": 2.0**-80}
     for name, value in before.items():
         assert torch.equal(after[name], value * factors.get(name, 1.0)), name
 

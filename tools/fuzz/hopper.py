@@ -34,7 +34,7 @@ def serve_all(*, have_one_division: bool = False) -> None:
     from csrc_free.attn import PortableWarning
     from csrc_free.hopper import backward, serve
 
-    serve.USEFUL_FROM = 0.0
+    serve.USEFUL_FROM = dict.fromkeys(serve.USEFUL_FROM, 0.0)
     serve.MOST_POSITIONS_OF_64_COLUMNS = 64
     if have_one_division:
         backward.plan_of = of_one_processor(backward.plan_of)
