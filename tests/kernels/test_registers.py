@@ -118,6 +118,15 @@ def kernel(pointer, SIZE: tl.constexpr):
 """
 
 
+def test_a_formatted_string_is_one_token_on_every_python():
+    fingerprint = pytest.importorskip("tools.compiled.fingerprint")
+    text = 'x = f"a{b:{c}}"  # so\ny = (f"{x}"\n     "d")\n'
+    found = fingerprint.code_of(text).split("\0")
+    assert [token for token in found if token.strip()] == [
+        "x", "=", 'f"a{b:{c}}"', "y", "=", "(", 'f"{x}"', '"d"', ")",
+    ]  # fmt: skip
+
+
 def _fingerprint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, text: str = KERNEL, **others: object
 ) -> str:

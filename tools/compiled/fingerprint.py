@@ -8,7 +8,6 @@ changes where a line above a kernel does.
 import functools
 import hashlib
 import inspect
-import io
 import textwrap
 import tokenize
 from collections.abc import Iterator
@@ -57,14 +56,32 @@ def _add_sources(function: FunctionType, found: dict[str, str]) -> None:
 
 
 def code_of(source: str) -> str:
-    """Return a text's tokens without comments and spacing; indentation is one level or another."""
+    """Return a text's tokens without comments and spacing; indentation is one level or another.
+
+    The same on every Python: an f-string is one token, as it was before 3.12.
+    """
     marks = {tokenize.INDENT: ">", tokenize.DEDENT: "<"}
-    tokens = tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline)
-    return "\0".join(
-        marks.get(token.type, token.string)
-        for token in tokens
-        if token.type not in (tokenize.COMMENT, tokenize.NL)
-    )
+    lines = textwrap.dedent(source).splitlines(keepends=True)
+    found: list[str] = []
+    opened: list[tuple[int, int]] = []  # where the f-strings begin that a token is inside of
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            opened.append(token.start)
+        elif kind == "FSTRING_END":
+            start = opened.pop()
+            if not opened:
+                found.append(_between(lines, start, token.end))
+        elif not opened and kind not in ("COMMENT", "NL"):
+            found.append(marks.get(token.type, token.string))
+    return "\0".join(found)
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """Return the text from one (row, column) to another; rows count from 1."""
+    (first, begin), (last, stop) = start, end
+    rows = [*lines[first - 1 : last - 1], lines[last - 1][:stop]]
+    return "".join(rows)[begin:]
 
 
 def _python_of(value: Any) -> FunctionType | None:
