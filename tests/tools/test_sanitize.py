@@ -32,6 +32,13 @@ def _launches(case):
     return found
 
 
+# Kernels that read no tiles by descriptors.
+ONE_WAY = (
+    "delta", "backward_wide", "sum_parts", "spans", "parts", "order_columns",
+    "largest_of_keys", "largest_of_rows", "scaled_narrow", "scaled_rows",
+)  # fmt: skip
+
+
 def test_the_small_problems_reach_every_kernel():
     reached = {
         (launch.kernel.__name__, launch.constants.get("DESCRIPTORS"))
@@ -41,11 +48,12 @@ def test_the_small_problems_reach_every_kernel():
     tiled = ("forward", "backward_query", "backward_keys", "backward_pairs")
     assert reached == {
         *((f"{name}_kernel", how) for name in tiled for how in (True, False)),
-        *((f"{name}_kernel", None) for name in ("delta", "backward_wide", "sum_parts", "spans")),
+        *((f"{name}_kernel", None) for name in ONE_WAY),
         *(
             (f"hopper_{name}_kernel", None)
             for name in (
                 "forward",
+                "forward_tiles",
                 "backward_keys",
                 "backward_wide",
                 "backward_query",

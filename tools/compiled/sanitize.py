@@ -39,6 +39,7 @@ CASES = (
     Case(1, 2, 2, 40, head_dim=64, w1=20, w2=5, form="strassen", **BF16),
     Case(1, 2, 8, 70, head_dim=80, w1=40, w2=5, form="determinant", **BF16),
     Case(1, 1, 4, 40, head_dim=64, w1=20, w2=5, dtype=torch.float16, through="both"),
+    Case(1, 1, 64, 40, head_dim=128, w1=36, w2=4, dtype=torch.float16, through="both"),
     Case(1, 1, 4, 40, head_dim=64, w1=20, w2=5, dtype=torch.float32, through="both"),
 )
 
