@@ -39,13 +39,13 @@ help: ## list the targets
 test: suite $(if $(strip $(ARGS)),,interpreted) ## set up and run the tests, in parallel; some: make test ARGS="-k laws"
 
 suite: $(VENV)/.test
-	$(BIN)/python -m pytest $(PARALLEL) $(or $(strip $(ARGS)),-m "not slow")
+	$(BIN)/python -m pytest $(PARALLEL) $(or $(strip $(ARGS)),-m "not slow and not long")
 
 interpreted: $(VENV)/.test ## the kernels alone, in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 
 slow: $(VENV)/.test ## what test leaves out: what compiles, builds or trains for long
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not long"
 
 test-all: $(VENV)/.test $(VENV)/.models ## every test, problems drawn anew, more of them, and the support table: an hour
 	SIMPLEX_FUZZ_EXAMPLES=2000 TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PARALLEL)

@@ -51,7 +51,7 @@ class Differentiate(nn.Module):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("heads", [(8, 4), (64, 1)], ids=["group of 2", "where Gluon would serve"])
 def test_a_backward_is_in_its_package_too(heads):
     register()

@@ -22,7 +22,7 @@ SPELLINGS = {
 }
 # A C++ compiler takes its time; what differs from spelling to spelling is the pass's work.
 EACH = [
-    *(pytest.param(name, "cpu", marks=pytest.mark.slow) for name in ("matmul", "bmm", "groups")),
+    *(pytest.param(name, "cpu", marks=pytest.mark.long) for name in ("matmul", "bmm", "groups")),
     *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in SPELLINGS),
 ]
 

@@ -84,7 +84,13 @@ def test_a_cache_that_cannot_be_served_is_refused_when_compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dynamic"),
-    [("llama", None), ("llama", True), ("gpt2", None), ("qwen3", None), ("mistral", None)],
+    [
+        ("llama", None),
+        ("llama", True),
+        ("gpt2", None),
+        ("qwen3", None),
+        pytest.param("mistral", None, marks=pytest.mark.long),
+    ],
 )
 def test_compiled_models_generate_with_any_cache(family, dynamic):
     model, ids = generating(family), tokens(seq=10)

@@ -46,7 +46,7 @@ def test_what_cannot_be_measured_is_said(tmp_path):
     assert shape_from(TOY.as_json()) == TOY
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_part_has_its_aims(tmp_path):
     lines = tmp_path / "lines.jsonl"
