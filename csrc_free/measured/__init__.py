@@ -2,7 +2,7 @@
 
 `serves` says which problems the table speaks of, and `lines` has each kernel's configs: the first
 whose conditions hold is the choice, and a kernel without such a line does not run. `figures`,
-`versions` and `date` say why, and change nothing.
+`versions` and `date` say why, and change nothing; a figure of another device or day says so itself.
 """
 
 import functools
