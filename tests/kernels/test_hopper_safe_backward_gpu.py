@@ -111,8 +111,8 @@ def test_gradients_of_large_scores_are_finite(size, group):
 def test_values_of_any_size_give_the_same_bits(group):
     """v1 times 2^80 and dout by as much less: dv1 changes by that factor, and nothing else.
 
-    Sums of exponentials grow before they are brought down, and v1∘v2 is multiplied by them: DESIGN.md,
-    Known limits.
+    Sums of exponentials grow before they are brought down, and v1∘v2 is multiplied by them:
+    DESIGN.md, Known limits.
     """
     problem = _problem(group, through="out")
     _first_tile_far_below(*problem.inputs)
