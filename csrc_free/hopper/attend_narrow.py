@@ -13,16 +13,17 @@ from csrc_free.hopper.assembly import pack_bfloat16
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.entries import (
     add_to_part,
+    entries_of_position,
     load_entries,
     load_newest,
     narrow_rows_of,
-    power_of_two,
+    place_of_tile,
     rows_of_entries,
     split_pairs,
     virtual_keys,
 )
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
-from csrc_free.hopper.query_items import place, seen_only, to_float32
+from csrc_free.hopper.query_items import seen_only, to_float32
 from csrc_free.steps.parts_sum import slot_base
 
 INFINITY = gl.constexpr(float("inf"))
@@ -81,7 +82,8 @@ def attend_narrow(
     HAS_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, KEYS: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+    P: gl.constexpr, TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Compute every second ENTRIES entries: their dq, and what they add to the item's part."""
     (
@@ -89,8 +91,8 @@ def attend_narrow(
         q_start_default,
     ) = sizes  # fmt: skip
     slots, part_rows, part_shift = part_sizes
-    HEADS: gl.constexpr = power_of_two(GROUP)
     ENTRIES: gl.constexpr = 64 // KEYS
+    HEADS: gl.constexpr = entries_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     # The second entry of a pair stands one position on: it sees the same keys but the first, and
     # in its place the newest.
@@ -156,9 +158,9 @@ def attend_narrow(
                 PAIRS, VALUE_DIM, BLOCK_DV,
             )  # fmt: skip
         for tile in range(first, gl.minimum(first + steps, tiles)):
-            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 4,
+            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place_of_tile(
+                item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, TILES_OF_POSITION, BLOCK_N, TAIL, 4,
             )  # fmt: skip
             entry = tile * (2 * ENTRIES) + r * ENTRIES
             q_row.store(next_q)
@@ -201,9 +203,12 @@ def attend_narrow(
                     narrow_lo = gl.maximum(narrow_lo, low)
                     narrow_hi = gl.minimum(narrow_hi, high)
                 seen = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
+                head = entry_of_row % HEADS
+                if TILES_OF_POSITION > 1:
+                    head += tile % TILES_OF_POSITION * (2 * ENTRIES)
                 if GROUP < HEADS:
-                    seen = seen & (entry_of_row % HEADS < GROUP)
-                at = bh * seq * GROUP + i * GROUP + entry_of_row % HEADS
+                    seen = seen & (head < GROUP)
+                at = bh * seq * GROUP + i * GROUP + head
                 shift = gl.load(lse2 + at, mask=seen, other=INFINITY)
                 row_delta = gl.load(delta + at, mask=seen, other=0.0)
                 buffer = 2 * r + (n & 1)

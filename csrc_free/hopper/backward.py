@@ -16,7 +16,14 @@ from csrc_free.hopper import half_range
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
+from csrc_free.hopper.key_plan import (
+    KEYS,
+    MOST_HEADS,
+    Plan,
+    plan_of,
+    splits_of_wide,
+    why_not_half,
+)
 from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
@@ -38,7 +45,8 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str  # all four key-value gradients
-    wide: str | None  # the wide pair's alone, where `keys` does not run; None: it runs
+    # The wide pair's alone: how many programs share a tile. None: `keys` runs.
+    wide: int | str | None
     query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
 
     @property
@@ -56,10 +64,11 @@ class Choice:
         here, left = [], []
         if isinstance(self.keys, Plan):
             here.append("keys")
-        elif self.wide is None:
+        elif isinstance(self.wide, int):
             here.append("wide")
         else:
-            left.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
+            reasons = dict.fromkeys(filter(None, (self.keys, self.wide)))
+            left.append(f"keys and values: {'; '.join(reasons)}")
         if isinstance(self.query, str):
             left.append(f"dq: {self.query}")
         else:
@@ -74,9 +83,15 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
     traits = dataclasses.replace(problem.traits(dout), block_d=block(columns_of(problem)))
-    keys, wide, small = plan_of(problem, dout), why_not_wide(problem, dout), _small(problem, traits)
-    if wide is None and not isinstance(small, str):
-        keys = "up to 4 heads the kernels of small groups are faster"
+    keys, wide, small = (
+        plan_of(problem, dout),
+        splits_of_wide(problem, dout),
+        _small(problem, traits),
+    )
+    if isinstance(wide, int) and not isinstance(small, str):
+        keys = (
+            f"up to {MOST_HEADS} heads the kernels of small groups weigh pairs as the forward did"
+        )
     if isinstance(keys, Plan):
         return Choice(keys=keys, wide=None, query=_query_alone(problem, traits))
     if isinstance(small, str) and problem.group > 2:
@@ -91,7 +106,7 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     # Of the window itself, however few keys there are: each row is at its place in it.
     config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
     if config is None:
-        return "for 1 to 4 heads, trilinear, and a narrow window of up to 64 keys"
+        return f"for 1 to {MOST_HEADS} heads, trilinear, and a narrow window of up to 64 keys"
     if narrow_side.share_of(problem, config) is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return config
@@ -131,9 +146,10 @@ def write_gradients(
             grads = dk_wide, dv_wide, dk_narrow, dv_narrow
             _run_keys(near, statistics, choice.keys, grads, ranges)
         wide, narrow = nothing, nothing
-    elif choice.wide is None and any(grad is not None for grad in wide):
+    elif isinstance(choice.wide, int) and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
-        backward_wide(near, statistics, dk_wide, dv_wide, spans_of(near, WIDE_KEYS))
+        spans = spans_of(near, WIDE_KEYS)
+        backward_wide(near, statistics, dk_wide, dv_wide, spans, choice.wide)
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):

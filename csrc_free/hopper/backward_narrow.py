@@ -24,8 +24,8 @@ from csrc_free.hopper.attend_narrow import attend_narrow
 from csrc_free.hopper.bring_narrow import bring_narrow_rows, bring_wide_tiles
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
-from csrc_free.hopper.entries import power_of_two
-from csrc_free.hopper.key_plan import memory_for_parts, shares
+from csrc_free.hopper.entries import entries_of_position, positions_of_tile, tiles_of_position
+from csrc_free.hopper.key_plan import MOST_HEADS, memory_for_parts, shares
 from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
@@ -74,8 +74,7 @@ def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     if not _serves(traits, device):
         return None
     for keys in (16, 32, MOST_KEYS):
-        # The entries of both warpgroups are whole positions.
-        if narrow_window <= keys and 2 * (ROWS // keys) % triton.next_power_of_2(traits.group) == 0:
+        if narrow_window <= keys:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -92,7 +91,7 @@ def _serves(traits: Traits, device: Device) -> bool:
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
-        and 1 <= traits.group <= 4
+        and 1 <= traits.group <= MOST_HEADS
     )
 
 
@@ -111,7 +110,9 @@ def hopper_backward_narrow_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     KEYS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
-    """One program owns every num_programs-th item: `steps` tiles of P positions, and their part.
+    """One program owns every num_programs-th item: `steps` tiles, and their part.
+
+    A tile is P positions of all heads, or some heads of one of TILES_OF_POSITION tiles.
 
     k_wide and v_wide are descriptors of [B, Hkv, M, D] in blocks of BLOCK_N keys, k_narrow and
     v_narrow in blocks of KEYS keys and 64 columns, of which k_rows and v_rows are the memory. delta
@@ -119,8 +120,8 @@ def hopper_backward_narrow_kernel(
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
-    HEADS: gl.constexpr = power_of_two(GROUP)
-    P: gl.constexpr = 2 * ENTRIES // HEADS
+    P: gl.constexpr = positions_of_tile(GROUP, ENTRIES)
+    TILES_OF_POSITION: gl.constexpr = tiles_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
     of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
@@ -180,7 +181,8 @@ def hopper_backward_narrow_kernel(
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
                 GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (attend_narrow, (
                 1, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
@@ -190,16 +192,19 @@ def hopper_backward_narrow_kernel(
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
                 GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_wide_tiles, (
                 k_wide, v_wide, k_tiles, v_tiles, full, empty, kv_bounds, q_start, sizes,
-                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, SLOTS, TAIL,
+                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_narrow_rows, (
                 k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
                 kv_bounds, q_start, sizes, items, chunks, steps, tiles,
-                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P, BLOCK_N, TAIL,
+                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P,
+                TILES_OF_POSITION, BLOCK_N, TAIL,
             )),
         ],
         [4, 1, 1], [240, 24, 24],
@@ -213,10 +218,12 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    heads, entries = triton.next_power_of_2(problem.group), ROWS // config.keys
+    entries = ROWS // config.keys
+    heads = entries_of_position(problem.group, entries)
     processors = problem.device.multiprocessors
     tiles = triton.cdiv(seq * heads, 2 * entries)
-    steps, chunks = _division(tiles, batch * kv_heads, processors)
+    of_position = tiles_of_position(problem.group, entries)
+    steps, chunks = _division(tiles, of_position, batch * kv_heads, processors)
     parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
@@ -251,25 +258,28 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     entries, seq = ROWS // config.keys, problem.q.shape[2]
-    per_position = triton.next_power_of_2(problem.group)
+    per_position = entries_of_position(problem.group, entries)
     tiles = triton.cdiv(seq * per_position, 2 * entries)
     row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
-        steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
+        steps, chunks = _division(
+            tiles, tiles_of_position(problem.group, entries), heads, problem.device.multiprocessors
+        )  # fmt: skip
         span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
         if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
             return some_batch, some_heads
     return None
 
 
-def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
+def _division(tiles: int, of_position: int, heads: int, processors: int) -> tuple[int, int]:
     """Return how many tiles are an item, and how many items a head has.
 
     Large items make small parts, and small ones spread the work evenly.
     """
-    for steps in (128, 64, 32, 16, 8):
+    for positions in (128, 64, 32, 16, 8):
+        steps = positions * of_position
         chunks = triton.cdiv(tiles, steps)
         if 2 * heads * chunks >= 7 * processors:
             return steps, chunks

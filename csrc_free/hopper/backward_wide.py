@@ -30,12 +30,14 @@ from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
 from csrc_free.hopper.spans import FIELDS
+from csrc_free.hopper.splits import add_splits, sums_of_splits
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
 KEYS = 128  # of a program: 64 for each of two warpgroups
+MOST_HEADS = 4  # of a tile of rows: of more each has tiles of its own, of the same positions
 _KEYS = gl.constexpr(KEYS)
 _HALF = gl.constexpr(KEYS // 2)
 _ROWS = gl.constexpr(ROWS)
@@ -47,17 +49,19 @@ _PANEL = gl.constexpr(PANEL)
 NOT_SPECIALIZED = (
     "kv_heads", "group", "seq", "wide_rows", "narrow_rows",
     "wide_left", "wide_right", "narrow_left", "narrow_right", "q_start_default", "items", "heads",
+    "splits",
 )  # fmt: skip
 
 
 @gluon.jit
 def _item(
-    item, heads, sizes, spans, q_start, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HEADS: gl.constexpr,
+    item, heads, splits, sizes, spans, q_start, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Return where an item stands, and what its keys meet: queries, offsets, and common bounds.
 
-    Items of the last keys, which a causal window shows to few queries, come last.
+    Of the queries that see a tile of keys, an item has its split. Items of the last keys, which a
+    causal window shows to few queries, come last.
     """
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
@@ -65,7 +69,8 @@ def _item(
     ) = sizes  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
     bh = item % heads
-    tile = item // heads
+    split = item // heads % splits
+    tile = item // heads // splits
     batch = bh // kv_heads
     if HAS_Q_START:
         start = gl.load(q_start + batch)
@@ -85,12 +90,18 @@ def _item(
         lo = 0
         hi = keys
     tiles = (gl.maximum(query_end - query_first, 0) + positions - 1) // positions
+    query_end = gl.minimum(query_end, query_first + tiles * (split + 1) // splits * positions)
+    query_first += tiles * split // splits * positions
+    tiles = tiles * (split + 1) // splits - tiles * split // splits
     first = gl.maximum(0 - narrow_right, start + query_first - keys + 1)
     last = gl.minimum(narrow_left, start + query_end - 1 - narrow_first)
     offsets = gl.maximum(last - first + 1, 0)
     if offsets == 0:
         tiles = 0
-    return batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets, lo, hi
+    return (
+        batch, bh, tile, split, start, key_first, query_first, query_end, tiles, first, offsets,
+        lo, hi,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -98,11 +109,12 @@ def _fetch(
     q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
     q_tile, dout_tile, k_tiles, v_tiles, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty,
-    sizes, items, heads,
+    sizes, group, items, heads, splits,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings tiles: wide keys, rows, and for each offset the rows' narrow keys."""
+    blocks = (group + HEADS - 1) // HEADS
     kv_heads, _, wide_rows, narrow_rows, _, _, _, _, _ = sizes
     positions: gl.constexpr = _ROWS // HEADS
     shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
@@ -114,8 +126,8 @@ def _fetch(
     items_done = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, bh, tile, start, _, query_first, _, tiles, first, offsets, _, _ = (
-            _item(item, heads, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
+        batch, bh, tile, _, start, _, query_first, _, tiles, first, offsets, _, _ = (
+            _item(item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
         )  # fmt: skip
         kv_head = bh % kv_heads
         wait_empty(k_empty, 0, items_done)
@@ -130,16 +142,17 @@ def _fetch(
                 v_wide, at, k_full.index(0),
                 v_tiles.index(half)._reinterpret(gl.bfloat16, shape, v_wide.layout),
             )  # fmt: skip
-        for a in range(tiles):
-            i = query_first + a * positions
+        for a in range(tiles * blocks):
+            i = query_first + a // blocks * positions
+            head = a % blocks * HEADS
             wait_empty(q_empty, 0, tiles_done)
             mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q, [batch, kv_head, 0, i, 0], q_full.index(0),
+                q, [batch, kv_head, head, i, 0], q_full.index(0),
                 q_tile._reinterpret(gl.bfloat16, rows, q.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                dout, [batch, kv_head, 0, i, 0], q_full.index(0),
+                dout, [batch, kv_head, head, i, 0], q_full.index(0),
                 dout_tile._reinterpret(gl.bfloat16, rows, dout.layout),
             )  # fmt: skip
             tiles_done += 1
@@ -151,8 +164,8 @@ def _fetch(
                 to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
                 for panel in gl.static_range(BLOCK_D // _PANEL):
                     at = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
-                    for head in gl.static_range(HEADS):
-                        to = panel * HEADS + head
+                    for of_tile in gl.static_range(HEADS):
+                        to = panel * HEADS + of_tile
                         tma.async_copy_global_to_shared(
                             k_narrow, at, slot_full.index(s), to_k.index(to)
                         )
@@ -233,7 +246,7 @@ def _sum_up(
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     mine, statistic, k_tile, v_tile, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-    sizes, group, items, heads, strides, scale, log2_scale, bias,
+    sizes, group, items, heads, splits, strides, scale, log2_scale, bias,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -251,12 +264,16 @@ def _sum_up(
     statistics = statistic._reinterpret(gl.float32, [2, 1, _ROWS], plain(2))
     both_statistics = statistic._reinterpret(gl.float32, [1, 2 * _ROWS], plain(2))
     keys = gl.maximum(wide_rows, narrow_rows)
+    blocks = (group + HEADS - 1) // HEADS
     step = 0
     items_done = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets, lo, hi = (
-            _item(item, heads, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
+        (
+            batch, bh, tile, split, start, key_first, query_first, query_end, tiles, first, offsets,
+            lo, hi,
+        ) = _item(
+            item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS
         )  # fmt: skip
         is_huge = gl.load(has_huge + bh) != 0
         key_first += r * _HALF
@@ -283,9 +300,10 @@ def _sum_up(
             (gl.maximum(own_end - query_first, 0) + positions - 1) // positions, tiles
         )
         tile_end = gl.maximum(tile_end, tile_first)
-        step_end = step + tiles * offsets
-        own_step = step + tile_first * offsets
-        own_step_end = step + tile_end * offsets
+        steps = blocks * offsets  # of the rows of a tile's positions
+        step_end = step + tiles * steps
+        own_step = step + tile_first * steps
+        own_step_end = step + tile_end * steps
         x = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         y = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         wait_full(k_full, 0, items_done)
@@ -296,7 +314,7 @@ def _sum_up(
                 ahead, to_build, offsets, tiles_done, mine, bias, ring,
                 q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
             )  # fmt: skip
-        for step in range(own_step - tile_first * offsets, own_step):
+        for step in range(own_step - tile_first * steps, own_step):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
                     step + 2, to_build, offsets, tiles_done, mine, bias, ring,
@@ -313,11 +331,12 @@ def _sum_up(
             )  # fmt: skip
             s = warpgroup_mma_wait(0, deps=(s,))
             i = query_first + tile_first * positions
+            block = 0
             d = 0
             for step in range(own_step, own_step_end):
                 if d == 0:
                     row = i + both % positions
-                    head = both % _ROWS // positions
+                    head = block * HEADS + both % _ROWS // positions
                     mask = (row < seq) & (head < group)
                     at = (bh.to(gl.int64) * seq + row) * group + head
                     of_lse2 = gl.load(lse2 + at, mask=mask & (both < _ROWS), other=float("inf"))
@@ -348,7 +367,10 @@ def _sum_up(
                 d += 1
                 if d == offsets:
                     d = 0
-                    i += positions
+                    block += 1
+                    if block == blocks:
+                        block = 0
+                        i += positions
                 has_more = step + 1 < own_step_end
                 later = gl.where(has_more, (step + 1) % STAGES, now)
                 if has_more:
@@ -380,16 +402,17 @@ def _sum_up(
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))
         kv_head = (bh % kv_heads).to(gl.int64)
-        offs = batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
+        before = split.to(gl.int64) * heads * wide_rows  # rows of other splits
+        offs = before * HEAD_DIM + batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
         gl.store(
             dk_wide + offs + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
-            (x * scale).to(gl.bfloat16),
+            (x * scale).to(dk_wide.dtype.element_ty),
             mask=(row < wide_rows)[:, None] & (column < HEAD_DIM)[None, :],
         )  # fmt: skip
-        offs = batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
+        offs = before * VALUE_DIM + batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
         gl.store(
             dv_wide + offs + (row.to(gl.int64) * stride_dv_n)[:, None] + column[None, :],
-            y.to(gl.bfloat16),
+            y.to(dv_wide.dtype.element_ty),
             mask=(row < wide_rows)[:, None] & (column < VALUE_DIM)[None, :],
         )  # fmt: skip
 
@@ -399,7 +422,7 @@ def hopper_backward_wide_kernel(
     q, dout, k_wide, v_wide, k_narrow, v_narrow,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-    q_start_default, group, items, heads,
+    q_start_default, group, items, heads, splits,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_narrow_bias, v_narrow_bias,
     HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -408,12 +431,14 @@ def hopper_backward_wide_kernel(
 ):  # fmt: skip
     """A persistent program takes items, 128 wide keys each, 64 for either of two warpgroups.
 
-    It goes through tiles of 64 rows, HEADS heads x (64 / HEADS) positions, and inside through the
-    offsets of the narrow window. A third warp brings the narrow keys of a tile's positions; the
-    first warpgroup multiplies k by q, the second v by dout, and both use both.
+    It goes through tiles of 64 rows, HEADS heads x (64 / HEADS) positions, those of all heads of
+    some positions before others, and inside through the offsets of the narrow window. A third warp
+    brings the narrow keys of a tile's positions; the first warpgroup multiplies k by q, the second
+    v by dout, and both use both.
 
     q and dout are descriptors of [B, Hkv, G, N, D], the pairs of [B, Hkv, rows, D]; delta and lse2
-    are [B, Hkv, N, G].
+    are [B, Hkv, N, G]. With several splits the gradients are float32 [splits, B, Hkv, rows, D],
+    sums over the queries of one.
     """
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mine = gl.allocate_shared_memory(gl.bfloat16, [2, _ROWS, BLOCK_D], matrix)
@@ -439,20 +464,20 @@ def hopper_backward_wide_kernel(
             0, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
             mine.index(0), statistic.index(0), k_tiles.index(0), v_tiles.index(0), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-            sizes, group, items, heads, strides, scale, log2_scale, k_narrow_bias,
+            sizes, group, items, heads, splits, strides, scale, log2_scale, k_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_sum_up, (
             1, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
             mine.index(1), statistic.index(1), k_tiles.index(1), v_tiles.index(1), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-            sizes, group, items, heads, strides, scale, log2_scale, v_narrow_bias,
+            sizes, group, items, heads, splits, strides, scale, log2_scale, v_narrow_bias,
             HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
             mine.index(0), mine.index(1), k_tiles, v_tiles, ring,
-            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, items, heads,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, group, items, heads, splits,
             HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
@@ -474,34 +499,35 @@ class Config:
 
 def backward_wide(
     problem: Problem, statistics: Statistics, dk_wide: Tensor, dv_wide: Tensor,
-    spans: Tensor | None,
+    spans: Tensor | None, splits: int,
 ) -> None:  # fmt: skip
-    """Write the wide pair's gradients."""
+    """Write the wide pair's gradients; `splits` programs share the queries of a tile of keys."""
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     columns = block(head_dim)
-    heads = triton.next_power_of_2(problem.group)
-    items = batch * kv_heads * triton.cdiv(wide_rows, KEYS)
+    heads = min(triton.next_power_of_2(problem.group), MOST_HEADS)
+    items = batch * kv_heads * triton.cdiv(wide_rows, KEYS) * splits
     narrow = [1, 1, ROWS // heads, PANEL]
+    sums = sums_of_splits((dk_wide, dv_wide), splits)
     launch(
         hopper_backward_wide_kernel, min(problem.device.multiprocessors, items),
-        *(_rows(t, problem.group, columns) for t in (problem.q, statistics.dout)),
+        *(_rows(t, problem.group, heads, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),
         *(describe(t, narrow) for t in (problem.k_narrow, problem.v_narrow)),
-        statistics.delta, statistics.lse2, statistics.has_huge, dk_wide, dv_wide,
+        statistics.delta, statistics.lse2, statistics.has_huge, *sums,
         problem.kv_bounds, spans, problem.q_start,
-        *problem.sizes(), problem.group, items, batch * kv_heads,
-        *dk_wide.stride()[:3], *dv_wide.stride()[:3],
+        *problem.sizes(), problem.group, items, batch * kv_heads, splits,
+        *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases()[2:],
         HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()[2:]),
         config=Config(),
     )  # fmt: skip
+    add_splits((dk_wide, dv_wide), sums, splits)
 
 
-def _rows(tensor: Tensor, group: int, columns: int) -> TensorDescriptor:
+def _rows(tensor: Tensor, group: int, heads: int, columns: int) -> TensorDescriptor:
     """Describe q or dout [B, H, N, D] as [B, Hkv, G, N, D], in tiles of ROWS rows, head by head."""
-    heads = triton.next_power_of_2(group)
     rows: torch.Tensor = tensor.unflatten(1, (-1, group))
     return describe(rows, [1, 1, heads, ROWS // heads, columns])

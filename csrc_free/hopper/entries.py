@@ -9,13 +9,44 @@ from triton.experimental.gluon import language as gl
 
 from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
 from csrc_free.hopper.layouts import accumulator, rows_of
-from csrc_free.hopper.query_items import spread, to_float32
+from csrc_free.hopper.query_items import place, spread, to_float32
 
 
 @gluon.constexpr_function
-def power_of_two(group):
-    """Return the entries of a position: a group's heads, and of three heads a fourth for nobody."""
-    return 1 << (group - 1).bit_length()
+def entries_of_position(group, entries):
+    """Return the entries of a position, of which those past the group's heads are nobody's.
+
+    A tile has 2 * entries: several positions, or some heads of one.
+    """
+    power = 1 << (group - 1).bit_length()
+    return power if power <= 2 * entries else -(-group // (2 * entries)) * 2 * entries
+
+
+@gluon.constexpr_function
+def positions_of_tile(group, entries):
+    """Return how many positions a tile has, each with all its heads, or 1."""
+    return max(2 * entries // entries_of_position(group, entries), 1)
+
+
+@gluon.constexpr_function
+def tiles_of_position(group, entries):
+    """Return how many tiles a position has."""
+    return max(entries_of_position(group, entries) // (2 * entries), 1)
+
+
+@gluon.jit
+def place_of_tile(
+    item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, P: gl.constexpr,
+    TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Return what `place` says of a tile; tiles are counted from the first query on."""
+    places = tiles // TILES_OF_POSITION
+    return place(
+        item // chunks * places + places - 1 - tile // TILES_OF_POSITION, places, sizes, q_start,
+        kv_bounds, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, WARPS,
+    )  # fmt: skip
 
 
 @gluon.constexpr_function

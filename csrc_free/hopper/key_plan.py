@@ -17,6 +17,9 @@ ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
+# Up to here the kernels of small groups serve, which weigh each pair as the forward did: they round
+# q∘k_narrow. `keys` rounds k_wide∘k_narrow, as from here on the portable kernels do.
+MOST_HEADS = 31
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.
 FLOOR_BYTES = 2**27
@@ -25,6 +28,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 # What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
 # 2026-11-25).
 _SHARED_PART = 1.12
+_SPLIT = 0.03  # what each program more that shares a tile adds to the time
 _MOST_ITEMS = 4096  # beyond, programs are even without help
 
 
@@ -55,7 +59,8 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
-        _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
+        _bytes_of_gradients(problem),
+        _bytes_of_statistics(problem) + _bytes_of_padded(problem) + bytes_of(problem),
         problem.device.multiprocessors,
     )  # fmt: skip
     if plan is None:
@@ -63,8 +68,8 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
     return plan
 
 
-def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
-    """Return why the kernel of the wide pair's gradients does not serve, or None."""
+def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
+    """Return how many programs share a tile, or why the wide pair's kernel does not serve."""
     reason = _why_not(problem, dout)
     if reason is not None:
         return reason
@@ -72,8 +77,8 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
         return f"for bfloat16 alone, got {problem.q.dtype}"
     if problem.form != "trilinear":
         return f"for the trilinear form alone, got {problem.form}"
-    if problem.group > 4:
-        return f"for 1 to 4 query heads of a key-value head, got {problem.group}"
+    if problem.group > MOST_HEADS:
+        return f"for 1 to {MOST_HEADS} query heads of a key-value head, got {problem.group}"
     if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
         return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
     if any(problem.biases()[:2]):
@@ -83,11 +88,17 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
     ):  # fmt: skip
         if not can_describe(tensor):
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
-    batch, kv_heads, rows, _ = problem.k_wide.shape
+    batch, kv_heads, rows, head_dim = problem.k_wide.shape
     items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
-    if 2 * items < problem.device.multiprocessors:
-        return f"{items} tiles of {2 * KEYS} keys leave most of the device idle"
-    return None
+    row_bytes = 4 * batch * kv_heads * rows * (head_dim + problem.v_wide.shape[3])
+    limit = memory_for_parts(problem)
+
+    def time(splits: int) -> float:
+        rounds = triton.cdiv(items * splits, problem.device.multiprocessors)
+        return rounds / splits * (1 + _SPLIT * (splits - 1))
+
+    # The splits' sums, and the sum over them.
+    return min((n for n in _SPLITS if n == 1 or row_bytes * (n + 1) <= limit), key=time)
 
 
 def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
@@ -116,11 +127,16 @@ def why_not_half(problem: Problem) -> str | None:
 
 
 def _bytes_of_statistics(problem: Problem) -> int:
-    """Return the bytes of delta and lse2, and of those with a power of two of heads."""
+    """Return the bytes of delta and lse2."""
     batch, heads, seq, _ = problem.q.shape
-    group = problem.group
-    padded = triton.next_power_of_2(group)
-    return 2 * 4 * batch * seq * (heads + (heads // group * padded if padded > group else 0))
+    return 2 * 4 * batch * seq * heads
+
+
+def _bytes_of_padded(problem: Problem) -> int:
+    """Return the bytes of delta and lse2 with a power of two of heads, where G is none."""
+    batch, heads, seq, _ = problem.q.shape
+    padded = triton.next_power_of_2(problem.group)
+    return 2 * 4 * batch * seq * heads // problem.group * padded if padded > problem.group else 0
 
 
 @functools.cache
@@ -151,7 +167,7 @@ def _division(
                 if taken > limit:
                     continue
                 time = launches * _time(weights, heads, tiles, splits, processors)
-                time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
+                time *= (_SHARED_PART if tiles > 1 else 1.0) + _SPLIT * (splits - 1)
                 time *= 1 + 0.01 * (launches - 1)
                 if best is None or time < best[0]:
                     best = time, Plan(tiles, splits, some_batch, some_heads)
