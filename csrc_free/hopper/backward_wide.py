@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free.hopper.assembly import pack_bfloat16
+from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import ROWS
@@ -37,7 +37,7 @@ from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
 KEYS = 128  # of a program: 64 for each of two warpgroups
-MOST_HEADS = 4  # of a tile of rows: of more each has tiles of its own, of the same positions
+HEADS_OF_TILE = 4  # of a tile of rows: of more each has tiles of its own, of the same positions
 _KEYS = gl.constexpr(KEYS)
 _HALF = gl.constexpr(KEYS // 2)
 _ROWS = gl.constexpr(ROWS)
@@ -45,12 +45,20 @@ _FIELDS = gl.constexpr(FIELDS)
 _RESERVE = 1000  # bytes: barriers, and what the warps are told
 PANEL = 64
 _PANEL = gl.constexpr(PANEL)
+_BLOCK_BITS = gl.constexpr(4)  # numbers of up to MOST_HEADS / HEADS tiles of a position's heads
+_LAST_BLOCK = gl.constexpr(15)
 
 NOT_SPECIALIZED = (
     "kv_heads", "group", "seq", "wide_rows", "narrow_rows",
     "wide_left", "wide_right", "narrow_left", "narrow_right", "q_start_default", "items", "heads",
     "splits",
 )  # fmt: skip
+
+
+@gluon.jit
+def _split(item, heads, splits):
+    """Return an item's tile of keys, split and key-value head of the batch."""
+    return item // heads // splits, item // heads % splits, item % heads
 
 
 @gluon.jit
@@ -68,9 +76,7 @@ def _item(
         start,
     ) = sizes  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
-    bh = item % heads
-    split = item // heads % splits
-    tile = item // heads // splits
+    tile, split, bh = _split(item, heads, splits)
     batch = bh // kv_heads
     if HAS_Q_START:
         start = gl.load(q_start + batch)
@@ -99,7 +105,7 @@ def _item(
     if offsets == 0:
         tiles = 0
     return (
-        batch, bh, tile, split, start, key_first, query_first, query_end, tiles, first, offsets,
+        batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets,
         lo, hi,
     )  # fmt: skip
 
@@ -126,7 +132,7 @@ def _fetch(
     items_done = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, bh, tile, _, start, _, query_first, _, tiles, first, offsets, _, _ = (
+        batch, bh, tile, start, _, query_first, _, tiles, first, offsets, _, _ = (
             _item(item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
         )  # fmt: skip
         kv_head = bh % kv_heads
@@ -270,7 +276,7 @@ def _sum_up(
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         (
-            batch, bh, tile, split, start, key_first, query_first, query_end, tiles, first, offsets,
+            batch, bh, _tile, start, key_first, query_first, query_end, tiles, first, offsets,
             lo, hi,
         ) = _item(
             item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS
@@ -330,15 +336,16 @@ def _sum_up(
                 use_acc=False, is_async=True,
             )  # fmt: skip
             s = warpgroup_mma_wait(0, deps=(s,))
-            i = query_first + tile_first * positions
-            block = 0
+            # The first query of a tile of rows, and which heads of its positions, in one register.
+            place = (query_first + tile_first * positions) << _BLOCK_BITS
             d = 0
             for step in range(own_step, own_step_end):
                 if d == 0:
-                    row = i + both % positions
-                    head = block * HEADS + both % _ROWS // positions
+                    row = (place >> _BLOCK_BITS) + both % positions
+                    head = (place & _LAST_BLOCK) * HEADS + both % _ROWS // positions
                     mask = (row < seq) & (head < group)
-                    at = (bh.to(gl.int64) * seq + row) * group + head
+                    of_head = ((item + opaque_zero()) % heads).to(gl.int64) * seq
+                    at = (of_head + row) * group + head
                     of_lse2 = gl.load(lse2 + at, mask=mask & (both < _ROWS), other=float("inf"))
                     of_delta = gl.load(delta + at, mask=mask & (both >= _ROWS), other=0.0)
                     both_statistics.store(gl.where(both < _ROWS, of_lse2, of_delta)[None, :])
@@ -347,8 +354,8 @@ def _sum_up(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 p = _probabilities(
-                    s, statistics.index(0), i, first + d, full, reach, batch, start, key_first,
-                    seq, kv_bounds, log2_scale, HEADS, HAS_BOUNDS, of_logits,
+                    s, statistics.index(0), place >> _BLOCK_BITS, first + d, full, reach, batch,
+                    start, key_first, seq, kv_bounds, log2_scale, HEADS, HAS_BOUNDS, of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
                     gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
@@ -367,10 +374,10 @@ def _sum_up(
                 d += 1
                 if d == offsets:
                     d = 0
-                    block += 1
-                    if block == blocks:
-                        block = 0
-                        i += positions
+                    place += 1
+                    blocks = (group + opaque_zero() + HEADS - 1) // HEADS
+                    if (place & _LAST_BLOCK) == blocks:
+                        place += (positions << _BLOCK_BITS) - blocks
                 has_more = step + 1 < own_step_end
                 later = gl.where(has_more, (step + 1) % STAGES, now)
                 if has_more:
@@ -399,10 +406,13 @@ def _sum_up(
         arrive(k_empty, 0)
         items_done += 1  # noqa: SIM113
 
+        # Where the item stands is made anew, so that no registers keep it.
+        tile, split, bh = _split(item + opaque_zero(), heads, splits)
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))
+        batch = bh // kv_heads
         kv_head = (bh % kv_heads).to(gl.int64)
-        before = split.to(gl.int64) * heads * wide_rows  # rows of other splits
+        before = split.to(gl.int64) * heads * wide_rows
         offs = before * HEAD_DIM + batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
         gl.store(
             dk_wide + offs + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
@@ -477,8 +487,8 @@ def hopper_backward_wide_kernel(
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
             mine.index(0), mine.index(1), k_tiles, v_tiles, ring,
-            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, group, items, heads, splits,
-            HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, group, items,
+            heads, splits, HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -505,7 +515,7 @@ def backward_wide(
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     columns = block(head_dim)
-    heads = min(triton.next_power_of_2(problem.group), MOST_HEADS)
+    heads = min(triton.next_power_of_2(problem.group), HEADS_OF_TILE)
     items = batch * kv_heads * triton.cdiv(wide_rows, KEYS) * splits
     narrow = [1, 1, ROWS // heads, PANEL]
     sums = sums_of_splits((dk_wide, dv_wide), splits)
