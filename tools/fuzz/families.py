@@ -69,7 +69,8 @@ class Family:
     through: str = "both"
 
 
-# A narrow window's range is of one lag of the key side's warpgroups; every lag is some family's.
+# A narrow window's range is of one lag of the key side's warpgroups, or below 32 heads of one size
+# of tiles (16, 32 or 64 keys); every lag and every size is some family's.
 FAMILIES = (
     Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (50, 90), (8, 44)),
     Family(
@@ -91,13 +92,13 @@ FAMILIES = (
         "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (4, 36), (192, 200), (4, 40),
         dtype=torch.float16, has_bounds=True, has_gradients=False,
     ),
-    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 31)),
+    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (17, 31)),
     Family(
-        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (32, 48), (393, 410), (32, 50),
+        "8 heads, long", 8, (128, 128), (8, 20), (378, 393), (33, 48), (393, 410), (33, 50),
         kv_heads=2,
     ),
     Family(
-        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 16),
+        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (9, 16),
         (201, 240), (9, 40), is_causal=False, has_bounds=True, has_starts=True, kv_heads=2,
     ),
     Family(
