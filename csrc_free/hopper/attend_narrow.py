@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from csrc_free.device.forms import STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import pack_bfloat16
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.entries import (
@@ -17,6 +18,8 @@ from csrc_free.hopper.entries import (
     load_entries,
     load_newest,
     narrow_rows_of,
+    of_narrow_key,
+    of_query,
     place_of_tile,
     rows_of_entries,
     split_pairs,
@@ -27,6 +30,11 @@ from csrc_free.hopper.query_items import seen_only, to_float32
 from csrc_free.steps.parts_sum import slot_base
 
 INFINITY = gl.constexpr(float("inf"))
+
+
+@gluon.jit
+def _row_sums(ds, LAYOUT: gl.constexpr):
+    return gl.convert_layout(gl.sum(ds, 1), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -50,7 +58,7 @@ def _attend_tail(
     t, u, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
     TAIL: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """Return the sums of dS · k and P · v over the few keys of a tail; t and u are overwritten."""
+    """Return the sums of dS · k and P · v over the few keys of a tail, and dS; t and u are lost."""
     layout: gl.constexpr = accumulator(TAIL)
     rows: gl.constexpr = rows_of(layout)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
@@ -63,12 +71,14 @@ def _attend_tail(
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
+    ds = p * (dp - row_delta[:, None])
+    packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
     u = warpgroup_mma(
         gl.convert_layout(pack_bfloat16(p), OPERAND), v, u, use_acc=False, is_async=True
     )
-    t = warpgroup_mma(ds, k, t, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(t, u))
+    t = warpgroup_mma(packed, k, t, use_acc=False, is_async=True)
+    t, u = warpgroup_mma_wait(0, deps=(t, u))
+    return t, u, ds
 
 
 @gluon.jit
@@ -78,7 +88,7 @@ def attend_narrow(
     q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
     sizes, q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
     items, chunks, steps, tiles, scale, log2_scale, k_bias, v_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, KEYS: gl.constexpr,
@@ -213,18 +223,19 @@ def attend_narrow(
                 row_delta = gl.load(delta + at, mask=seen, other=0.0)
                 buffer = 2 * r + (n & 1)
                 wait_full(rows_full, r, n)
-                vq.store(
-                    virtual_keys(
-                        k_raw.index(buffer), k_last, q_row, seen, k_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
+                made, constant = virtual_keys(
+                    k_raw.index(buffer), k_last, q_row, seen, k_bias,
+                    FORM, HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
-                vdo.store(
-                    virtual_keys(
-                        v_raw.index(r), v_last, do_row, seen, v_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
+                vq.store(made)
+                made, _none = virtual_keys(
+                    v_raw.index(r), v_last, do_row, seen, v_bias,
+                    TRILINEAR, HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
+                vdo.store(made)
+                sigma = gl.zeros([64], gl.float32, of_rows)
+                if FORM == STRASSEN:
+                    shift -= gl.convert_layout(constant, of_rows, assert_trivial=True) * log2_scale
                 fence_async_shared()
                 arrive(v_empty, r)
                 wait_full(full, (passed + tails) % SLOTS, (passed + tails) // SLOTS)
@@ -237,12 +248,14 @@ def attend_narrow(
                     if tails > 0:
                         slot = passed % SLOTS
                         wait_full(full, slot, passed // SLOTS)
-                        t, u = _attend_tail(
+                        t, u, ds = _attend_tail(
                             t, u, shift, row_delta, vq, vdo,
                             k_ring.index(slot).slice(0, TAIL), v_ring.index(slot).slice(0, TAIL),
                             log2_scale, top - (count - 1) * BLOCK_N - TAIL,
                             lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
                         )  # fmt: skip
+                        if FORM == STRASSEN:
+                            sigma += _row_sums(ds, of_rows)
                         arrive(empty, slot)
                 key = top - BLOCK_N
                 for j in range(tails, count - 1):
@@ -252,6 +265,8 @@ def attend_narrow(
                         s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
                         lo, hi, full_lo, full_hi, is_huge, j > 0, BLOCK_N, of_logits, of_operand,
                     )  # fmt: skip
+                    if FORM == STRASSEN:
+                        sigma += _row_sums(ds, of_rows)
                     packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                     t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=j > 0, is_async=True)
                     wait_full(full, ahead, (passed + j + 1) // SLOTS)
@@ -268,6 +283,8 @@ def attend_narrow(
                     s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
                     lo, hi, full_lo, full_hi, is_huge, count > 1, BLOCK_N, of_logits, of_operand,
                 )  # fmt: skip
+                if FORM == STRASSEN:
+                    sigma += _row_sums(ds, of_rows)
                 packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                 t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=count > 1, is_async=True)
                 t, u = warpgroup_mma_wait(0, deps=(t, u))
@@ -280,12 +297,14 @@ def attend_narrow(
                 narrow = to_float32(narrow)
                 if HAS_BIAS:
                     narrow += k_bias
+                sigma = gl.convert_layout(sigma, rows_of(of_keys), assert_trivial=True)
+                to_query = of_query(t, sigma, narrow, FORM)
                 if ENTRIES == 1:
-                    pairs = gl.sum(gl.reshape(t * narrow, [4, 2, 8, BLOCK_D]), 1)
+                    pairs = gl.sum(gl.reshape(to_query, [4, 2, 8, BLOCK_D]), 1)
                     sums.store(gl.reshape(pairs, [32, BLOCK_D]))
                     total = sums.load(by_column)
                 else:
-                    first_rows, second_rows = split_pairs(t * narrow, ENTRIES)
+                    first_rows, second_rows = split_pairs(to_query, ENTRIES)
                     sums.store(first_rows)
                     total = sums.load(by_column)
                     sums.store(second_rows)
@@ -299,9 +318,10 @@ def attend_narrow(
                     base -= begin - narrow_first
                 heads = (items // chunks).to(gl.int64)
                 part = (((item % chunks) * heads + bh) * 2 + r) * slots
-                of_entry = rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES)
+                of_entry = to_float32(rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES))
                 add_to_part(
-                    dk_parts + part * HEAD_DIM, base, slots, t * to_float32(of_entry) * scale,
+                    dk_parts + part * HEAD_DIM, base, slots,
+                    of_narrow_key(t, sigma, of_entry, FORM) * scale,
                     r * ENTRIES, HEADS, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 of_entry = rows_of_entries(do_row, u.to(gl.bfloat16), ENTRIES)
@@ -326,7 +346,10 @@ def _store_sums(
     ptrs, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Store sums of rows [32, columns], those of every second entry from `entry` on."""
+    """Store sums of rows [32, columns], those of every second entry from `entry` on.
+
+    In float32 they are added to what is there.
+    """
     total = gl.sum(gl.reshape(x, [PAIRS, 32 // PAIRS, x.shape[1]]), 1)
     layout: gl.constexpr = total.type.layout
     entries = entry + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
@@ -334,7 +357,8 @@ def _store_sums(
     at = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
     at += (entries // HEADS).to(gl.int64) * strides[2]
     mask = (entries // HEADS < seq) & (entries % HEADS < GROUP)
-    gl.store(
-        ptrs + at[:, None] + columns[None, :], total.to(gl.bfloat16),
-        mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
+    ptrs += at[:, None] + columns[None, :]
+    mask = mask[:, None] & (columns < HEAD_DIM)[None, :]
+    if ptrs.dtype.element_ty == gl.float32:
+        total += gl.load(ptrs, mask=mask, other=0.0)
+    gl.store(ptrs, total.to(ptrs.dtype.element_ty), mask=mask)

@@ -4,12 +4,16 @@ The 64 rows of a warpgroup's products are ENTRIES (position, head) entries times
 which hold the whole narrow window: so the wide window passes once, and each row is one virtual
 query. With T = sum of dS · k and U = sum of P · v over the wide keys, dq is the sum of T ∘ k2 over
 an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part of the narrow gradients.
+For determinants that is T × k2 and q × T in the threes; for strassen, with σ = sum of dS,
+T + σ k2 and T + σ q.
 
 Two entries are a pair: the rows of one key are two rows of the same thread, which adds them before
 they leave it. A part is of consecutive positions, belongs to one program, and has a copy for each
 of its two warpgroups: so the order of every sum is fixed, though the additions are atomic ones.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +39,8 @@ from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
-MOST_KEYS = ROWS  # of a narrow window
+MOST_KEYS = ROWS  # of a narrow window that passes at once
+WIDEST = 8 * MOST_KEYS
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
@@ -71,10 +76,10 @@ class Config:
 
 def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
-    if not _serves(traits, device):
+    if not _serves(traits, device) or narrow_window > WIDEST:
         return None
     for keys in (16, 32, MOST_KEYS):
-        if narrow_window <= keys:
+        if narrow_window <= keys or keys == MOST_KEYS:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -87,7 +92,6 @@ def _serves(traits: Traits, device: Device) -> bool:
         device.backend == "cuda"
         and device.arch == 90
         and traits.dtype == torch.bfloat16
-        and traits.form == "trilinear"
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
@@ -104,7 +108,7 @@ def hopper_backward_narrow_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_do_b, stride_do_h, stride_do_n,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_dq_b, stride_dq_h, stride_dq_n, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_NARROW_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
@@ -180,7 +184,7 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
                 TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
@@ -191,7 +195,7 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
                 TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
@@ -230,7 +234,7 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     q, dout = aligned(problem.q), aligned(dout)
     narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
-        "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
+        "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
         "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
     launch(
@@ -251,6 +255,57 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     return parts
 
 
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, Tensor, Tensor], config: Config
+) -> None:
+    """Write dq and the narrow pair's gradients, for a part of the narrow window after another.
+
+    Those of several parts are summed in float32.
+    """
+    windows = _windows(problem, config)
+    if len(windows) == 1:
+        _write(problem, windows[0], statistics, grads, config)
+        return
+    dq, *sums = (torch.zeros_like(t, dtype=torch.float32) for t in grads)
+    places = [torch.empty_like(t) for t in sums]
+    for reach in windows:
+        _write(problem, reach, statistics, (dq, *places), config)
+        for total, place in zip(sums, places, strict=True):
+            total += place
+    for grad, total in zip(grads, (dq, *sums), strict=True):
+        grad.copy_(total)
+
+
+def _write(
+    problem: Problem, reach: tuple[int, int], statistics: Statistics, grads: Sequence[Tensor],
+    config: Config,
+) -> None:  # fmt: skip
+    """Write the gradients of a narrow window; a dq in float32 is added to."""
+    some = dataclasses.replace(problem, narrow_reach=reach)
+    dq, dk, dv = grads
+    backward_narrow(some, statistics, dq, config).sum_into(dk, dv, some)
+
+
+def width_of(problem: Problem) -> int:
+    """Return how many keys the narrow window has, of which a row each."""
+    return sum(_reach(problem)) + 1
+
+
+def _reach(problem: Problem) -> tuple[int, int]:
+    """Return the narrow window's reach, less what no query has keys at."""
+    left, right = problem.narrow_reach
+    if problem.q_start is not None:
+        return left, right
+    return min(left, problem.k_narrow.shape[2] - 1), min(right, problem.q.shape[2] - 1)
+
+
+def _windows(problem: Problem, config: Config) -> list[tuple[int, int]]:
+    """Return the reaches of windows of up to config.keys keys, which are the narrow one together."""
+    left, right = _reach(problem)
+    firsts = range(-right, left + 1, config.keys)
+    return [(min(first + config.keys - 1, left), -first) for first in firsts]
+
+
 def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """Return how many (batch rows, key-value heads) have their parts in memory at once.
 
@@ -260,15 +315,22 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     entries, seq = ROWS // config.keys, problem.q.shape[2]
     per_position = entries_of_position(problem.group, entries)
     tiles = triton.cdiv(seq * per_position, 2 * entries)
-    row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
+    columns = head_dim + problem.v_narrow.shape[3]
+    row_bytes = 4 * _COPIES * columns
+    windows = _windows(problem, config)
+    reach = max(left + right for left, right in windows)
+    # In float32, if there are several windows: the sums, and a window's of the narrow pair.
+    of_windows = 4 * (seq * problem.group * head_dim + 2 * narrow_rows * columns)
+    of_windows = of_windows if len(windows) > 1 else 0
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
         steps, chunks = _division(
             tiles, tiles_of_position(problem.group, entries), heads, problem.device.multiprocessors
         )  # fmt: skip
-        span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
-        if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
+        span = steps * 2 * entries // per_position + 1 + reach
+        taken = chunks * min(span, narrow_rows) * row_bytes + of_windows
+        if heads * taken <= limit:
             return some_batch, some_heads
     return None
 

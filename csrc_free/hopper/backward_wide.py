@@ -1,6 +1,7 @@
 """The wide pair's gradients on Hopper where groups are small, in four matrix products.
 
-With virtual queries q̃ = q ∘ k_m and virtual dout dõ = dout ∘ v_m, m = position - offset:
+With virtual queries q̃ = q ∘ k_m and virtual dout dõ = dout ∘ v_m, m = position - offset (for
+determinants k_m × q in the threes, for strassen q + k_m, which has q · k_m besides in its logits):
 
     dk_wide += scale · dS q̃      dv_wide += P dõ
 
@@ -24,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from csrc_free.device.forms import CODES, DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
@@ -31,6 +33,7 @@ from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
 from csrc_free.hopper.spans import FIELDS
 from csrc_free.hopper.splits import add_splits, sums_of_splits
+from csrc_free.hopper.threes import rounded_cross
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
@@ -45,8 +48,8 @@ _FIELDS = gl.constexpr(FIELDS)
 _RESERVE = 1000  # bytes: barriers, and what the warps are told
 PANEL = 64
 _PANEL = gl.constexpr(PANEL)
-_BLOCK_BITS = gl.constexpr(4)  # numbers of up to MOST_HEADS / HEADS tiles of a position's heads
-_LAST_BLOCK = gl.constexpr(15)
+_BLOCK_BITS = gl.constexpr(5)  # numbers of up to 16 tiles of a position's heads
+_LAST_BLOCK = gl.constexpr(31)
 
 NOT_SPECIALIZED = (
     "kv_heads", "group", "seq", "wide_rows", "narrow_rows",
@@ -184,8 +187,9 @@ def _fetch(
 
 @gluon.jit
 def _build(
-    step, place, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full, built,
-    r: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
+    step, place, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+    q_full, q_empty, slot_full, built,
+    r: gl.constexpr, FORM: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Make this warpgroup's half of the virtual rows of a step, in the narrow rows' place.
 
@@ -197,8 +201,22 @@ def _build(
     if place == 0:
         wait_full(q_full, 0, tiles_done)
     rows = ring.index(2 * s + r)
-    x = _biased(rows.load(LAYOUT), bias, HAS_BIAS)
-    rows.store((x * mine.load(LAYOUT)).to(gl.bfloat16))
+    columns: gl.constexpr = rows.shape[1]
+    IS_CROSS: gl.constexpr = FORM == DETERMINANT and r == 0
+    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    layout: gl.constexpr = accumulator(columns) if IS_CROSS else by_rows
+    x = _biased(rows.load(layout), bias, HAS_BIAS)
+    y = mine.load(layout)
+    if IS_CROSS:
+        made = rounded_cross(x, y)
+    elif FORM == STRASSEN and r == 0:
+        x, y = x.to(gl.float32), y.to(gl.float32)
+        of_rows = constants.index(s)._reinterpret(gl.float32, [_ROWS], plain(1))
+        of_rows.store(gl.sum(x * y, 1) * log2_scale)
+        made = x + y
+    else:
+        made = x * y
+    rows.store(made.to(gl.bfloat16))
     fence_async_shared()
     arrive(built, s)
     place += 1
@@ -218,15 +236,18 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, i, offset, full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    s, lse2_tile, constants, i, offset, full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i, each at its narrow key of an offset.
 
     Rows past the last query have an infinite lse.
     """
     full_first, full_last, full_narrow_first, full_narrow_last = full
-    p = gl.exp2(s * log2_scale - lse2_tile.load(LAYOUT))
+    shift = lse2_tile.load(LAYOUT)
+    if FORM == STRASSEN:
+        shift -= constants.load(LAYOUT)
+    p = gl.exp2(s * log2_scale - shift)
     is_whole = (i >= full_first) & (i <= full_last)
     is_whole = is_whole & (i - offset >= full_narrow_first) & (i - offset <= full_narrow_last)
     if is_whole == 0:
@@ -250,11 +271,11 @@ def _probabilities(
 def _sum_up(
     r: gl.constexpr,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-    mine, statistic, k_tile, v_tile, ring,
+    mine, statistic, constants, k_tile, v_tile, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
     sizes, group, items, heads, splits, strides, scale, log2_scale, bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: half the keys of an item, and half of every step's virtual rows."""
@@ -262,7 +283,6 @@ def _sum_up(
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n = strides
     of_logits: gl.constexpr = accumulator(_ROWS)
     of_sums: gl.constexpr = accumulator(BLOCK_D)
-    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     of_row: gl.constexpr = columns_of(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
     positions: gl.constexpr = _ROWS // HEADS
     no_logits = gl.zeros([_HALF, _ROWS], gl.float32, of_logits)
@@ -317,14 +337,14 @@ def _sum_up(
         to_build = 0
         for ahead in range(step, gl.minimum(step + 2, step_end)):
             to_build, tiles_done = _build(
-                ahead, to_build, offsets, tiles_done, mine, bias, ring,
-                q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                ahead, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+                q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
             )  # fmt: skip
         for step in range(own_step - tile_first * steps, own_step):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+                    q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -354,8 +374,8 @@ def _sum_up(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 p = _probabilities(
-                    s, statistics.index(0), place >> _BLOCK_BITS, first + d, full, reach, batch,
-                    start, key_first, seq, kv_bounds, log2_scale, HEADS, HAS_BOUNDS, of_logits,
+                    s, statistics.index(0), constants.index(now), place >> _BLOCK_BITS, first + d, full, reach, batch,
+                    start, key_first, seq, kv_bounds, log2_scale, FORM, HEADS, HAS_BOUNDS, of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
                     gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
@@ -368,8 +388,8 @@ def _sum_up(
                 )
                 if step + 2 < step_end:
                     to_build, tiles_done = _build(
-                        step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                        q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+                        q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                     )  # fmt: skip
                 d += 1
                 if d == offsets:
@@ -397,8 +417,8 @@ def _sum_up(
         for step in range(own_step_end, step_end):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+                    q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -435,8 +455,8 @@ def hopper_backward_wide_kernel(
     q_start_default, group, items, heads, splits,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A persistent program takes items, 128 wide keys each, 64 for either of two warpgroups.
@@ -456,6 +476,10 @@ def hopper_backward_wide_kernel(
     v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
     ring = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, _ROWS, BLOCK_D], matrix)
     statistic = gl.allocate_shared_memory(gl.float32, [2, 2, _ROWS], plain(2))
+    # What stands besides in the logits of a step's virtual rows.
+    constants = gl.allocate_shared_memory(
+        gl.float32, [STAGES if FORM == STRASSEN else 1, 1, _ROWS], plain(2)
+    )
     k_full = barriers(1, 1)
     k_empty = barriers(1, 2)
     q_full = barriers(1, 1)
@@ -472,17 +496,17 @@ def hopper_backward_wide_kernel(
     gl.warp_specialize([
         (_sum_up, (
             0, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-            mine.index(0), statistic.index(0), k_tiles.index(0), v_tiles.index(0), ring,
+            mine.index(0), statistic.index(0), constants, k_tiles.index(0), v_tiles.index(0), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, splits, strides, scale, log2_scale, k_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_sum_up, (
             1, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-            mine.index(1), statistic.index(1), k_tiles.index(1), v_tiles.index(1), ring,
+            mine.index(1), statistic.index(1), constants, k_tiles.index(1), v_tiles.index(1), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, splits, strides, scale, log2_scale, v_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
@@ -504,7 +528,7 @@ class Config:
     def shared_bytes(self, traits: Traits, device: Device) -> int:
         """Return a bound on the shared memory that the kernel needs."""
         tiles = (self.stages + 2 + 1) * 2 * 2 * ROWS * traits.columns  # narrow rows, keys, rows
-        return tiles + 2 * 2 * 4 * ROWS + _RESERVE
+        return tiles + (2 * 2 + self.stages) * 4 * ROWS + _RESERVE
 
 
 def backward_wide(
@@ -529,7 +553,7 @@ def backward_wide(
         *problem.sizes(), problem.group, items, batch * kv_heads, splits,
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases()[2:],
-        HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
+        FORM=CODES[problem.form], HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
         HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
         HAS_BIAS=any(problem.biases()[2:]),
         config=Config(),

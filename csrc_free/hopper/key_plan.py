@@ -17,9 +17,8 @@ ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
-# Up to here the kernels of small groups serve, which weigh each pair as the forward did: they round
-# q∘k_narrow. `keys` rounds k_wide∘k_narrow, as from here on the portable kernels do.
-MOST_HEADS = 31
+# Up to here the kernels of small groups serve.
+MOST_HEADS = 64
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.
 FLOOR_BYTES = 2**27
@@ -75,12 +74,11 @@ def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
         return reason
     if problem.q.dtype != torch.bfloat16:
         return f"for bfloat16 alone, got {problem.q.dtype}"
-    if problem.form != "trilinear":
-        return f"for the trilinear form alone, got {problem.form}"
     if problem.group > MOST_HEADS:
         return f"for 1 to {MOST_HEADS} query heads of a key-value head, got {problem.group}"
-    if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
-        return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
+    columns, value_dim = columns_of(problem), problem.v_wide.shape[3]
+    if block(columns) != block(value_dim):
+        return f"D and Dv take other tiles: {problem.q.shape[3]}, {value_dim}"
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
     for name, tensor in (
@@ -88,9 +86,9 @@ def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
     ):  # fmt: skip
         if not can_describe(tensor):
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
-    batch, kv_heads, rows, head_dim = problem.k_wide.shape
+    batch, kv_heads, rows, _ = problem.k_wide.shape
     items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
-    row_bytes = 4 * batch * kv_heads * rows * (head_dim + problem.v_wide.shape[3])
+    row_bytes = 4 * batch * kv_heads * rows * (columns + value_dim)
     limit = memory_for_parts(problem)
 
     def time(splits: int) -> float:
@@ -176,7 +174,8 @@ def _division(
 
 def memory_for_parts(problem: Problem) -> int:
     """Return how many bytes the narrow pair's parts may take beside the statistics."""
-    return _limit(_bytes_of_gradients(problem)) - _bytes_of_statistics(problem)
+    taken = _bytes_of_statistics(problem) + bytes_of(problem)
+    return _limit(_bytes_of_gradients(problem)) - taken
 
 
 def shares(batch: int, kv_heads: int) -> list[tuple[int, int]]:

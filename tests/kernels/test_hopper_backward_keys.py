@@ -62,9 +62,11 @@ def test_what_is_not_served_is_said(change, reason):
     assert reason in str(_plan(dataclasses.replace(GROUP8, **change)))
 
 
-def test_a_narrow_window_without_a_bound_is_not_held_in_rows():
+def test_a_narrow_window_without_a_bound_has_as_many_rows_as_there_are_keys():
     few = dataclasses.replace(GROUP8, heads=8, seq=50, w1=None, w2=None)
-    assert "a narrow window of up to 64 keys" in backward.choose(*_problem(few)).reasons["query"]
+    assert backward.choose(*_problem(few)).served_by == "hopper (wide, narrow)"
+    long = dataclasses.replace(few, seq=1000)
+    assert "a narrow window of up to 512 keys" in backward.choose(*_problem(long)).reasons["query"]
 
 
 def test_another_device_is_not_served():
@@ -83,20 +85,24 @@ def test_both_halves_say_why_they_do_not_run():
 
 
 def test_a_slower_kernel_is_not_chosen():
-    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32, form="strassen")))
-    assert isinstance(choice.keys, Plan)
-    assert "the portable kernel is faster" in choice.reasons["query"]
+    """dq of 4 heads, where a bias of the wide pair leaves it to others."""
+    some = dataclasses.replace(GROUP8, heads=32, w1=32, w2=512)
+    problem, dout = _problem(some)
+    problem = dataclasses.replace(problem, k2_bias=1.0)
+    assert "the portable kernel is faster" in backward.choose(problem, dout).reasons["query"]
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 12, 16, 31])
-def test_groups_below_32_weigh_pairs_as_the_forward_did(group):
-    """As the portable kernels do; from 32 heads on these round k1∘k2 too."""
-    some = dataclasses.replace(GROUP8, heads=8 * group)
-    for changed in (some, dataclasses.replace(some, w2=64), dataclasses.replace(some, seq=300)):
-        choice = backward.choose(*_problem(changed))
-        assert choice.served_by == "hopper (wide, narrow)"
-    choice = backward.choose(*_problem(dataclasses.replace(some, heads=256)))
-    assert isinstance(choice.keys, Plan)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 12, 16, 31, 32, 64])
+@pytest.mark.parametrize("form", ["trilinear", "strassen", "determinant"])
+def test_pairs_are_weighed_as_the_forward_did(group, form):
+    """As the portable kernels do, but of 32 heads and more in the trilinear form."""
+    some = dataclasses.replace(GROUP8, batch=1, heads=8 * group, form=form)
+    for change in ({}, {"w2": 64}, {"w1": 128, "w2": 128}, {"seq": 300}):
+        choice = backward.choose(*_problem(dataclasses.replace(some, **change)))
+        if form == "trilinear" and group >= 32:
+            assert isinstance(choice.keys, Plan)
+        else:
+            assert choice.served_by == "hopper (wide, narrow)"
 
 
 def test_few_tiles_are_shared():
@@ -313,7 +319,13 @@ SMALL = {
     "16 heads, D 64, both sides": _change(group=16, head_dim=64, is_causal=False),
     "31 heads, fused": _change(group=31, layout="fused", seq=80),
     "8 heads, logits of thousands": _change(amplitude=1000.0),
+    "64 heads": _change(group=64, kv_heads=1, seq=80),
+    "1 head, strassen": _change(group=1, form="strassen"),
+    "1 head, determinant, wild bounds": _change(
+        group=1, form="determinant", batch=2, bounds="wild", starts="random"
+    ),
 }
+SMALL |= {name: case for name, case in CASES.items() if case.form != "trilinear"}
 
 
 @pytest.fixture
@@ -382,7 +394,8 @@ def test_drawn_problems_are_within_the_budget(case):
 @pytest.mark.parametrize("at_once", [(2, 2), (1, 1)])
 def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     """Tiles that share a part, programs that share a tile, and several launches."""
-    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
+    plan = Plan(*plan, *at_once)
+    _choosing(lambda choice, *_: dataclasses.replace(choice, keys=plan), monkeypatch)
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
 

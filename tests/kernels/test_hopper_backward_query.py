@@ -13,10 +13,10 @@ from csrc_free import problem as problems
 from csrc_free.hopper import backward_narrow as narrow
 from csrc_free.hopper import backward_query as query
 from csrc_free.hopper.key_plan import FLOOR_BYTES
-from csrc_free.hopper.ordered import gradients_of, ordered
+from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.portable import backward as portable_backward
 from csrc_free.problem import Problem as KernelProblem
-from csrc_free.problem import problem_of
+from csrc_free.problem import block, problem_of
 from csrc_free.steps.delta import Statistics, statistics_of
 from csrc_free.steps.parts import LIMIT_BYTES
 from csrc_free.traits import DEVICES
@@ -43,8 +43,10 @@ def _problem_of(given: Problem) -> KernelProblem:
 
 def _choices(problem: KernelProblem, statistics: Statistics):
     """Return the configs of the kernels that serve the query side: of 5 to 31 heads both do."""
-    traits = problem.traits(statistics.dout)
-    small = narrow.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
+    traits = replace(problem.traits(statistics.dout), block_d=block(columns_of(problem)))
+    small = narrow.choose(traits, problem.device, narrow.width_of(problem))
+    if any(problem.biases()[:2]):
+        small = None
     alone = query.choose(traits, problem.device) if problem.group > 4 or small is None else None
     return [config for config in (alone, small) if config is not None]
 
@@ -87,16 +89,26 @@ def test_groups_up_to_64_have_tiles_that_fit(hopper, group, dim):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("width", [1, 16, 17, 32, 33, 64])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 31])
+@pytest.mark.parametrize("width", [1, 16, 17, 32, 33, 64, 512])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 31, 64])
 def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, width, dim):
     given = _on_meta(group=group, dim=dim)
     traits = _problem_of(given).traits(given.dout)
     config = narrow.choose(traits, HOPPER, width)
     assert config is not None
-    assert width <= config.keys <= max(16, 2 * width)
+    assert min(width, 64) <= config.keys <= max(16, 2 * width)
     assert config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
-    assert narrow.choose(traits, HOPPER, 65) is None
+    assert narrow.choose(traits, HOPPER, 513) is None
+
+
+@pytest.mark.parametrize("reach", [(0, 0), (63, 0), (127, 0), (99, 70), (0, 200), (2**31, 2**31)])
+def test_a_wide_window_passes_in_parts(hopper, reach):
+    """Every key that a query may see is in one of them."""
+    problem = replace(_problem_of(_on_meta(seq=300)), narrow_reach=reach)
+    windows = narrow._windows(problem, narrow.Config(64, 64, 3, 16))
+    offsets = [offset for left, right in windows for offset in range(-right, left + 1)]
+    assert offsets == list(range(-min(reach[1], 299), min(reach[0], 299) + 1))
+    assert all(left + right < 64 for left, right in windows)
 
 
 @pytest.mark.parametrize("seq", [512, 4096, 32768, 131072])
@@ -135,14 +147,6 @@ def test_what_is_not_served_is_left_to_others(hopper, change):
     assert narrow.choose(replace(traits, group=1), HOPPER, 32) is None
 
 
-def test_small_groups_are_served_for_the_trilinear_form_alone(hopper):
-    given = _on_meta()
-    traits = replace(_problem_of(given).traits(given.dout), group=1)
-    assert narrow.choose(traits, HOPPER, 32) is not None
-    for form in ("determinant", "strassen"):
-        assert narrow.choose(replace(traits, form=form), HOPPER, 32) is None
-
-
 @pytest.mark.parametrize("name", sorted(set(DEVICES) - {"sm_90"}))
 def test_no_other_device_is_served(hopper, name):
     given = _on_meta()
@@ -156,12 +160,12 @@ def test_no_other_device_is_served(hopper, name):
 @pytest.mark.parametrize(
     ("given", "spills"),
     [
-        ({"group": 64}, [160]),
+        ({"group": 64}, [160, 900]),
         # `query` in masked tiles, and once a turn; `narrow` where rows are added to a part, once a
         # step.
         ({"group": 8}, [480, 900]),
-        ({"group": 8, "form": "strassen"}, [640]),
-        ({"group": 8, "form": "determinant"}, [300]),
+        ({"group": 8, "form": "strassen"}, [640, 900]),
+        ({"group": 8, "form": "determinant"}, [300, 900]),
         ({"group": 1}, [2000]),
         ({"group": 4}, [900]),
     ],
@@ -213,13 +217,16 @@ def _run(given: Problem) -> list[dict[str, torch.Tensor]]:
             with gradients_of(problem, dq) as (place,):
                 query.backward_query(ordered(problem), statistics, place, config)
         else:
-            parts = narrow.backward_narrow(problem, statistics, dq, config)
             names = ("dk1", "dv1") if problem.is_exchanged else ("dk2", "dv2")
             got |= {
                 name: torch.full_like(tensor, torch.nan)
                 for name, tensor in zip(names, (problem.k_narrow, problem.v_narrow), strict=True)
             }
-            parts.sum_into(*(got[name] for name in names), problem)
+            dk, dv = (got[name] for name in names)
+            with gradients_of(problem, dq, dk) as (dq_place, dk_place):
+                narrow.write_query_and_narrow(
+                    ordered(problem), statistics, (dq_place, dk_place, dv), config
+                )
         found.append(got)
     assert found, "no kernel here serves this problem"
     return found
@@ -298,6 +305,22 @@ CASES = {
     ),
     "3 heads, 40 keys": _case(kv_heads=2, group=3, seq=90, w1=70, w2=40),
     "8 heads, 60 keys, four tiles to a position": _case(group=8, seq=90, w1=70, w2=60),
+    "8 heads, 80 keys": _case(group=8, seq=90, w1=90, w2=80),
+    "8 heads, 150 keys, bounds, biased": _case(
+        batch=2, kv_heads=2, group=8, seq=190, w1=160, w2=150, bounds="ranges", k2_bias=0.5
+    ),
+    "2 heads, both ways, 199 keys, placed": _case(
+        batch=2, group=2, seq=110, w1=120, w2=100, is_causal=False, starts="random"
+    ),
+    "1 head, no window": _case(group=1, seq=100, w1=None, w2=None),
+    "1 head, strassen": _case(kv_heads=2, group=1, seq=103, w1=77, w2=14, form="strassen"),
+    "1 head, determinant, biased": _case(
+        group=1, seq=103, w1=77, w2=20, form="determinant", k2_bias=0.5, v2_bias=1.0
+    ),
+    "4 heads, strassen, biased": _case(
+        group=4, seq=90, w1=70, w2=20, form="strassen", k2_bias=0.5, v2_bias=1.0
+    ),
+    "2 heads, determinant, 64 keys": _case(group=2, seq=90, w1=70, w2=60, form="determinant"),
     "31 heads": _case(batch=2, group=31, seq=90, w1=60, w2=20, bounds="ranges"),
     "24 heads, wild, placed": _case(
         batch=2, group=24, seq=70, w1=60, w2=14, bounds="wild", starts="random"
