@@ -38,6 +38,7 @@ PROBLEMS = {
 PROBLEMS |= {
     "G 64, strassen": replace(PROBLEMS["G 64"], form="strassen"),
     "G 64, float16": replace(PROBLEMS["G 64"], dtype=torch.float16),
+    "G 64, determinant": replace(PROBLEMS["G 64"], form="determinant"),
     "G 8, D 64": replace(PROBLEMS["G 8"], head_dim=64),
     "G 8, 128 x 128": replace(PROBLEMS["G 8"], seq=160, kv_heads=2, w1=128, w2=128),
     "G 8, float16": replace(PROBLEMS["G 8"], kv_heads=2, dtype=torch.float16),

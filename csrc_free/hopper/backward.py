@@ -113,8 +113,8 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     config = narrow_side.choose(traits, problem.device, narrow_side.width_of(problem))
     if config is None:
         return (
-            f"for 1 to {MOST_HEADS} heads, bfloat16, D and Dv of one size of tile, and a narrow window "
-            f"of up to {narrow_side.WIDEST} keys"
+            f"for 1 to {MOST_HEADS} heads, bfloat16, D and Dv of one size of tile, and a narrow "
+            f"window of up to {narrow_side.WIDEST} keys"
         )
     if narrow_side.share_of(problem, config) is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"

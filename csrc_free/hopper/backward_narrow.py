@@ -300,7 +300,7 @@ def _reach(problem: Problem) -> tuple[int, int]:
 
 
 def _windows(problem: Problem, config: Config) -> list[tuple[int, int]]:
-    """Return the reaches of windows of up to config.keys keys, which are the narrow one together."""
+    """Return the reaches of windows of up to config.keys keys, together the narrow one."""
     left, right = _reach(problem)
     firsts = range(-right, left + 1, config.keys)
     return [(min(first + config.keys - 1, left), -first) for first in firsts]

@@ -236,8 +236,9 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, constants, i, offset, full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
-    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    s, lse2_tile, constants, i, offset, full, reach, batch, start, key_first, seq,
+    kv_bounds, log2_scale, FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i, each at its narrow key of an offset.
 
@@ -275,8 +276,8 @@ def _sum_up(
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
     sizes, group, items, heads, splits, strides, scale, log2_scale, bias,
     FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: half the keys of an item, and half of every step's virtual rows."""
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, _, _, _ = sizes
@@ -337,14 +338,14 @@ def _sum_up(
         to_build = 0
         for ahead in range(step, gl.minimum(step + 2, step_end)):
             to_build, tiles_done = _build(
-                ahead, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
-                q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
+                ahead, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
             )  # fmt: skip
         for step in range(own_step - tile_first * steps, own_step):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
-                    q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                    log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -374,8 +375,9 @@ def _sum_up(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 p = _probabilities(
-                    s, statistics.index(0), constants.index(now), place >> _BLOCK_BITS, first + d, full, reach, batch,
-                    start, key_first, seq, kv_bounds, log2_scale, FORM, HEADS, HAS_BOUNDS, of_logits,
+                    s, statistics.index(0), constants.index(now), place >> _BLOCK_BITS, first + d,
+                    full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
+                    FORM, HEADS, HAS_BOUNDS, of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
                     gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
@@ -388,8 +390,8 @@ def _sum_up(
                 )
                 if step + 2 < step_end:
                     to_build, tiles_done = _build(
-                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
-                        q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
+                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                        log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                     )  # fmt: skip
                 d += 1
                 if d == offsets:
@@ -417,8 +419,8 @@ def _sum_up(
         for step in range(own_step_end, step_end):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
-                    q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                    log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -456,8 +458,8 @@ def hopper_backward_wide_kernel(
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_narrow_bias, v_narrow_bias,
     FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A persistent program takes items, 128 wide keys each, 64 for either of two warpgroups.
 
@@ -553,9 +555,9 @@ def backward_wide(
         *problem.sizes(), problem.group, items, batch * kv_heads, splits,
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases()[2:],
-        FORM=CODES[problem.form], HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
-        HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
-        HAS_BIAS=any(problem.biases()[2:]),
+        FORM=CODES[problem.form], HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        BLOCK_D=columns, HAS_BOUNDS=problem.kv_bounds is not None,
+        HAS_Q_START=problem.q_start is not None, HAS_BIAS=any(problem.biases()[2:]),
         config=Config(),
     )  # fmt: skip
     add_splits((dk_wide, dv_wide), sums, splits)

@@ -85,7 +85,7 @@ def test_both_halves_say_why_they_do_not_run():
 
 
 def test_a_slower_kernel_is_not_chosen():
-    """dq of 4 heads, where a bias of the wide pair leaves it to others."""
+    """The dq of 4 heads, where a bias of the wide pair leaves it to others."""
     some = dataclasses.replace(GROUP8, heads=32, w1=32, w2=512)
     problem, dout = _problem(some)
     problem = dataclasses.replace(problem, k2_bias=1.0)
