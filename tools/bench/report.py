@@ -19,14 +19,13 @@ import typer
 from tools.bench import curves
 from tools.bench.aims import AIMS, OF_EAGER, RELATIVE_AIMS, YARDSTICK
 from tools.bench.contest import ANCHORS, COMPILED, OURS
-from tools.workloads import BACKWARD_FLOPS, WORKLOADS, Direction, Workload, nominal_flops
+from tools.workloads import BACKWARD_FLOPS, BOTH, WORKLOADS, Direction, Workload, nominal_flops
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- made by tools.bench.report -->", "<!-- end -->"
 CUDNN = YARDSTICK["cuda"]
 MAIN = tuple(WORKLOADS)[:8]
-FORWARD: Direction = "forward"
 BACKWARD: Direction = "backward"
 Line = dict[str, Any]
 
@@ -121,7 +120,7 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
     )  # fmt: skip
     rows = []
     for name in names:
-        both = [(d, run.ours(name, d)) for d in (FORWARD, BACKWARD)]
+        both = [(d, run.ours(name, d)) for d in BOTH]
         there = [(d, line) for d, line in both if line is not None]
         cells = [_shape(name, there[0][1])]
         for direction, line in both:
@@ -153,7 +152,7 @@ def _of_another(run: Run, name: str, there: list[tuple[Direction, Line]]) -> str
 def _kept(run: Run) -> Iterator[tuple[str, bool]]:
     """Yield every aim of a run whose ratio is known, and whether it is reached."""
     for name in run.names():
-        for direction in (FORWARD, BACKWARD):
+        for direction in BOTH:
             line = run.ours(name, direction)
             if line is None:
                 continue
@@ -162,7 +161,7 @@ def _kept(run: Run) -> Iterator[tuple[str, bool]]:
                 other, *both = RELATIVE_AIMS[name]
                 theirs = run.ours(other, direction)
                 least = both[direction == BACKWARD]
-                ratio = theirs and line["nominal_tflops"] / theirs["nominal_tflops"]
+                ratio = line["nominal_tflops"] / theirs["nominal_tflops"] if theirs else None
             if least is not None and ratio is not None:
                 yield f"{name} {direction} {ratio:.2f} ({least:g})", ratio >= least
 
@@ -176,7 +175,7 @@ def _served(there: list[tuple[Direction, Line]]) -> str:
 def _of_steps(run: Run, names: Sequence[str]) -> str:
     rows = []
     for name in names:
-        lines = [run.ours(name, direction) for direction in (FORWARD, BACKWARD)]
+        lines = [run.ours(name, direction) for direction in BOTH]
         if name in WORKLOADS and all(lines):
             ms = sum(line["ms"] for line in lines if line)
             flops = (1 + BACKWARD_FLOPS) * nominal_flops(WORKLOADS[name])
@@ -187,7 +186,7 @@ def _of_steps(run: Run, names: Sequence[str]) -> str:
 def _of_compiled(run: Run, names: Sequence[str]) -> str:
     rows = []
     for name in names:
-        for direction in (FORWARD, BACKWARD):
+        for direction in BOTH:
             eager, compiled = run.ours(name, direction), run.lines.get((name, direction, COMPILED))
             if eager and compiled and compiled["ms"]:
                 ratio = compiled["nominal_tflops"] / eager["nominal_tflops"]
