@@ -72,13 +72,13 @@ class Family:
 # A narrow window's range is of one lag of the key side's warpgroups; every lag is some family's.
 # Programs that only prepare or add up are shared where families have columns and kv_heads alike.
 FAMILIES = (
-    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (50, 90), (8, 44)),
+    Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (60, 100), (8, 44)),
     Family(
         "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (5, 30),
         (193, 256), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (385, 420), (8, 44),
+        "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (490, 530), (20, 44),
     ),
     Family(
         "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 7), (128, 140),
