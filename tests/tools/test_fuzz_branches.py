@@ -66,7 +66,7 @@ def programs(case: Case) -> set[str]:
         if any(case.grad_mask):
             gpu.attn_backward(
                 problem.dout, problem.dlse, *problem.inputs, out, lse, *problem.windows,
-                **problem.options,
+                **problem.options, grad_mask=list(case.grad_mask),
             )  # fmt: skip
     return {fingerprint(launch) for launch in noted}
 
@@ -80,6 +80,7 @@ def test_families_are_served_and_compile_to_few_programs():
             assert not any(said.startswith("backward: portable") for said in found), family
             compiled |= programs(case)
     assert len(compiled) <= MOST_COMPILATIONS
+    assert compiled <= set().union(*(programs(case) for case in hopper.first_cases()))
 
 
 def test_constants_are_drawn_over_what_is_served():
