@@ -73,11 +73,11 @@ def load_entries(
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     i = entries // HEADS
     head = kv_head * GROUP + entries % HEADS
-    at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
-    at += i.to(gl.int64) * strides[2]
+    offs = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    offs += i.to(gl.int64) * strides[2]
     mask = (i < seq) & (entries % HEADS < GROUP)
     return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
+        pointer + (offs * 8)[:, None] + columns[None, :],
         mask=mask[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -91,10 +91,10 @@ def load_newest(
     layout: gl.constexpr = _loaded(PAIRS, COLUMNS)
     row += 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
-    at += row.to(gl.int64) * strides[2]
+    offs = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
+    offs += row.to(gl.int64) * strides[2]
     return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
+        pointer + (offs * 8)[:, None] + columns[None, :],
         mask=((row >= 0) & (row < rows))[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def narrow_rows_of(
 
 @gluon.jit
 def virtual_keys(
-    raw, newest, rows, seen, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    raw, newest, rows, mask, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr,
     KEYS: gl.constexpr, ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
 ):  # fmt: skip
     """Return what a form makes of narrow rows [64, columns] and the rows of their entries.
@@ -187,8 +187,8 @@ def virtual_keys(
             made = pack_bfloat16(cross(x, y) if FORM == DETERMINANT else x * y)
     else:
         made = rounded_cross(x, y) if FORM == DETERMINANT else x * y
-    seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
-    return of_rows(seen, made, gl.zeros_like(made)), constant
+    mask = gl.convert_layout(mask, rows_of(accumulator(COLUMNS)), assert_trivial=True)
+    return of_rows(mask, made, gl.zeros_like(made)), constant
 
 
 @gluon.jit
