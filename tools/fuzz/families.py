@@ -71,7 +71,8 @@ class Family:
 
 # A narrow window's range is of one lag of the key side's warpgroups, or of one size of tiles where
 # the kernels of small groups serve (16, 32 or 64 keys); every lag and every size is some family's.
-# Programs that only prepare or add up are shared where families have columns and kv_heads alike.
+# Programs that only prepare or add up are shared where families have columns and kv_heads alike, and
+# so are parts of the narrow gradients that hold all narrow rows, or none of them.
 FAMILIES = (
     Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (60, 100), (8, 44)),
     Family(
@@ -83,20 +84,20 @@ FAMILIES = (
     ),
     Family(
         "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 7), (128, 140),
-        (4, 40), form="strassen", has_bias=True, has_bounds=True,
+        (16, 40), form="strassen", has_bias=True, has_bounds=True,
     ),
     Family(
         "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (8, 36), (192, 200), (8, 40),
         dtype=torch.float16, has_bounds=True,
     ),
     Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (17, 31)),
-    Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (33, 48), (393, 410), (33, 50)),
+    Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (17, 31), (393, 410), (60, 80)),
     Family(
         "8 heads, two-sided, bounds, starts", 8, (128, 128), (16, 24), (94, 101), (9, 16),
-        (201, 240), (9, 40), is_causal=False, has_bounds=True, has_starts=True,
+        (201, 240), (9, 32), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140), (17, 40),
+        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140), (17, 36),
         form="determinant",
     ),
     Family(
@@ -109,11 +110,11 @@ FAMILIES = (
     ),
     Family(
         "4 heads, biases, starts", 4, (128, 128), (16, 40), (50, 65), (9, 16), (129, 150), (9, 24),
-        batch=(3, 3), kv_heads=3, has_bias=True, has_starts=True, through="out",
+        has_bias=True, has_starts=True, through="out",
     ),
     Family(
-        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (17, 32), (129, 140), (32, 40),
-        batch=(3, 3), kv_heads=3, has_bounds=True,
+        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (33, 40), (129, 140), (40, 48),
+        has_bounds=True,
     ),
 )  # fmt: skip
 
