@@ -325,7 +325,11 @@ SMALL = {
         group=1, form="determinant", batch=2, bounds="wild", starts="random"
     ),
 }
-SMALL |= {name: case for name, case in CASES.items() if case.form != "trilinear"}
+SMALL |= {
+    name: case
+    for name, case in CASES.items()
+    if case.form != "trilinear" and "first pair narrow" not in name  # a bias of the wide pair
+}
 
 
 @pytest.fixture
