@@ -181,7 +181,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
             torch.empty(shape[:2], dtype=torch.int32, device="meta"),
         )  # fmt: skip
         backward.write_gradients(
-            problem, given, dataclasses.replace(backward.choose(problem, dout), query=""),
+            problem, given, backward.Choice(keys=plan_of(problem, dout), wide=None, query=""),
             None, (None, None), (torch.empty_like(problem.k_narrow), None),
         )  # fmt: skip
     names = [launch.kernel.__name__ for launch in launches]
