@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, load_for_form, store_rows, virtual_query
+from csrc_free.device.forms import load_for_form, store_rows, virtual_query
 from csrc_free.device.pair import (
-    biases_of,
     load_keys,
     load_narrow_keys,
     load_narrow_values,
@@ -35,6 +34,7 @@ from csrc_free.device.tiles import (
     windows_of,
 )
 from csrc_free.launch import is_small, launch
+from csrc_free.portable.rows import row_constant
 from csrc_free.portable.shared_memory import forward_bytes
 from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
@@ -146,22 +146,16 @@ def _virtual_queries(
     form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
     """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
-    k_wide_bias, _v_wide_bias = biases_of(wide)
     FORM: tl.constexpr = form[0]
     SIGN: tl.constexpr = form[1]
-    HAS_WIDE_BIAS: tl.constexpr = form[2]
     HEAD_DIM: tl.constexpr = dims[0]
     BLOCK_D: tl.constexpr = dims[2]
     columns = tl.arange(0, BLOCK_D)
     query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
     k, k_prev = load_narrow_keys(narrow, key_row, sees_key, form, dims)
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-    row_constant = tl.zeros([vq.shape[0]], tl.float32)
-    if FORM == STRASSEN:
-        row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
-    if HAS_WIDE_BIAS:
-        row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-    return operand(vq, dot[0], dot[1]), row_constant
+    constant = row_constant(query, k, vq, wide, log2_scale, form)
+    return operand(vq, dot[0], dot[1]), constant
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -60,17 +60,32 @@ def load_stats(lse2, delta, offs, mask):
 
 
 @triton.jit
-def row_constants(query, k, vq, vdo, shift, row_dp, wide, log2_scale, form: tl.constexpr):
-    """Return (shift, row_dp) with a form's row constant and the wide pair's biases in them."""
+def row_constant(query, k, vq, wide, log2_scale, form: tl.constexpr):
+    """Return what a form and the wide keys' bias add to all logits of a row, in log2 units."""
     FORM: tl.constexpr = form[0]
     HAS_WIDE_BIAS: tl.constexpr = form[2]
-    k_bias, v_bias = biases_of(wide)
+    k_bias, _v_bias = biases_of(wide)
+    # An addition to zeros stays in the program, and costs registers: hence `else`.
     if FORM == STRASSEN:
-        shift -= tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+        constant = tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+        if HAS_WIDE_BIAS:
+            constant += tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
+    elif HAS_WIDE_BIAS:
+        constant = tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
+    else:
+        constant = tl.zeros([vq.shape[0]], tl.float32)
+    return constant
+
+
+@triton.jit
+def row_dp_of(vdo, delta, wide, form: tl.constexpr):
+    """Return what is added to all dP of a row: -delta, and what the wide values' bias adds."""
+    HAS_WIDE_BIAS: tl.constexpr = form[2]
+    _k_bias, v_bias = biases_of(wide)
+    row_dp = -delta
     if HAS_WIDE_BIAS:
-        shift -= tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
         row_dp += tl.sum(vdo.to(tl.float32), 1) * v_bias
-    return shift, row_dp
+    return row_dp
 
 
 @triton.jit
@@ -90,9 +105,9 @@ def virtual_rows(
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
     do = load_dout(queries, dims)
     vdo = do * load_narrow_values(narrow, key_row, key_mask, form, dims)
-    shift, row_dp = row_constants(
-        query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale, form
-    )
+    shift = tl.where(sees_key, lse2, float("inf"))
+    shift -= row_constant(query, k, vq, wide, log2_scale, form)
+    row_dp = row_dp_of(vdo, delta, wide, form)
     vq = operand(vq, dot[0], dot[1])
     vdo = operand(vdo, dot[0], dot[1])
     return vq, vdo, shift, row_dp

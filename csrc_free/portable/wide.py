@@ -20,7 +20,14 @@ from csrc_free.device.tiles import (
     windows_of,
 )
 from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
-from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of, row_constants
+from csrc_free.portable.rows import (
+    load_dout,
+    load_queries,
+    load_stats,
+    queries_of,
+    row_constant,
+    row_dp_of,
+)
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
@@ -164,10 +171,9 @@ def backward_wide_kernel(
             vn = load_narrow_values(narrow, narrow_row, sees_key, form, dims)
             vq = virtual_query(query, query_prev, kn, kn_prev, columns, FORM, SIGN, HEAD_DIM)
             vdo = do * vn
-            shift, row_dp = row_constants(
-                query, kn, vq, vdo, tl.where(sees_key, row_lse2, float("inf")), -row_delta,
-                wide, log2_scale, form,
-            )  # fmt: skip
+            shift = tl.where(sees_key, row_lse2, float("inf"))
+            shift -= row_constant(query, kn, vq, wide, log2_scale, form)
+            row_dp = row_dp_of(vdo, row_delta, wide, form)
             vq = operand(vq, DOT_DTYPE, PRECISION)
             vdo = operand(vdo, DOT_DTYPE, PRECISION)
             s = product(k, transposed(vq, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
