@@ -89,26 +89,41 @@ def row_dp_of(vdo, delta, wide, form: tl.constexpr):
 
 
 @triton.jit
-def virtual_rows(
-    queries, stats, narrow, wide, key_row, key_mask, sees_key, log2_scale,
+def virtual_queries(
+    q, offs, mask, narrow, wide, key_row, key_mask, log2_scale,
     form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
-    """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
-    lse2, delta = stats
+    """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M].
+
+    key_row and key_mask are [M], or [1] where all rows meet the same key.
+    """
     FORM: tl.constexpr = form[0]
     SIGN: tl.constexpr = form[1]
     HEAD_DIM: tl.constexpr = dims[0]
     BLOCK_D: tl.constexpr = dims[2]
-    query, query_prev = load_queries(queries, form, dims)
-    k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
     columns = tl.arange(0, BLOCK_D)
+    query, query_prev = load_for_form(q, offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
+    k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+    constant = row_constant(query, k, vq, wide, log2_scale, form)
+    return operand(vq, dot[0], dot[1]), constant
+
+
+@triton.jit
+def virtual_rows(
+    queries, stats, narrow, wide, key_row, key_mask, sees_key, log2_scale,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
+):  # fmt: skip
+    """Return `virtual`, of narrow keys as `virtual_queries` takes them."""
+    lse2, delta = stats
+    q, query_offs, _dout, _dout_offs, mask = queries
+    vq, constant = virtual_queries(
+        q, query_offs, mask, narrow, wide, key_row, key_mask, log2_scale, form, dims, dot
+    )
     do = load_dout(queries, dims)
     vdo = do * load_narrow_values(narrow, key_row, key_mask, form, dims)
-    shift = tl.where(sees_key, lse2, float("inf"))
-    shift -= row_constant(query, k, vq, wide, log2_scale, form)
+    shift = tl.where(sees_key, lse2, float("inf")) - constant
     row_dp = row_dp_of(vdo, delta, wide, form)
-    vq = operand(vq, dot[0], dot[1])
     vdo = operand(vdo, dot[0], dot[1])
     return vq, vdo, shift, row_dp
 

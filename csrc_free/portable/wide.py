@@ -8,7 +8,7 @@ import triton.language as tl
 
 from csrc_free import measured
 from csrc_free.device.forms import store_rows, virtual_query
-from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_wide, pairs_of
+from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_pair, pairs_of
 from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     heads_of,
@@ -140,7 +140,7 @@ def backward_wide_kernel(
     key_first = wide_first + tile * BLOCK_N
     key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
     # Unbiased: a wide pair's biases are row constants.
-    k, v = load_wide(wide, wide_row, key_mask, dims)
+    k, v = load_pair(wide, wide_row, key_mask, dims)
     k = operand(k, DOT_DTYPE, PRECISION)
     v = operand(v, DOT_DTYPE, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -202,6 +202,6 @@ def write_wide(
     dk, dv = complete(wide, problem.k_wide, problem.v_wide)
     launch_backward(
         backward_wide_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
-        problem, statistics, inputs_of(problem, statistics), [dk, dv],
+        problem, statistics, inputs_of(problem, statistics), (dk, dv),
         strides=(*dk.stride()[:3], *dv.stride()[:3]), config=config,
     )  # fmt: skip
