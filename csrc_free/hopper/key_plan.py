@@ -32,6 +32,7 @@ _MOST_ITEMS = 4096  # beyond, programs are even without help
 class Plan:
     """How the work of one problem is divided among programs."""
 
+    keys: int  # wide keys of a tile
     tiles: int  # of wide keys, that share one part of the narrow pair's gradients
     splits: int  # programs that share the turns of one tile
     batch: int  # rows of the batch, and key-value heads, of one launch: the next ones take the
@@ -154,7 +155,7 @@ def _division(
                 time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
                 time *= 1 + 0.01 * (launches - 1)
                 if best is None or time < best[0]:
-                    best = time, Plan(tiles, splits, some_batch, some_heads)
+                    best = time, Plan(KEYS, tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
 
 

@@ -101,8 +101,8 @@ def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
     workload = Workload("x", batch, heads, kv_heads, seq, 128, 512, 32)
     plan = _plan(workload)
     assert isinstance(plan, Plan)
-    parts = -(-seq // (KEYS * plan.tiles))
-    slots = KEYS * plan.tiles + 511 + 31
+    parts = -(-seq // (plan.keys * plan.tiles))
+    slots = plan.keys * plan.tiles + 511 + 31
     some = plan.batch * plan.kv_heads
     taken = 4 * 256 * some * (parts * slots + (seq * (plan.splits + 1) if plan.splits > 1 else 0))
     taken += 8 * batch * heads * seq  # delta and lse2
@@ -348,9 +348,46 @@ def test_drawn_problems_are_within_the_budget(case):
 @pytest.mark.parametrize("at_once", [(2, 2), (1, 1)])
 def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     """Tiles that share a part, programs that share a tile, and several launches."""
-    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
+    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(KEYS, *plan, *at_once))
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+OF_SEVERAL_NARROW_KEYS = (
+    "whole tiles and a tail",
+    "64 heads, a position to a tile",
+    "D 64, Dv 128",
+    "both sides",
+    "the first pair narrow",
+    "windows beyond the sequence",
+    "a window of one",
+    "fewer first keys",
+    "a cache",
+    "wild bounds",
+    "starts",
+    "biases of the wide pair",
+    "strassen, wild bounds, starts",
+    "determinant, the first pair narrow, biases",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OF_SEVERAL_NARROW_KEYS)
+@pytest.mark.parametrize("keys", [16, 32])
+def test_several_narrow_keys_may_share_a_product(name, keys, used, monkeypatch, poisoned_memory):
+    """Whatever would be chosen, and where a part is of several tiles too."""
+    monkeypatch.setattr(backward, "plan_of", _with(backward.plan_of, keys=keys, tiles=2))
+    assert_matches_reference(CASES[name], attn, device="cuda")
+    assert used
+
+
+def _with(plan_of, **changes):
+    def changed(problem, dout):
+        plan = plan_of(problem, dout)
+        assert isinstance(plan, Plan)
+        return dataclasses.replace(plan, **changes)
+
+    return changed
 
 
 @pytest.mark.gpu
