@@ -7,9 +7,9 @@ the queries that see m:
     dv_wide += v_m ∘ Y              dv_m = sum over j of v_j ∘ Y[j]
 
 so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m: those of 64 wide
-keys at one narrow key or, since fewer of the queries that see so many see all of them, of 32 at two
-or 16 at four. That is the trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · k_m besides, and with
-σ[j] = sum of dS
+keys at one narrow key or, since fewer queries see all of so many, of 32 at two or 16 at four. That
+is the trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · k_m besides,
+and with σ[j] = sum of dS
 
     dk_wide += scale · (X + σ k_m)  dk_m = scale · sum over j of (X[j] + σ[j] k_j)
 
@@ -197,7 +197,10 @@ def backward_keys(
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
         _statistic(delta, slots_of_rows, 0.0),
         _statistic(lse2, slots_of_rows, math.inf),
-        *(describe(t, [1, 1, plan.keys, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
+        *(
+            describe(t, [1, 1, plan.keys, block(t.shape[3])])
+            for t in (problem.k_wide, problem.v_wide)
+        ),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start, factors,
         *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, plan.keys), plan.tiles,

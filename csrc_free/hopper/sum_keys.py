@@ -125,16 +125,16 @@ def _sums_of_warps(x, NARROW: gl.constexpr):
 
 @gluon.jit
 def _in_part(
-    part, slot, m, like, narrow_first, narrow_end, DIMS: gl.constexpr
+    part, slot, m, narrow_first, narrow_end,
+    NARROW: gl.constexpr, DIMS: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return where the sums of narrow keys from m on stand in their part, and which are there."""
-    layout: gl.constexpr = like.type.layout
-    columns = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-    mask = columns < DIMS
-    if like.shape[0] > 1:
-        m += gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, layout))[:, None]
-        mask = mask & (m >= narrow_first) & (m < narrow_end)
-    return part + (slot + m) * DIMS + columns, mask
+    sums = _sums_of_warps(gl.zeros([4, BLOCK], gl.float32, LAYOUT), NARROW)
+    layout: gl.constexpr = sums.type.layout
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
+    rows = m + gl.arange(0, NARROW, layout=gl.SliceLayout(1, layout))[:, None]
+    mask = (rows >= narrow_first) & (rows < narrow_end) & (columns < DIMS)
+    return part + (slot + rows) * DIMS + columns, mask
 
 
 @gluon.jit
@@ -276,7 +276,8 @@ def sum_keys(
             m = narrow_key(place, base, APART, NARROW) + APART * r
             k_next, v_next = _load_rows(
                 k_narrow, v_narrow, k_head, v_head, m - narrow_row_0, narrow_rows,
-                stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                stride_kn_n, stride_vn_n, columns, value_columns,
+                HEAD_DIM, VALUE_DIM, INDEX, NARROW,
             )  # fmt: skip
             wait_full(keys_full, 0, tiles_done)
             for _turn in range(own_turns):
@@ -312,20 +313,20 @@ def sum_keys(
                 k_next, v_next = _load_rows(
                     k_narrow, v_narrow, k_head, v_head,
                     narrow_key(place, base, APART, NARROW) + APART * r - narrow_row_0, narrow_rows,
-                    stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                    stride_kn_n, stride_vn_n, columns, value_columns,
+                    HEAD_DIM, VALUE_DIM, INDEX, NARROW,
                 )  # fmt: skip
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
-                    is_one = (m >= narrow_first) & (m < narrow_end)
-                    no_sums = _sums_of_warps(gl.zeros([4, BLOCK_D], gl.float32, by_columns), NARROW)
                     ptrs, mask = _in_part(
-                        dk_parts, slot, m, no_sums, narrow_first, narrow_end, HEAD_DIM
-                    )
-                    dk_before = gl.load(ptrs, mask=mask & ((NARROW > 1) | is_one), other=0.0)
-                    no_sums = _sums_of_warps(gl.zeros([4, BLOCK_DV], gl.float32, by_columns), NARROW)
+                        dk_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, HEAD_DIM, BLOCK_D, by_columns,
+                    )  # fmt: skip
+                    dk_before = gl.load(ptrs, mask=mask, other=0.0)
                     ptrs, mask = _in_part(
-                        dv_parts, slot, m, no_sums, narrow_first, narrow_end, VALUE_DIM
-                    )
-                    dv_before = gl.load(ptrs, mask=mask & ((NARROW > 1) | is_one), other=0.0)
+                        dv_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, VALUE_DIM, BLOCK_DV, by_columns,
+                    )  # fmt: skip
+                    dv_before = gl.load(ptrs, mask=mask, other=0.0)
                 if own_step_end > own_step:
                     of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
                     wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_made, NARROW)
@@ -445,12 +446,14 @@ def sum_keys(
                         dv_row += dv_before
                         dk_row += dk_before
                     ptrs, mask = _in_part(
-                        dv_parts, slot, m, dv_row, narrow_first, narrow_end, VALUE_DIM
-                    )
+                        dv_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, VALUE_DIM, BLOCK_DV, by_columns,
+                    )  # fmt: skip
                     gl.store(ptrs, dv_row, mask=mask)
                     ptrs, mask = _in_part(
-                        dk_parts, slot, m, dk_row, narrow_first, narrow_end, HEAD_DIM
-                    )
+                        dk_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, HEAD_DIM, BLOCK_D, by_columns,
+                    )  # fmt: skip
                     gl.store(ptrs, dk_row, mask=mask)
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
                     narrow = _of_narrow(v_row, v_narrow_bias, HAS_BIAS, of_y).to(gl.float32)
@@ -472,14 +475,16 @@ def sum_keys(
             if r == 0:
                 _hand_over(
                     dv_sums, dv_wide + split_offset * VALUE_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dv_b, stride_dv_h, stride_dv_n, of_dv, VALUE_DIM, BLOCK_DV, by_rows, WIDE,
+                    stride_dv_b, stride_dv_h, stride_dv_n, of_dv,
+                    VALUE_DIM, BLOCK_DV, WIDE, by_rows,
                 )  # fmt: skip
             arrive(dv_turn, r)
             _wait_for_turn(dk_turn, r, turns_done)
             if r == 1:
                 _hand_over(
                     dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dk_b, stride_dk_h, stride_dk_n, of_dk, HEAD_DIM, BLOCK_D, by_rows, WIDE,
+                    stride_dk_b, stride_dk_h, stride_dk_n, of_dk,
+                    HEAD_DIM, BLOCK_D, WIDE, by_rows,
                 )  # fmt: skip
             arrive(dk_turn, r)
             turns_done += 1
@@ -490,7 +495,7 @@ def sum_keys(
 @gluon.jit
 def _hand_over(
     sums, grad, batch, kv_head, tile, rows, stride_b, stride_h, stride_n, scale,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr, WIDE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Write a tile's sums to its gradient, over all its narrow keys, and begin anew."""
     total = gl.sum(gl.reshape(sums.load(LAYOUT), [_KEYS // WIDE, WIDE, BLOCK_D]), 0)
