@@ -11,7 +11,7 @@ from csrc_free.hopper.ordered import bytes_of, columns_of
 from csrc_free.problem import Problem, block
 from csrc_free.steps.parts import LIMIT_BYTES
 
-# A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
+# Virtual keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
 ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
@@ -57,11 +57,20 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
         _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
-        problem.device.multiprocessors,
+        problem.device.multiprocessors, keys_of_tile(problem.group),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return plan
+
+
+def keys_of_tile(group: int) -> int:
+    """Return how many wide keys a tile has: a row meets some of them at several narrow keys.
+
+    Of the rows that see a tile of K keys, a share of w / (w + K - 1) sees each. With several
+    positions to a tile of rows, those that see one narrow key or the next fill another tile.
+    """
+    return KEYS // 2 if triton.next_power_of_2(group) == ROWS else KEYS
 
 
 def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
@@ -128,22 +137,22 @@ def _bytes_of_statistics(problem: Problem) -> int:
 def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
-    columns: int, gradient_bytes: int, statistics_bytes: int, processors: int,
+    columns: int, gradient_bytes: int, statistics_bytes: int, processors: int, keys: int,
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
     limit = _limit(gradient_bytes) - statistics_bytes
-    count = triton.cdiv(rows, KEYS)
+    count = triton.cdiv(rows, keys)
     left, right = wide_reach
     weights = []  # of each tile: the queries that see it
     for tile in range(count):
-        key = wide_first + tile * KEYS
-        weights.append(max(0, min(key + KEYS + left - start, seq) - max(key - right - start, 0)))
+        key = wide_first + tile * keys
+        weights.append(max(0, min(key + keys + left - start, seq) - max(key - right - start, 0)))
     best: tuple[float, Plan] | None = None
     for some_batch, some_heads in shares(batch, kv_heads):
         launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
         heads = some_batch * some_heads
         for tiles in _TILES:
-            slots = min(KEYS * tiles + left + right + sum(narrow_reach), narrow_rows)
+            slots = min(keys * tiles + left + right + sum(narrow_reach), narrow_rows)
             parts = triton.cdiv(count, tiles)
             for splits in _SPLITS:
                 taken = 4 * columns * heads * parts * slots
@@ -155,7 +164,7 @@ def _division(
                 time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
                 time *= 1 + 0.01 * (launches - 1)
                 if best is None or time < best[0]:
-                    best = time, Plan(KEYS, tiles, splits, some_batch, some_heads)
+                    best = time, Plan(keys, tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
 
 
