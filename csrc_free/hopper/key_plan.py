@@ -25,6 +25,12 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 # What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
 # 2026-11-25).
 _SHARED_PART = 1.12
+# Fewer wide keys of a tile than 64, at several narrow keys: 32.6 ms for 37.3 at 128 x 128, 30.6 for
+# 32.7 at 256 x 64, 33.8 for 31.0 at 512 x 32; of 32 keys 37.0, 32.7 and 30.8 (B4 N4096 H64 Hkv1;
+# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+_FEWER_KEYS = 16
+_SHARED_PRODUCT = 1.1
+_SHARED_FROM = 48  # narrow keys
 _MOST_ITEMS = 4096  # beyond, programs are even without help
 
 
@@ -57,20 +63,28 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
         _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
-        problem.device.multiprocessors, keys_of_tile(problem.group),
+        problem.device.multiprocessors, _kinds(problem.group, problem.narrow_width),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return plan
 
 
-def keys_of_tile(group: int) -> int:
-    """Return how many wide keys a tile has: a row meets some of them at several narrow keys.
+def _kinds(group: int, narrow: int) -> tuple[tuple[int, float], ...]:
+    """Return how many wide keys a tile may have, and the work of each query that sees one of them.
 
-    Of the rows that see a tile of K keys, a share of w / (w + K - 1) sees each. With several
-    positions to a tile of rows, those that see one narrow key or the next fill another tile.
+    A tile of 64 meets one narrow key at once. One of 16 meets four: fewer of its rows see only some
+    of its wide keys, and some see only some of the narrow ones.
     """
-    return KEYS // 2 if triton.next_power_of_2(group) == ROWS else KEYS
+    positions = ROWS // triton.next_power_of_2(group)
+
+    def work(keys: int) -> float:
+        at_once = KEYS // keys
+        return triton.cdiv(narrow + at_once - 1, positions) * positions / at_once
+
+    if narrow < _SHARED_FROM:
+        return ((KEYS, work(KEYS)),)
+    return (KEYS, work(KEYS)), (_FEWER_KEYS, _SHARED_PRODUCT * work(_FEWER_KEYS))
 
 
 def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
@@ -137,34 +151,39 @@ def _bytes_of_statistics(problem: Problem) -> int:
 def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
-    columns: int, gradient_bytes: int, statistics_bytes: int, processors: int, keys: int,
+    columns: int, gradient_bytes: int, statistics_bytes: int, processors: int,
+    kinds: tuple[tuple[int, float], ...],
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
     limit = _limit(gradient_bytes) - statistics_bytes
-    count = triton.cdiv(rows, keys)
     left, right = wide_reach
-    weights = []  # of each tile: the queries that see it
-    for tile in range(count):
-        key = wide_first + tile * keys
-        weights.append(max(0, min(key + keys + left - start, seq) - max(key - right - start, 0)))
     best: tuple[float, Plan] | None = None
-    for some_batch, some_heads in shares(batch, kv_heads):
-        launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
-        heads = some_batch * some_heads
-        for tiles in _TILES:
-            slots = min(keys * tiles + left + right + sum(narrow_reach), narrow_rows)
-            parts = triton.cdiv(count, tiles)
-            for splits in _SPLITS:
-                taken = 4 * columns * heads * parts * slots
-                # The splits' sums, and the sum over them.
-                taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
-                if taken > limit:
-                    continue
-                time = launches * _time(weights, heads, tiles, splits, processors)
-                time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
-                time *= 1 + 0.01 * (launches - 1)
-                if best is None or time < best[0]:
-                    best = time, Plan(keys, tiles, splits, some_batch, some_heads)
+    for keys, work in kinds:
+        count = triton.cdiv(rows, keys)
+        weights = []  # of each tile: the work of the queries that see it
+        for tile in range(count):
+            key = wide_first + tile * keys
+            seen = min(key + keys + left - start, seq) - max(key - right - start, 0)
+            weights.append(max(0, seen) * work)
+        for some_batch, some_heads in shares(batch, kv_heads):
+            launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
+            heads = some_batch * some_heads
+            for tiles in _TILES:
+                slots = min(keys * tiles + left + right + sum(narrow_reach), narrow_rows)
+                parts = triton.cdiv(count, tiles)
+                # Programs that share a tile divide its narrow keys, each tile's otherwise: two
+                # would add to one row of a part that several tiles share.
+                for splits in _SPLITS if tiles == 1 else (1,):
+                    taken = 4 * columns * heads * parts * slots
+                    # The splits' sums, and the sum over them.
+                    taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
+                    if taken > limit:
+                        continue
+                    time = launches * _time(weights, heads, tiles, splits, processors)
+                    time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
+                    time *= 1 + 0.01 * (launches - 1)
+                    if best is None or time < best[0]:
+                        best = time, Plan(keys, tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
 
 
@@ -194,8 +213,8 @@ def _halves(count: int) -> list[int]:
     return found
 
 
-def _time(weights: list[int], heads: int, tiles: int, splits: int, processors: int) -> float:
-    """Return the work of the program that has most, in queries: items go round by number."""
+def _time(weights: list[float], heads: int, tiles: int, splits: int, processors: int) -> float:
+    """Return the work of the program that has most: items go round by number."""
     parts = [sum(weights[i : i + tiles]) / splits for i in range(0, len(weights), tiles)]
     items = len(parts) * splits * heads
     if items > _MOST_ITEMS:

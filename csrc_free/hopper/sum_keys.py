@@ -230,6 +230,7 @@ def sum_keys(
     in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     positions: gl.constexpr = _ROWS // HEADS
     IS_HALF: gl.constexpr = vk.dtype == gl.float16
+    IS_PLAIN: gl.constexpr = IS_CAUSAL and IS_SQUARE
 
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
     value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, one_row))
@@ -310,23 +311,18 @@ def sum_keys(
                 place = gl.where(place == turns, 0, place)
                 k_row.store(k_next)
                 v_row.store(v_next)
-                k_next, v_next = _load_rows(
-                    k_narrow, v_narrow, k_head, v_head,
-                    narrow_key(place, base, APART, NARROW) + APART * r - narrow_row_0, narrow_rows,
-                    stride_kn_n, stride_vn_n, columns, value_columns,
-                    HEAD_DIM, VALUE_DIM, INDEX, NARROW,
-                )  # fmt: skip
+                later_m = narrow_key(place, base, APART, NARROW) + APART * r
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
-                    ptrs, mask = _in_part(
+                    k_ptrs, k_mask = _in_part(
                         dk_parts, slot, m, narrow_first, narrow_end,
                         NARROW, HEAD_DIM, BLOCK_D, by_columns,
                     )  # fmt: skip
-                    dk_before = gl.load(ptrs, mask=mask, other=0.0)
-                    ptrs, mask = _in_part(
+                    dk_before = gl.load(k_ptrs, mask=k_mask, other=0.0)
+                    v_ptrs, v_mask = _in_part(
                         dv_parts, slot, m, narrow_first, narrow_end,
                         NARROW, VALUE_DIM, BLOCK_DV, by_columns,
                     )  # fmt: skip
-                    dv_before = gl.load(ptrs, mask=mask, other=0.0)
+                    dv_before = gl.load(v_ptrs, mask=v_mask, other=0.0)
                 if own_step_end > own_step:
                     of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
                     wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_made, NARROW)
@@ -397,7 +393,7 @@ def sum_keys(
                             s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                             lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
                             batch, seq, kv_bounds, log2_scale, of_dp,
-                            FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y, WIDE,
+                            FORM, HEADS, HAS_BOUNDS, IS_PLAIN, of_logits, a_of_y, WIDE,
                         )  # fmt: skip
                         later = at % STAGES
                         state = _wait_for_rows(
@@ -418,11 +414,17 @@ def sum_keys(
                         s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                         lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
                         window, batch, seq, kv_bounds, log2_scale, of_dp,
-                        FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y, WIDE,
+                        FORM, HEADS, HAS_BOUNDS, IS_PLAIN, of_logits, a_of_y, WIDE,
                     )  # fmt: skip
                     x = warpgroup_mma(
                         gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                     )
+                    # Only now: kept through the loop, they would be spilled.
+                    k_next, v_next = _load_rows(
+                        k_narrow, v_narrow, k_head, v_head, later_m - narrow_row_0, narrow_rows,
+                        stride_kn_n, stride_vn_n, columns, value_columns,
+                        HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                    )  # fmt: skip
                     y = warpgroup_mma_wait(1, deps=(y,))
                     dv_row = _sum_over_keys(
                         y * _of_wide(v_tile, v_wide_bias, HAS_BIAS, of_y, NARROW).to(gl.float32),
@@ -445,16 +447,16 @@ def sum_keys(
                     if DO_ACCUMULATE:
                         dv_row += dv_before
                         dk_row += dk_before
-                    ptrs, mask = _in_part(
+                    v_ptrs, v_mask = _in_part(
                         dv_parts, slot, m, narrow_first, narrow_end,
                         NARROW, VALUE_DIM, BLOCK_DV, by_columns,
                     )  # fmt: skip
-                    gl.store(ptrs, dv_row, mask=mask)
-                    ptrs, mask = _in_part(
+                    gl.store(v_ptrs, dv_row, mask=v_mask)
+                    k_ptrs, k_mask = _in_part(
                         dk_parts, slot, m, narrow_first, narrow_end,
                         NARROW, HEAD_DIM, BLOCK_D, by_columns,
                     )  # fmt: skip
-                    gl.store(ptrs, dk_row, mask=mask)
+                    gl.store(k_ptrs, dk_row, mask=k_mask)
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
                     narrow = _of_narrow(v_row, v_narrow_bias, HAS_BIAS, of_y).to(gl.float32)
                     _wait_for_turn(dv_turn, r, turns_done)
@@ -465,6 +467,11 @@ def sum_keys(
                     dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, narrow, FORM))
                     arrive(dk_turn, r)
                 else:
+                    k_next, v_next = _load_rows(
+                        k_narrow, v_narrow, k_head, v_head, later_m - narrow_row_0, narrow_rows,
+                        stride_kn_n, stride_vn_n, columns, value_columns,
+                        HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                    )  # fmt: skip
                     _wait_for_turn(dv_turn, r, turns_done)
                     arrive(dv_turn, r)
                     _wait_for_turn(dk_turn, r, turns_done)
