@@ -16,7 +16,7 @@ _LARGEST_HALF = gl.constexpr(2.0**P_EXPONENT.value)
 
 @gluon.jit
 def _probabilities(
-    s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+    s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
     FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, IS_PLAIN: gl.constexpr,
     LARGEST: gl.constexpr, LAYOUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def _probabilities(
     reaches is there. Rows past the last query are zero in q and dout, and add nothing, whatever
     their P is, so long as it is finite.
     """
-    first, last = seen
+    first, last = whole
     shift = lse2_tile.load(LAYOUT)
     if FORM == STRASSEN:
         shift -= of_keys[:, None]
@@ -63,9 +63,9 @@ def _probabilities(
         if (WIDE < _KEYS) and not IS_PLAIN:
             visible = visible & (number >= narrow_first - m) & (number < narrow_end - m)
         if HAS_BOUNDS:
-            at = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
-            lo = gl.maximum(gl.load(at), 0)
-            hi = gl.maximum(gl.load(at + 1), 0)
+            bound_ptrs = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
+            lo = gl.maximum(gl.load(bound_ptrs), 0)
+            hi = gl.maximum(gl.load(bound_ptrs + 1), 0)
             visible = visible & (key >= lo - key_first) & (key < hi - key_first)
             visible = visible & (number >= lo - m) & (number < hi - m)
         if FORM == STRASSEN:
@@ -78,7 +78,7 @@ def _probabilities(
 
 @gluon.jit
 def weigh(
-    s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq,
+    s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, whole, m, window, batch, seq,
     kv_bounds, log2_scale, of_dp, FORM: gl.constexpr, HEADS: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, IS_PLAIN: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
     WIDE: gl.constexpr,
@@ -94,7 +94,7 @@ def weigh(
         use_acc=False, is_async=True,
     )  # fmt: skip
     p = _probabilities(
-        s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+        s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
         FORM, HEADS, HAS_BOUNDS, IS_PLAIN, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT, WIDE,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_as(p, dtype), A_OF_Y), dout_tile, y, is_async=True)
