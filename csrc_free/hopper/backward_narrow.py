@@ -276,7 +276,7 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
 
     def work(steps: int) -> float:
         rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
-        return rounds * (steps + _START)
+        return rounds * (min(steps, tiles) + _START)
 
     steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
     return steps, triton.cdiv(tiles, steps)

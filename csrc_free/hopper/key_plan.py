@@ -25,12 +25,13 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 # What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
 # 2026-11-25).
 _SHARED_PART = 1.12
-# Fewer wide keys of a tile than 64, at several narrow keys: 32.6 ms for 37.3 at 128 x 128, 30.6 for
-# 32.7 at 256 x 64, 33.8 for 31.0 at 512 x 32; of 32 keys 37.0, 32.7 and 30.8 (B4 N4096 H64 Hkv1;
-# H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+# Tiles of 16 wide keys that meet four narrow keys at once, for 64 and one: 34.6 ms for 45.7 at
+# 128 x 128, 32.3 for 37.2 at 256 x 64, 31.3 for 31.3 at 512 x 32 (B4 N4096 H64 Hkv1); 8 heads to
+# one, 128 x 128, 10.8 for 12.8 (H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30). By the rows
+# they meet that is 0.98 to 1.06 of what it should take.
 _FEWER_KEYS = 16
-_SHARED_PRODUCT = 1.1
-_SHARED_FROM = 48  # narrow keys
+_SHARED_PRODUCT = 1.05
+_SHARED_FROM = 48  # narrow keys: not measured below
 _MOST_ITEMS = 4096  # beyond, programs are even without help
 
 

@@ -168,10 +168,14 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     ("workload", "most_spills"), [
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
+        (dataclasses.replace(GROUP8, heads=64, kv_heads=1, w1=128, w2=128), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
         (dataclasses.replace(GROUP8, form="strassen"), 450),
         (dataclasses.replace(GROUP8, form="determinant"), 450),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen", "determinant"],
+    ], ids=[
+        "group 8, D 128", "group 64, D 128", "16 wide keys", "group 64, D 64", "strassen",
+        "determinant",
+    ],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
