@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -99,6 +99,19 @@ def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, widt
     assert width <= config.keys <= max(16, 2 * width)
     assert config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
     assert narrow.choose(traits, HOPPER, 65) is None
+
+
+@given(st.integers(1, 40_000), st.integers(1, 300), st.sampled_from([1, 78, 132]))
+@example(2000, 8, 132)  # 32 tiles to an item were 128 for the program that has most
+def test_items_of_small_groups_are_even(tiles, heads, processors):
+    """The program with most tiles has little more than its share: two small items."""
+    steps, chunks = narrow._division(tiles, heads, processors)
+    assert (chunks - 1) * steps < tiles <= chunks * steps
+    share = -(-tiles * heads // processors)
+    most = -(-heads * chunks // processors) * min(steps, tiles)
+    assert most <= share * 1.06 + 2 * narrow._FEWEST_STEPS
+    if (tiles, heads, processors) == (2000, 8, 132):
+        assert most == 122
 
 
 @pytest.mark.parametrize("seq", [512, 4096, 32768, 131072])

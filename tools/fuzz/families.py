@@ -79,6 +79,9 @@ FAMILIES = (
         (193, 256), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
+        "64 heads, windows alike", 64, (128, 128), (1, 9), (56, 64), (48, 56), (60, 100), (60, 100),
+    ),
+    Family(
         "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (490, 530), (20, 44),
     ),
     Family(
