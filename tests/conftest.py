@@ -10,6 +10,8 @@ from unittest import mock
 # so is whether they are right. `make test-all` has them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Else each of them starts processes to compile in, with a torch of their own: cores are busy already.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
