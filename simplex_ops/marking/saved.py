@@ -6,6 +6,7 @@ loads it into a model without that mark is told by PyTorch and by transformers o
 expect, and the key says which call to make.
 """
 
+import contextlib
 import struct
 from typing import Any
 
@@ -50,7 +51,8 @@ class SavedMark(nn.Module):
             return
         if now is None or now is self.__dict__.get("_compared") or now.is_meta:
             return
-        self._compare(now)
+        with contextlib.suppress(RuntimeError):  # vmap's holds those of several models
+            self._compare(now)
 
     def extra_repr(self) -> str:
         """Return the settings."""
