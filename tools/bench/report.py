@@ -63,7 +63,7 @@ class Run:
 
     def names(self) -> list[str]:
         """Return the workloads that ours was timed on, in the order of the named ones."""
-        timed = {name for name, direction, _ in self.lines if self.ours(name, direction)}
+        timed = dict.fromkeys(n for n, direction, _ in self.lines if self.ours(n, direction))
         known = list(WORKLOADS)
         return sorted(timed, key=lambda name: known.index(name) if name in known else len(known))
 
@@ -121,7 +121,7 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
     rows = []
     for name in names:
         both = [(d, run.ours(name, d)) for d in BOTH]
-        there = [(d, line) for d, line in both if line is not None]
+        there: list[tuple[Direction, Line]] = [(d, line) for d, line in both if line is not None]
         cells = [_shape(name, there[0][1])]
         for direction, line in both:
             least = AIMS.get((name, direction))
@@ -137,7 +137,7 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
     return _table(headings, rows)
 
 
-def _of_another(run: Run, name: str, there: list[tuple[Direction, Line]]) -> str:
+def _of_another(run: Run, name: str, there: Sequence[tuple[Direction, Line]]) -> str:
     if name not in RELATIVE_AIMS:
         return ""
     other, *least = RELATIVE_AIMS[name]
@@ -166,7 +166,7 @@ def _kept(run: Run) -> Iterator[tuple[str, bool]]:
                 yield f"{name} {direction} {ratio:.2f} ({least:g})", ratio >= least
 
 
-def _served(there: list[tuple[Direction, Line]]) -> str:
+def _served(there: Sequence[tuple[Direction, Line]]) -> str:
     """Say where other kernels than Hopper's serve, and why."""
     notes = [(d, line["note"]) for d, line in there if "portable" in line["note"]]
     return "; ".join(f"{direction}: {note}" for direction, note in notes)
