@@ -121,7 +121,7 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
     rows = []
     for name in names:
         both: dict[Direction, Line | None] = {d: run.ours(name, d) for d in BOTH}
-        there = {d: line for d, line in both.items() if line is not None}
+        there: dict[Direction, Line] = {d: line for d, line in both.items() if line is not None}
         cells = [_shape(name, next(iter(there.values())))]
         for direction, line in both.items():
             least = AIMS.get((name, direction))
