@@ -16,6 +16,8 @@ INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py \
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Without bytecode a process spends 5 s on compiling PyTorch's sources anew, and tests start dozens.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What only a GPU can show, in pieces: nearly all of it is compilation, so that Triton's cache makes a
 # second run a short one. Every test is in one piece.

@@ -85,11 +85,53 @@ def test_a_run_of_a_stack_ends_where_it_has_learned():
 
 
 class DrawnOnCpu(Hops):
-    """The same batches on every device."""
+    """The same batches on every device, and in every call."""
 
     def draw(self, batch, generator):
         own = torch.Generator().manual_seed(generator.initial_seed())
         return tuple(part.to(generator.device) for part in super().draw(batch, own))
+
+
+class Constant(DrawnOnCpu):
+    """A task that is learned in a few steps."""
+
+    def draw(self, batch, generator):
+        tokens, classes = super().draw(batch, generator)
+        return tokens, torch.zeros_like(classes)
+
+
+# The first two end after three evaluations, the others at the cap, alone in the stack.
+EARLY_AND_LATE = [
+    Setting(task(2, nodes=6), Shape(("2-simplicial",), 16), Training(40, 8, 1e-2, 5), seed)
+    for task in (Constant, DrawnOnCpu)
+    for seed in (0, 1)
+]
+
+
+def test_runs_that_ended_leave_their_stack_and_the_others_go_on_as_they_would_alone():
+    left = []
+    rest, results = train(
+        EARLY_AND_LATE, CPU, leave=lambda n, result: left.append((n, result["steps"]))
+    )
+    assert [n for n, _ in left] == [0, 1, 2, 3]
+    assert max(steps for _, steps in left[:2]) < 40 == left[2][1] == left[3][1]
+    for n in (2, 3):
+        alone, (result,) = train([EARLY_AND_LATE[n]], CPU)
+        for name, weight in alone.state_dict().items():
+            in_stack = rest.state_dict()[name]
+            assert len(in_stack) == 2
+            torch.testing.assert_close(in_stack[n - 2], weight, rtol=1e-2, atol=1e-3)
+        accuracies = zip(results[n]["curve"], result["curve"], strict=True)
+        assert all(a == pytest.approx(b, abs=0.02) for a, b in accuracies)
+
+
+@pytest.mark.gpu
+def test_captured_updates_go_on_where_runs_leave_their_stack():
+    weights = [
+        train(EARLY_AND_LATE, device)[0].cpu().state_dict()
+        for device in (CPU, torch.device("cuda"))
+    ]
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
@@ -221,11 +263,9 @@ def test_the_committed_report_is_that_of_the_committed_lines():
 
 def test_the_map_is_drawn(tmp_path):
     cells = {(1, 1): 1.0, (1, 2): 0.3, (2, 1): 1.0, (2, 2): 0.9}
-    for both_ways in (False, True):
-        file = tmp_path / f"{both_ways}.png"
-        arms = {"ordinary": cells, "2-simplicial": cells}
-        plots.heat_map(arms, file, title="map", both_ways=both_ways)
-        assert file.read_bytes().startswith(b"\x89PNG")
+    arms = {"ordinary": cells, "2-simplicial": cells}
+    plots.heat_map(arms, tmp_path / "map.png", title="map")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_report_marks_what_refutes_the_expectation():

@@ -8,7 +8,7 @@
 
 Results are JSON lines in tools/experiments/results. A run is its setting and its device: what has
 its line there is not run again, so a command that was stopped goes on when it is given again. On a
-GPU runs of one kind are trained together, and leave their lines together.
+GPU runs of one kind are trained together, and each leaves its line when it ends.
 """
 
 import time
@@ -98,8 +98,8 @@ def _run(
             def watch(step: int, value: float, said: str = said) -> None:
                 progress.update(present, completed=step, description=f"{said}: {value:.3f}")
 
-            results = _measure(name, [setting for _, setting in stack], device, watch)
-            for (part, setting), result in zip(stack, results, strict=True):
+            def leave(n: int, result: dict[str, Any], stack: list[Run] = stack) -> None:
+                part, setting = stack[n]
                 line = {
                     "experiment": name,
                     "part": part,
@@ -109,15 +109,23 @@ def _run(
                 }
                 lines.append(file, line)
                 console.print(EXPERIMENTS[name].say(line), soft_wrap=True, markup=False)
-            progress.advance(runs, len(stack))
+                progress.advance(runs)
+
+            _measure(name, [setting for _, setting in stack], device, watch, leave)
 
 
 def _measure(
-    name: str, settings: list[Any], device: torch.device, watch: train.Watch
-) -> list[dict[str, Any]]:
+    name: str,
+    settings: list[Any],
+    device: torch.device,
+    watch: train.Watch,
+    leave: train.Leave,
+) -> None:
     if isinstance(settings[0], train.Setting):
-        return train.train(settings, device, watch)[1]
-    return [EXPERIMENTS[name].measure(setting, device, watch) for setting in settings]
+        train.train(settings, device, watch, leave)
+        return
+    for n, setting in enumerate(settings):
+        leave(n, EXPERIMENTS[name].measure(setting, device, watch))
 
 
 def _stacks(asked: list[Run], device: torch.device) -> list[list[Run]]:

@@ -7,9 +7,9 @@ f(f(...u)), f applied k + 1 times, for each token.
 A token knows f, once applied. A head looks at one other token, or at two at once where it is
 2-simplicial, each found by a node that is known already. Looking ahead, a layer of ordinary
 attention at best doubles the power of f that a token knows, and a 2-simplicial one triples it: L
-layers reach 2^L - 1 hops or 3^L - 1 (`reach`). Of several heads some may look back instead. Then
-what a token knows grows at both ends, to three or five times as many nodes in a row, and L layers
-reach (3^L - 1) / 2 hops or (5^L - 1) / 2 (`reach_both_ways`).
+layers reach 2^L - 1 hops or 3^L - 1 (`reach`). But heads may look back instead, and one head at
+tokens on either side. Then what a token knows grows at both ends, to three or five times as many
+nodes in a row, and L layers reach (3^L - 1) / 2 hops or (5^L - 1) / 2 (`reach_both_ways`).
 """
 
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def reach(layers: tuple[Kind, ...]) -> int:
 
 
 def reach_both_ways(layers: tuple[Kind, ...]) -> int:
-    """Return how many hops they reach where some heads look back, by the argument above."""
+    """Return how many hops they reach looking back as well, by the argument above."""
     power, known = 1, 1  # what is known: powers of f in a row, the last of them and how many
     for kind in layers:
         others = 2 if kind == SIMPLICIAL else 1

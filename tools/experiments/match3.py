@@ -153,6 +153,12 @@ _PARTS: dict[str, list[Row]] = {
     ],
     "heads": [row for heads in (2, 4, 8) for row in _arms(Match3(37, 8), heads=heads)],
     "width": [row for width in (16, 32, 128, 256) for row in _arms(Match3(37, 8), width=width)],
+    # Where a head may succeed within the cap: four numbers, twice the steps.
+    "width-of-four": [
+        row
+        for width in (8, 16, 32, 64, 128)
+        for row in _arms(Match3(11, 4), width=width, steps=2 * _STEPS)
+    ],
 }
 _QUICK: dict[str, list[Row]] = {"quick": _arms(Match3(5, 3), steps=300)}
 PARTS = tuple(_PARTS)

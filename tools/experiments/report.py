@@ -6,18 +6,24 @@ from pathlib import Path
 from tools.experiments import (
     cost,
     hops,
-    intervals,
     language,
     lines,
     match3,
-    report_accuracy,
     report_cost,
+    report_hops,
     report_language,
+    report_match3,
 )
 from tools.experiments.lines import Line
 from tools.experiments.tables import by, table, where
 
 _EXPERIMENTS = {"hops": hops, "match3": match3, "language": language, "cost": cost}
+_REPORTS = {
+    "hops": report_hops,
+    "match3": report_match3,
+    "language": report_language,
+    "cost": report_cost,
+}
 NAMES = tuple(_EXPERIMENTS)
 _INTRODUCTION = """# What the experiments gave
 
@@ -29,11 +35,6 @@ more), the lowest and the highest. "Learned" counts runs with 0.99 in three eval
 with the exact 95% interval of that probability; the others stopped at their cap of steps. An
 "ordinary" layer is a 2-simplicial one with k2 and v2 frozen at zero: ordinary attention.
 """
-_BOTH_WAYS = (
-    "hops: nor, with several heads, more than (3^L − 1)/2, or (5^L − 1)/2 "
-    "(said after the row above was refuted)"
-)
-_SUMMARY = ("device", "expected", "came")
 
 
 def write(folder: Path) -> str:
@@ -41,9 +42,8 @@ def write(folder: Path) -> str:
     file = folder.parent / "RESULTS.md"
     read = read_all(folder)
     file.write_text(text(read))
-    report_accuracy.draw(read["hops"], folder.parent)
-    if read["language"]:
-        report_language.draw(read["language"], folder.parent)
+    for name, of_experiment in read.items():
+        _REPORTS[name].draw(of_experiment, folder.parent)
     return f"wrote {file}, of {sum(map(len, read.values()))} runs"
 
 
@@ -54,14 +54,31 @@ def read_all(folder: Path) -> dict[str, list[Line]]:
 def text(read: Mapping[str, list[Line]]) -> str:
     """Return the report of lines by experiment."""
     found = {name: read.get(name, []) for name in NAMES}
-    parts = [_INTRODUCTION, "## What was expected, what came\n"]
-    parts.append(table(_SUMMARY, _summary(found)))
+    parts = [_INTRODUCTION, "## What was expected, what came\n", *_expectations(found)]
     parts.append(_not_run(found))
-    parts += report_accuracy.sections("hops", found["hops"])
-    parts += report_accuracy.sections("match3", found["match3"])
-    parts += report_language.sections(found["language"])
-    parts += report_cost.sections(found["cost"])
+    for name, of_experiment in found.items():
+        if not of_experiment:
+            parts.append(f"## {name}\n\nNot run.\n")
+        for place, on_device in by(of_experiment, where).items():
+            parts.append(f"## {name}: {place}\n")
+            parts += _REPORTS[name].sections(on_device)
+        parts += _REPORTS[name].figures(of_experiment)
     return "\n".join(parts)
+
+
+def _expectations(found: Mapping[str, list[Line]]) -> list[str]:
+    """Return a table for each device."""
+    every = [line for of_experiment in found.values() for line in of_experiment]
+    parts = []
+    for place in by(every, where):
+        rows = [
+            list(row)
+            for name, of_experiment in found.items()
+            if (on_device := by(of_experiment, where).get(place))
+            for row in _REPORTS[name].expectations(on_device)
+        ]
+        parts += [f"{place}:\n", table(("expected", "came"), rows)]
+    return parts
 
 
 def _not_run(found: Mapping[str, list[Line]]) -> str:
@@ -74,56 +91,3 @@ def _not_run(found: Mapping[str, list[Line]]) -> str:
         )
     ]
     return f"Parts that have not run: {', '.join(missing) or 'none'}.\n"
-
-
-def _summary(found: Mapping[str, list[Line]]) -> list[list[str]]:
-    """Return a row for each expectation and device."""
-    rows = []
-    for place, of_device in by(found["hops"], where).items():
-        rows += [[place, expected, came] for expected, came in _of_hops(of_device)]
-    for place, of_device in by(found["match3"], where).items():
-        sides = [row[-1] for row in report_accuracy.match3_differences(of_device)]
-        rows.append([place, "match3: a 2-simplicial layer is above an ordinary one", _tally(sides)])
-    for place, of_device in by(found["language"], where).items():
-        rows += [
-            [place, f"language, {row[0]}, {row[1]}: {row[-1]}", f"{row[3]}: {row[-2]}"]
-            for row in report_language.paired_rows(of_device)
-            if row[-1]
-        ]
-    for place, of_device in by(found["cost"], where).items():
-        ratios = [r for r in map(report_cost.ratio, of_device) if r]
-        if ratios:
-            less = sum(r < 1 for r in ratios)
-            said = f"{min(ratios):.2f} to {max(ratios):.2f}, below 1 in {less} of {len(ratios)}"
-            rows.append([place, "cost: more than 1 of an ordinary layer's step", said])
-    return rows
-
-
-def _of_hops(found: list[Line]) -> list[tuple[str, str]]:
-    """Return (expected, came) of what none reaches, and of what only 2-simplicial layers do."""
-    judged = [(line, report_accuracy.within_reach(line)) for line in found]
-    beyond = [line for line, within in judged if within is False]
-    between = [line for line, within in judged if within and report_accuracy.beyond_ordinary(line)]
-    farther = [line for line in beyond if not report_accuracy.within_both_ways(line)]
-    return [
-        ("hops: none learns more than 2^L − 1, or 3^L − 1 if 2-simplicial", _learned(beyond)),
-        (_BOTH_WAYS, _learned(farther)),
-        ("hops: 2-simplicial layers learn what is in their reach alone", _learned(between)),
-    ]
-
-
-def _learned(found: list[Line]) -> str:
-    if not found:
-        return "not run"
-    learned = sum(line["result"]["learned"] for line in found)
-    share = intervals.of_share(learned, len(found))
-    rows = by(found, report_accuracy.without_seed).values()
-    some = sum(any(line["result"]["learned"] for line in group) for group in rows)
-    return (
-        f"{learned} of {len(found)} runs [{share.low:.2f}, {share.high:.2f}], in {some} of "
-        f"{len(rows)} settings"
-    )
-
-
-def _tally(sides: list[str]) -> str:
-    return ", ".join(f"{side} in {sides.count(side)}" for side in dict.fromkeys(sides)) or "not run"

@@ -1,7 +1,12 @@
 """The report's section on `cost`: a training step of one layer beside one of ordinary attention."""
 
+from pathlib import Path
+
+from tools.experiments import plots
 from tools.experiments.lines import Line
-from tools.experiments.tables import by, dates, table, where
+from tools.experiments.tables import by, dates, of_one_device, table, where
+
+FIGURE = "cost.png"
 
 _HEADINGS = (
     "N", "batch", "windows", "ordinary, ms", "2-simplicial, ms", "ratio", "peak, MiB", "note",
@@ -9,15 +14,38 @@ _HEADINGS = (
 
 
 def sections(found: list[Line]) -> list[str]:
-    """Return the section, a part for each device."""
-    if not found:
-        return ["## cost\n\nNot run.\n"]
-    parts = []
-    for place, lines in by(found, where).items():
-        parts.append(f"## cost: {place}\n\n{dates(lines)}\n")
-        parts.append(_about(lines[0]["setting"]))
-        parts.append(table(_HEADINGS, [_row(line) for line in sorted(lines, key=_order)]))
-    return parts
+    """Return the section of one device."""
+    return [
+        f"{dates(found)}. {_about(found[0]['setting'])}",
+        table(_HEADINGS, [_row(line) for line in sorted(found, key=_order)]),
+    ]
+
+
+def figures(found: list[Line]) -> list[str]:
+    return [f"![cost by length]({FIGURE})\n"] if found else []
+
+
+def draw(found: list[Line], folder: Path) -> None:
+    """Draw the ratio of a 2-simplicial step to an ordinary one by length, a line a window."""
+    lines = sorted(of_one_device(found), key=_order)
+    if not lines:
+        return
+    curves = by(lines, lambda line: "{w1} x {w2}".format(**line["setting"]))
+    points = {
+        windows: [(line["setting"]["seq"], r) for line in group if (r := ratio(line))]
+        for windows, group in curves.items()
+    }
+    plots.ratios(points, folder / FIGURE, title=where(lines[0]))
+
+
+def expectations(found: list[Line]) -> list[tuple[str, str]]:
+    """Return (expected, came)."""
+    ratios = [r for r in map(ratio, found) if r]
+    if not ratios:
+        return []
+    less = sum(r < 1 for r in ratios)
+    said = f"{min(ratios):.2f} to {max(ratios):.2f}, below 1 in {less} of {len(ratios)}"
+    return [("cost: more than 1 of an ordinary layer's step", said)]
 
 
 def ratio(line: Line) -> float | None:

@@ -5,68 +5,69 @@ from pathlib import Path
 
 from tools.experiments import plots, scaling
 from tools.experiments.intervals import of_mean
+from tools.experiments.language import ARMS
 from tools.experiments.lines import Line
 from tools.experiments.tables import (
     by,
     dates,
+    extremes,
     mean_with_interval,
+    of_one_device,
     seeds_in_both,
     side_of_zero,
     table,
-    where,
 )
 
 FIGURE = "language.png"
 _PAIRS = (("2-simplicial", "ordinary"), ("2-simplicial", "windowed"), ("windowed", "ordinary"))
 _EXPECTED = {
-    ("2-simplicial", "ordinary"): "no gain: the paper has one from 2B active parameters on",
-    ("2-simplicial", "windowed"): "no gain, likewise",
-    ("windowed", "ordinary"): "no gain: it sees less",
+    "2-simplicial − ordinary": "no gain: the paper has one from 2B active parameters on",
+    "2-simplicial − windowed": "no gain, likewise",
+    "windowed − ordinary": "no gain: it sees less",
 }
 _CAVEAT = """Files with the content of another are left out; files that are nearly alike may stand
 on both sides. Where passes are at most 1, no byte is trained on twice.
+"""
+_DIFFERENCES = """Paired differences, first minus second, of runs with one seed: the same starting
+weights, the same text in the same order, the same FLOPs. Below zero the first is better.
 """
 _HEADINGS = (
     "size", "arm", "parameters", "tokens", "PFLOP", "passes", "seeds", "nats a byte [95%]",
     "lowest to highest", "tokens/s",
 )  # fmt: skip
-_PAIRED = (
-    "size",
-    "difference",
-    "seeds",
-    "nats a byte [95%]",
-    "lowest to highest",
-    "came",
-    "expected",
-)
+_PAIRED = ("size", "difference", "seeds", "nats a byte [95%]", "lowest to highest", "came")
 
 
 def sections(found: list[Line]) -> list[str]:
-    """Return the section, a part for each device."""
-    if not found:
-        return ["## language\n\nNot run.\n"]
-    parts = []
-    for place, lines in by(found, where).items():
-        parts.append(f"## language: {place}\n\n{dates(lines)}\n")
-        parts += [_about(text) for text in _texts(lines)]
-        parts.append(_CAVEAT)
-        parts.append(table(_HEADINGS, [_row(group) for group in by(lines, _run).values()]))
-        parts.append(
-            "Paired differences, first minus second, of runs with one seed: the same starting "
-            "weights, the same text in the same order, the same FLOPs. Below zero the first is "
-            "better.\n"
-        )
-        parts.append(table(_PAIRED, paired_rows(lines)))
-        parts += _fits(lines)
-    parts.append(f"![loss by tokens]({FIGURE})\n")
-    return parts
+    """Return the section of one device."""
+    return [
+        f"{dates(found)}.\n",
+        *(_about(text) for text in _texts(found)),
+        _CAVEAT,
+        table(_HEADINGS, _rows(found)),
+        _DIFFERENCES,
+        table(_PAIRED, paired_rows(found)),
+        *_fits(found),
+    ]
+
+
+def figures(found: list[Line]) -> list[str]:
+    return [f"![loss by tokens]({FIGURE})\n"] if found else []
+
+
+def expectations(found: list[Line]) -> list[tuple[str, str]]:
+    """Return (expected, came)."""
+    return [
+        (f"language, {size}, {pair}: {_EXPECTED[pair]}", f"{mean}: {came}")
+        for size, pair, _, mean, _, came in paired_rows(found)
+    ]
 
 
 def paired_rows(found: list[Line]) -> list[list[str]]:
     """Return a row for each size and pair of arms."""
     rows = []
-    for size, lines in by(found, lambda line: line["part"]).items():
-        arms = by(lines, lambda line: line["setting"]["arm"])
+    for size, lines in by(found, _part).items():
+        arms = by(lines, _arm)
         for first, second in _PAIRS:
             differences = differences_of(arms.get(first, []), arms.get(second, []))
             if differences:
@@ -76,34 +77,49 @@ def paired_rows(found: list[Line]) -> list[list[str]]:
                         f"{first} − {second}",
                         str(len(differences)),
                         mean_with_interval(differences, 4, sign="+"),
-                        f"{min(differences):+.4f} to {max(differences):+.4f}",
+                        extremes(differences, "+.4f"),
                         side_of_zero(of_mean(differences)),
-                        _EXPECTED[first, second],
                     ]
                 )
     return rows
 
 
 def differences_of(first: list[Line], second: list[Line]) -> list[float]:
-    """Return the differences of loss, first minus second, of the seeds that both have."""
-    pairs = seeds_in_both(first, second)
-    return [a["result"]["loss"] - b["result"]["loss"] for a, b in pairs]
+    """Return the differences of loss, first minus second, of seeds that both have in one text."""
+    results = [(a["result"], b["result"]) for a, b in seeds_in_both(first, second)]
+    return [a["loss"] - b["loss"] for a, b in results if a["text"]["digest"] == b["text"]["digest"]]
 
 
 def draw(found: list[Line], folder: Path) -> None:
-    """Draw loss by tokens, a panel for each size."""
+    """Draw loss by tokens, a panel for each size, of the device that has most lines."""
+    if not found:
+        return
     panels = {
         size: {
             arm: [line["result"]["curve"] for line in group]
-            for arm, group in by(lines, lambda line: line["setting"]["arm"]).items()
+            for arm, group in by(lines, _arm).items()
         }
-        for size, lines in by(found, lambda line: line["part"]).items()
+        for size, lines in by(of_one_device(found), _part).items()
     }
     plots.losses(panels, folder / FIGURE)
 
 
-def _run(line: Line) -> str:
-    return f"{line['part']} {line['setting']['arm']}"
+def _part(line: Line) -> str:
+    return line["part"]
+
+
+def _arm(line: Line) -> str:
+    return line["setting"]["arm"]
+
+
+def _rows(found: list[Line]) -> list[list[str]]:
+    return [
+        _row(arms[arm])
+        for of_size in by(found, _part).values()
+        if (arms := by(of_size, _arm))
+        for arm in ARMS
+        if arm in arms
+    ]
 
 
 def _texts(found: Sequence[Line]) -> list[dict[str, object]]:
@@ -135,7 +151,7 @@ def _row(group: list[Line]) -> list[str]:
         f"{results[0]['passes']:.2f}",
         str(len(group)),
         mean_with_interval(losses, 4, least=0.0),
-        f"{min(losses):.4f} to {max(losses):.4f}",
+        extremes(losses, ".4f"),
         f"{max(result['tokens_per_second'] for result in results):,}",
     ]
 
@@ -143,7 +159,7 @@ def _row(group: list[Line]) -> list[str]:
 def _fits(found: list[Line]) -> list[str]:
     """Return the fit of each arm that ran at enough sizes, or why there is none."""
     rows, most = [], 0
-    for arm, lines in by(found, lambda line: line["setting"]["arm"]).items():
+    for arm, lines in by(found, _arm).items():
         runs: dict[float, list[float]] = {}
         for line in lines:
             runs.setdefault(float(line["result"]["parameters"]), []).append(line["result"]["loss"])

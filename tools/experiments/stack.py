@@ -32,6 +32,15 @@ def stacked(models: Sequence[Model]) -> Model:
     return together
 
 
+def keep(model: Model, runs: Tensor) -> None:
+    """Leave in a stack those of its runs alone, by their places."""
+    for leaf in model.modules():
+        if isinstance(leaf, _Leaf):
+            for name, values in list(leaf.named_parameters()):
+                kept = nn.Parameter(values.detach()[runs], requires_grad=values.requires_grad)
+                leaf.register_parameter(name, kept)
+
+
 class _Leaf(nn.Module):
     """The parameters of a leaf, [runs, ...], frozen where the leaf's are."""
 

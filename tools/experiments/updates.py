@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 Loss = Callable[..., Tensor]  # of the parts of one batch
-Update = Callable[[Sequence[Tensor], Sequence[float]], None]  # parts [steps, ...], rates
+Moments = dict[str, Tensor]  # what AdamW keeps of one parameter
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,64 @@ def one_cycle(peak: float, steps: int) -> list[float]:
     return rates
 
 
+class Updates(Protocol):
+    """Makes updates by AdamW."""
+
+    @property
+    def moments(self) -> list[Moments]:
+        """What the optimizer keeps of every parameter."""
+        ...
+
+    def __call__(self, batches: Sequence[Tensor], rates: Sequence[float]) -> None:
+        """Make an update for each batch, of parts [updates, ...], at its rate."""
+        ...
+
+
 def updates_of(
-    loss: Loss, parameters: Sequence[nn.Parameter], most: int, device: torch.device, how: AdamW
-) -> Update:
-    """Return a function that makes updates by AdamW, for at most `most` batches a call.
+    loss: Loss,
+    parameters: Sequence[nn.Parameter],
+    most: int,
+    device: torch.device,
+    how: AdamW,
+    moments: Sequence[Moments] = (),
+) -> Updates:
+    """Return what makes updates, for at most `most` batches a call, from `moments` or from zero.
 
     On a GPU the host would take longer to launch an update's kernels than they to run, and several
     programs on one GPU would wait for each other at every launch: so forward, backward and AdamW
     are captured, and replayed for each batch.
     """
     if device.type == "cuda":
-        return _Captured(loss, parameters, most, device, how)
-    optimizer = torch.optim.AdamW(
-        parameters, fused=True, betas=how.betas, weight_decay=how.weight_decay
-    )
+        return _Captured(loss, parameters, most, device, how, moments)
+    return _Launched(loss, parameters, how, moments)
 
-    def update(batches: Sequence[Tensor], rates: Sequence[float]) -> None:
+
+class _Launched:
+    """Updates whose operations run one by one."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Sequence[nn.Parameter],
+        how: AdamW,
+        moments: Sequence[Moments],
+    ) -> None:
+        self.loss, self.parameters, self.how = loss, parameters, how
+        self.optimizer = torch.optim.AdamW(
+            parameters, fused=True, betas=how.betas, weight_decay=how.weight_decay
+        )
+        for parameter, known in zip(parameters, moments, strict=bool(moments)):
+            self.optimizer.state[parameter].update(known)
+
+    @property
+    def moments(self) -> list[Moments]:
+        return [self.optimizer.state[parameter] for parameter in self.parameters]
+
+    def __call__(self, batches: Sequence[Tensor], rates: Sequence[float]) -> None:
         for *parts, rate in zip(*batches, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            _set_gradients(loss(*parts), parameters, how)
-            optimizer.step()
-
-    return update
+            self.optimizer.param_groups[0]["lr"] = rate
+            _set_gradients(self.loss(*parts), self.parameters, self.how)
+            self.optimizer.step()
 
 
 def _set_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], how: AdamW) -> None:
@@ -79,9 +116,10 @@ class _Captured:
         most: int,
         device: torch.device,
         how: AdamW,
+        moments: Sequence[Moments],
     ) -> None:
         self.loss, self.parameters, self.most, self.how = loss, parameters, most, how
-        self.device = device
+        self.device, self.start = device, moments
         self.rate = torch.zeros((), device=device)
         self.rates = torch.zeros(most, device=device)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
@@ -95,6 +133,10 @@ class _Captured:
             betas=how.betas,
             weight_decay=how.weight_decay,
         )
+
+    @property
+    def moments(self) -> list[Moments]:
+        return [self.optimizer.state[parameter] for parameter in self.parameters]
 
     def __call__(self, batches: Sequence[Tensor], rates: Sequence[float]) -> None:
         if self.graph is None:
@@ -127,9 +169,9 @@ class _Captured:
             for _ in range(2):
                 self._one()
                 self.turn.zero_()
-            for moments in self.optimizer.state.values():
-                for tensor in moments.values():
-                    tensor.zero_()
+            for place, moments in enumerate(self.moments):
+                for name, tensor in moments.items():
+                    tensor.copy_(self.start[place][name] if self.start else torch.zeros(()))
         torch.cuda.current_stream(self.device).wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

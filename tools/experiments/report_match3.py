@@ -1,0 +1,186 @@
+"""The report's section on `match3`: both kinds of layer side by side, and the widths that do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.experiments import match3, plots
+from tools.experiments.intervals import of_mean
+from tools.experiments.lines import Line
+from tools.experiments.tables import (
+    by,
+    dates,
+    extremes,
+    layers_of,
+    learned,
+    mean_with_interval,
+    of_one_device,
+    seeds_in_both,
+    side_of_zero,
+    steps,
+    table,
+    used,
+    where,
+    without_seed,
+)
+
+_HEADINGS = (
+    "modulus", "numbers", "layers", "heads", "width", "parameters", "majority",
+    "mean accuracy [95%]", "lowest to highest", "learned [95%]", "steps",
+)  # fmt: skip
+_PAIRED = (
+    "modulus", "numbers", "heads", "width", "seeds", "accuracy [95%]", "lowest to highest", "came",
+)  # fmt: skip
+_MAJORITY = "the more frequent answer"
+_AXES: dict[str, tuple[str, Callable[[Line], int]]] = {
+    "modulus": ("modulus, 8 numbers", lambda line: line["setting"]["task"]["modulus"]),
+    "length": (
+        "numbers, about as many pairs as residues",
+        lambda line: line["setting"]["task"]["length"],
+    ),
+    "heads": ("heads, 8 numbers mod 37", lambda line: _shape(line)["heads"]),
+    "width": ("width, 8 numbers mod 37", lambda line: _shape(line)["width"]),
+    "width-of-four": ("width, 4 numbers mod 11", lambda line: _shape(line)["width"]),
+}
+_WIDTH_PARTS = ("width", "width-of-four")
+FIGURE = "match3.png"
+
+
+def sections(found: list[Line]) -> list[str]:
+    """Return the section of one device."""
+    parts = [f"{dates(found)}. {used(found)}\n"]
+    for part in match3.PARTS:
+        of_part = [line for line in found if line["part"] == part]
+        if of_part:
+            groups = sorted(by(of_part, without_seed).values(), key=_place)
+            parts += [f"### {part}\n", table(_HEADINGS, [_row(group) for group in groups])]
+        if of_part and part in _WIDTH_PARTS:
+            parts.append(f"{widths_that_learned(found, part)}.\n")
+    rows = differences(found)
+    if rows:
+        parts.append("### One 2-simplicial layer minus one ordinary one, seed by seed\n")
+        parts.append(table(_PAIRED, rows))
+    return parts
+
+
+def figures(found: list[Line]) -> list[str]:
+    return [f"![accuracy by modulus, length, heads and width]({FIGURE})\n"] if found else []
+
+
+def draw(found: list[Line], folder: Path) -> None:
+    """Draw the accuracy of one layer by modulus, length, heads and width, a panel each."""
+    single = [line for line in of_one_device(found) if len(_shape(line)["layers"]) == 1]
+    if not single:
+        return
+    pilot = [line for line in single if line["part"] == "pilot"]  # is of all but the last panel
+    panels = {}
+    for part, (axis, read) in _AXES.items():
+        lines = [line for line in single if line["part"] == part]
+        lines += pilot if lines and part != "width-of-four" else []
+        groups = by(lines, without_seed).values()
+        curves: dict[str, dict[int, list[float]]] = {}
+        for group in sorted(groups, key=lambda group: read(group[0])):
+            kind, at = _shape(group[0])["layers"][0], read(group[0])
+            curves.setdefault(kind, {})[at] = [line["result"]["accuracy"] for line in group]
+            curves.setdefault(_MAJORITY, {})[at] = [group[0]["result"]["majority"]]
+        if curves:
+            panels[axis] = curves
+    plots.with_intervals(panels, folder / FIGURE, title=where(single[0]))
+
+
+def expectations(found: list[Line]) -> list[tuple[str, str]]:
+    """Return (expected, came)."""
+    sides = [row[-1] for row in differences(found)]
+    came = ", ".join(f"{side} in {sides.count(side)}" for side in dict.fromkeys(sides))
+    rows = [("match3: a 2-simplicial layer is above an ordinary one", came or "not run")]
+    rows += [
+        ("match3: a 2-simplicial layer succeeds at a smaller width", widths_that_learned(found, p))
+        for p in _WIDTH_PARTS
+        if any(line["part"] == p for line in found)
+    ]
+    return rows
+
+
+def widths_that_learned(found: list[Line], part: str) -> str:
+    """Say the least width at which every seed of one layer learned, of each kind."""
+    first = next(line for line in found if line["part"] == part)
+    alike = [
+        line
+        for line in found
+        if (line["setting"]["task"], line["setting"]["training"])
+        == (first["setting"]["task"], first["setting"]["training"])
+        and (len(_shape(line)["layers"]), _shape(line)["heads"]) == (1, 1)
+    ]
+    said = []
+    for kind, lines in sorted(by(alike, lambda line: _shape(line)["layers"][0]).items()):
+        widths = by(lines, lambda line: str(_shape(line)["width"]))
+        tried = sorted(map(int, widths))
+        succeed = [w for w in tried if all(a["result"]["learned"] for a in widths[str(w)])]
+        at = f"at {succeed[0]}" if succeed else "at none"
+        said.append(f"{kind} {at} of {', '.join(map(str, tried))}")
+    task = first["setting"]["task"]
+    return (
+        f"{task['length']} numbers mod {task['modulus']}, the least width at which all seeds "
+        f"learned: {'; '.join(said)}"
+    )
+
+
+def differences(found: list[Line]) -> list[list[str]]:
+    """Return a row for each task, width and heads that both kinds of one layer ran at."""
+    single = [line for line in found if len(_shape(line)["layers"]) == 1]
+    rows = []
+    for lines in sorted(by(single, _without_kind).values(), key=_place):
+        kinds = by(lines, lambda line: _shape(line)["layers"][0])
+        pairs = seeds_in_both(kinds.get(match3.SIMPLICIAL, []), kinds.get(match3.ORDINARY, []))
+        values = [a["result"]["accuracy"] - b["result"]["accuracy"] for a, b in pairs]
+        if values:
+            rows.append(
+                [
+                    *_task(lines[0]),
+                    str(_shape(lines[0])["heads"]),
+                    str(_shape(lines[0])["width"]),
+                    str(len(values)),
+                    mean_with_interval(values, 3, sign="+"),
+                    extremes(values, "+.3f"),
+                    side_of_zero(of_mean(values)),
+                ]
+            )
+    return rows
+
+
+def _place(group: list[Line]) -> tuple[Any, ...]:
+    shape, task = _shape(group[0]), group[0]["setting"]["task"]
+    kinds = [kind == match3.SIMPLICIAL for kind in shape["layers"]]
+    return task["length"], task["modulus"], shape["heads"], shape["width"], len(kinds), kinds
+
+
+def _row(group: list[Line]) -> list[str]:
+    shape = _shape(group[0])
+    accuracies = [line["result"]["accuracy"] for line in group]
+    return [
+        *_task(group[0]),
+        layers_of(group[0]),
+        str(shape["heads"]),
+        str(shape["width"]),
+        f"{group[0]['result']['parameters']:,}",
+        f"{group[0]['result']['majority']:.3f}",
+        mean_with_interval(accuracies, 3, least=0.0, most=1.0),
+        extremes(accuracies, ".3f"),
+        learned(group),
+        steps(group),
+    ]
+
+
+def _task(line: Line) -> tuple[str, str]:
+    task = line["setting"]["task"]
+    return str(task["modulus"]), str(task["length"])
+
+
+def _without_kind(line: Line) -> str:
+    shape = {k: v for k, v in _shape(line).items() if k != "layers"}
+    return json.dumps([line["setting"]["task"], shape, line["setting"]["training"]])
+
+
+def _shape(line: Line) -> dict[str, Any]:
+    return line["setting"]["shape"]
