@@ -16,18 +16,21 @@ INTERPRETED := tests/kernels/test_triton.py tests/kernels/test_hopper_spans.py \
 # Threads that wait for each other sleep. Spinning, they were 50 times slower on two cores that other
 # processes used too, and no faster on two free ones.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Without bytecode a process spends 5 s on compiling PyTorch's sources anew, and tests start dozens.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What only a GPU can show, in pieces: nearly all of it is compilation, so that Triton's cache makes a
 # second run a short one. Every test is in one piece.
 GPU_PYTHON ?= python
 GPU_WORKERS ?= 8
-GPU_PIECES := forward tiles keys query portable rest
+GPU_PIECES := forward tiles keys query portable op rest
 GPU_forward := tests/kernels/test_hopper_gpu.py
 GPU_tiles := tests/kernels/test_hopper_tiles_gpu.py
 GPU_keys := tests/kernels/test_hopper_backward_keys.py
 GPU_query := $(filter-out $(GPU_keys),$(wildcard tests/kernels/test_hopper*backward*.py))
 GPU_portable := tests/kernels $(addprefix --ignore=,$(GPU_forward) $(GPU_tiles) $(GPU_keys) $(GPU_query))
-GPU_rest := tests --ignore=tests/kernels
+GPU_op := tests/op
+GPU_rest := tests --ignore=tests/kernels --ignore=tests/op
 GPU_TARGETS := $(addprefix test-gpu-,$(GPU_PIECES))
 
 .PHONY: help test suite interpreted slow test-all test-gpu $(GPU_TARGETS) demo check format lint types floors package \

@@ -35,7 +35,7 @@ def attn(
     group = heads // k1.shape[1]
     k1, k2, v1, v2 = (t.repeat_interleave(group, dim=1) for t in (k1, k2, v1, v2))
     k2, v2 = k2 + k2_bias, v2 + v2_bias
-    logits = _logits(form, q, k1, k2) * (head_dim**-0.5 if scale is None else scale)
+    logits = logits_of(form, q, k1, k2) * (head_dim**-0.5 if scale is None else scale)
 
     m = max(k1.shape[2], k2.shape[2])
     start = q.new_full((batch,), m - seq, dtype=torch.long) if q_start is None else q_start.long()
@@ -57,7 +57,7 @@ def attn(
     return out, lse.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def _logits(form: str, q: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+def logits_of(form: str, q: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
     """Return the unscaled logits [B, H, N, M1, M2] of a form."""
     if form == "trilinear":
         return torch.einsum("bhid,bhjd,bhkd->bhijk", q, k1, k2)

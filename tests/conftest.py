@@ -2,12 +2,16 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 # For the programs that tests start, too; torch and Inductor read them when they are imported.
 # Inductor compiles in half the time where it writes no vector instructions: they are its own, and
 # so is whether they are right. `make test-all` has them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Else each of them starts processes to compile in, with a torch of their own: cores are busy already.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -57,6 +61,26 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Give back a card's memory, which other processes of the run take too."""
     if "gpu" in item.keywords and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def least_work_for_users() -> Iterator[int]:
+    """Have the Hopper kernels serve small problems too; return what users' calls are held to."""
+    from csrc_free.hopper import least_work
+
+    of_users = least_work.LEAST
+    with mock.patch.object(least_work, "LEAST", 0):
+        yield of_users
+
+
+@pytest.fixture
+def small_problems_as_users_have_them(
+    least_work_for_users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leave small problems to the portable kernels, as outside of tests."""
+    from csrc_free.hopper import least_work
+
+    monkeypatch.setattr(least_work, "LEAST", least_work_for_users)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

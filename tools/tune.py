@@ -284,19 +284,20 @@ def main(
     facts = environment(where)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
     tuned = []
+    file = root / f"{known.name}.json"
     for one in lines_of(table, known, list(kernel or SPACES)):
         if line and one.number not in line:
             continue
         tuned.append(tune(one, written(table, tuned, facts), where, seconds))
         console.print(table_of(tuned[-1]))
+        if write:  # at once: a run that is cut short keeps what it timed
+            file.write_text(text_of(written(table, tuned, facts)) + "\n")
         torch.cuda.empty_cache()
     if not tuned:
         raise typer.BadParameter("no named workload reaches such a line")
     changed = [one for one in tuned if one.winner != CURRENT]
     console.print(f"{len(tuned)} lines timed, {len(changed)} changed")
     if write:
-        file = root / f"{known.name}.json"
-        file.write_text(text_of(written(table, tuned, facts)) + "\n")
         console.print(f"wrote {file}")
 
 

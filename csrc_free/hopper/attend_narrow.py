@@ -193,30 +193,30 @@ def attend_narrow(
                 narrow_lo = gl.maximum(position - narrow_left, narrow_first)
                 narrow_hi = gl.minimum(position + narrow_right + 1, keys)
                 if HAS_BOUNDS:
-                    at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
-                    low = gl.load(at, mask=i < seq, other=0)
-                    high = gl.load(at + 1, mask=i < seq, other=0)
+                    bound_ptrs = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
+                    low = gl.load(bound_ptrs, mask=i < seq, other=0)
+                    high = gl.load(bound_ptrs + 1, mask=i < seq, other=0)
                     lo = gl.maximum(lo, low)
                     hi = gl.minimum(hi, high)
                     narrow_lo = gl.maximum(narrow_lo, low)
                     narrow_hi = gl.minimum(narrow_hi, high)
-                seen = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
+                mask = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
                 if GROUP < HEADS:
-                    seen = seen & (entry_of_row % HEADS < GROUP)
-                at = bh * seq * GROUP + i * GROUP + entry_of_row % HEADS
-                shift = gl.load(lse2 + at, mask=seen, other=INFINITY)
-                row_delta = gl.load(delta + at, mask=seen, other=0.0)
+                    mask = mask & (entry_of_row % HEADS < GROUP)
+                offs = bh * seq * GROUP + i * GROUP + entry_of_row % HEADS
+                shift = gl.load(lse2 + offs, mask=mask, other=INFINITY)
+                row_delta = gl.load(delta + offs, mask=mask, other=0.0)
                 buffer = 2 * r + (n & 1)
                 wait_full(rows_full, r, n)
                 vq.store(
                     virtual_keys(
-                        k_raw.index(buffer), k_last, q_row, seen, k_bias,
+                        k_raw.index(buffer), k_last, q_row, mask, k_bias,
                         HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                     )
                 )  # fmt: skip
                 vdo.store(
                     virtual_keys(
-                        v_raw.index(r), v_last, do_row, seen, v_bias,
+                        v_raw.index(r), v_last, do_row, mask, v_bias,
                         HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                     )
                 )  # fmt: skip
@@ -326,10 +326,10 @@ def _store_sums(
     layout: gl.constexpr = total.type.layout
     entries = entry + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
-    at = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
-    at += (entries // HEADS).to(gl.int64) * strides[2]
+    offs = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
+    offs += (entries // HEADS).to(gl.int64) * strides[2]
     mask = (entries // HEADS < seq) & (entries % HEADS < GROUP)
     gl.store(
-        ptrs + at[:, None] + columns[None, :], total.to(gl.bfloat16),
+        ptrs + offs[:, None] + columns[None, :], total.to(gl.bfloat16),
         mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
     )  # fmt: skip

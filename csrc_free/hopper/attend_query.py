@@ -207,9 +207,9 @@ def attend_query(
             narrow_lo = narrow_first
             narrow_hi = keys
             if HAS_BOUNDS:
-                at = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
-                low = gl.load(at, mask=mask, other=0)
-                high = gl.load(at + 1, mask=mask, other=0)
+                bound_ptrs = kv_bounds + batch.to(gl.int64) * seq * 2 + i * 2
+                low = gl.load(bound_ptrs, mask=mask, other=0)
+                high = gl.load(bound_ptrs + 1, mask=mask, other=0)
                 lo = gl.maximum(lo, low)
                 hi = gl.minimum(hi, high)
                 narrow_lo = gl.maximum(gl.maximum(position - narrow_left, narrow_first), low)
@@ -384,7 +384,7 @@ def _store_half(
     ptrs, sums, scale, of_dq, first_column, i0, kv_head, seq, strides,
     GROUP: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
-    """Store columns of the rows of an item that are real, the sums of both warpgroups."""
+    """Store columns of the rows that an item has, the sums of both warpgroups."""
     COLUMNS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // COLUMNS, COLUMNS // 4], [8, 1], [1, 0])
     x = sums.slice(0, 64).load(layout) + sums.slice(64, 64).load(layout)
@@ -397,8 +397,8 @@ def _store_half(
         x *= gl.load(of_dq + i * GROUP + row % HEADS, mask=mask, other=0.0)[:, None]
     else:
         x *= scale
-    at = head.to(gl.int64) * strides[1] + i.to(gl.int64) * strides[2]
+    offs = head.to(gl.int64) * strides[1] + i.to(gl.int64) * strides[2]
     gl.store(
-        ptrs + at[:, None] + column[None, :], x.to(ptrs.dtype.element_ty),
+        ptrs + offs[:, None] + column[None, :], x.to(ptrs.dtype.element_ty),
         mask=mask[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip

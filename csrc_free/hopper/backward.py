@@ -53,19 +53,19 @@ class Choice:
     @property
     def served_by(self) -> str:
         """Say which kernels run here, and why not what the portable ones are left with."""
-        here, left = [], []
+        served, portable = [], []
         if isinstance(self.keys, Plan):
-            here.append("keys")
+            served.append("keys")
         elif self.wide is None:
-            here.append("wide")
+            served.append("wide")
         else:
-            left.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
+            portable.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
         if isinstance(self.query, str):
-            left.append(f"dq: {self.query}")
+            portable.append(f"dq: {self.query}")
         else:
-            here.append("query" if isinstance(self.query, query.Config) else "narrow")
-        parts = [f"hopper ({', '.join(here)})"] if here else []
-        return ", ".join(parts + ([f"portable: {', '.join(left)}"] if left else []))
+            served.append("query" if isinstance(self.query, query.Config) else "narrow")
+        parts = [f"hopper ({', '.join(served)})"] if served else []
+        return ", ".join(parts + ([f"portable: {', '.join(portable)}"] if portable else []))
 
 
 def choose(problem: Problem, dout: Tensor) -> Choice:

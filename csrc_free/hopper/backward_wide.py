@@ -73,11 +73,11 @@ def _item(
     narrow_first = keys - narrow_rows
     key_first = keys - wide_rows + tile * _KEYS
     if HAS_BOUNDS:
-        at = spans + (batch * ((wide_rows + _KEYS - 1) // _KEYS) + tile) * _FIELDS
-        query_first = gl.load(at)
-        query_end = gl.load(at + 1)
-        lo = gl.load(at + 4)
-        hi = gl.load(at + 5)
+        span_ptr = spans + (batch * ((wide_rows + _KEYS - 1) // _KEYS) + tile) * _FIELDS
+        query_first = gl.load(span_ptr)
+        query_end = gl.load(span_ptr + 1)
+        lo = gl.load(span_ptr + 4)
+        hi = gl.load(span_ptr + 5)
     else:
         key_end = gl.minimum(key_first + _KEYS, keys)
         query_first = gl.maximum(key_first - wide_right - start, 0)
@@ -121,13 +121,13 @@ def _fetch(
         wait_empty(k_empty, 0, items_done)
         mbarrier.expect(k_full.index(0), 4 * k_wide.block_type.nbytes)
         for half in gl.static_range(2):
-            at = [batch, kv_head, tile * _KEYS + half * _HALF, 0]
+            coords = [batch, kv_head, tile * _KEYS + half * _HALF, 0]
             tma.async_copy_global_to_shared(
-                k_wide, at, k_full.index(0),
+                k_wide, coords, k_full.index(0),
                 k_tiles.index(half)._reinterpret(gl.bfloat16, shape, k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                v_wide, at, k_full.index(0),
+                v_wide, coords, k_full.index(0),
                 v_tiles.index(half)._reinterpret(gl.bfloat16, shape, v_wide.layout),
             )  # fmt: skip
         for a in range(tiles):
@@ -147,17 +147,17 @@ def _fetch(
                 s = step % STAGES
                 wait_empty(slot_empty, s, step // STAGES)
                 mbarrier.expect(slot_full.index(s), 4 * _ROWS * BLOCK_D)  # bytes
-                to_k = ring.index(2 * s)._reinterpret(gl.bfloat16, panels, k_narrow.layout)
-                to_v = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
+                k_slot = ring.index(2 * s)._reinterpret(gl.bfloat16, panels, k_narrow.layout)
+                v_slot = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
                 for panel in gl.static_range(BLOCK_D // _PANEL):
-                    at = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
+                    coords = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
                     for head in gl.static_range(HEADS):
-                        to = panel * HEADS + head
+                        index = panel * HEADS + head
                         tma.async_copy_global_to_shared(
-                            k_narrow, at, slot_full.index(s), to_k.index(to)
+                            k_narrow, coords, slot_full.index(s), k_slot.index(index)
                         )
                         tma.async_copy_global_to_shared(
-                            v_narrow, at, slot_full.index(s), to_v.index(to)
+                            v_narrow, coords, slot_full.index(s), v_slot.index(index)
                         )
                 step += 1
         items_done += 1  # noqa: SIM113
@@ -319,9 +319,9 @@ def _sum_up(
                     row = i + both % positions
                     head = both % _ROWS // positions
                     mask = (row < seq) & (head < group)
-                    at = (bh.to(gl.int64) * seq + row) * group + head
-                    of_lse2 = gl.load(lse2 + at, mask=mask & (both < _ROWS), other=float("inf"))
-                    of_delta = gl.load(delta + at, mask=mask & (both >= _ROWS), other=0.0)
+                    offs = (bh.to(gl.int64) * seq + row) * group + head
+                    of_lse2 = gl.load(lse2 + offs, mask=mask & (both < _ROWS), other=float("inf"))
+                    of_delta = gl.load(delta + offs, mask=mask & (both >= _ROWS), other=0.0)
                     both_statistics.store(gl.where(both < _ROWS, of_lse2, of_delta)[None, :])
                 dp = warpgroup_mma(
                     v_tile, ring.index(2 * now + 1).permute((1, 0)), no_logits,

@@ -82,8 +82,8 @@ def bring_keys(
                     if needs_1 == 0:
                         mbarrier.arrive(rows_empty.index(s), count=1)
                     if needs_0 | needs_1:
-                        to_whom = gl.where(needs_0 & needs_1, 2, needs_1.to(gl.int32))
-                        full = rows_full.index(STAGES * to_whom + s)
+                        needed_by = gl.where(needs_0 & needs_1, 2, needs_1.to(gl.int32))
+                        full = rows_full.index(STAGES * needed_by + s)
                         mbarrier.expect(
                             full,
                             q.block_type.nbytes + dout.block_type.nbytes

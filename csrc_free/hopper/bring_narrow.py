@@ -34,9 +34,13 @@ def bring_wide_tiles(
                 mbarrier.expect(
                     full.index(slot), k_wide.block_type.nbytes + v_wide.block_type.nbytes
                 )
-                at = [batch, kv_head, row, 0]
-                tma.async_copy_global_to_shared(k_wide, at, full.index(slot), k_ring.index(slot))
-                tma.async_copy_global_to_shared(v_wide, at, full.index(slot), v_ring.index(slot))
+                coords = [batch, kv_head, row, 0]
+                tma.async_copy_global_to_shared(
+                    k_wide, coords, full.index(slot), k_ring.index(slot)
+                )
+                tma.async_copy_global_to_shared(
+                    v_wide, coords, full.index(slot), v_ring.index(slot)
+                )
                 passed += 1
 
 

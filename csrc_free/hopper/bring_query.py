@@ -32,9 +32,9 @@ def bring_tiles(
         if count > 0:
             wait_empty(q_empty, 0, n)
             mbarrier.expect(q_full.index(0), q.block_type.nbytes + dout.block_type.nbytes)
-            at = [batch, i0, kv_head * GROUP, 0]
-            tma.async_copy_global_to_shared(q, at, q_full.index(0), q_tile)
-            tma.async_copy_global_to_shared(dout, at, q_full.index(0), do_tile)
+            coords = [batch, i0, kv_head * GROUP, 0]
+            tma.async_copy_global_to_shared(q, coords, q_full.index(0), q_tile)
+            tma.async_copy_global_to_shared(dout, coords, q_full.index(0), do_tile)
             n += 1
         before = 0
         for left in range((count + SLOTS - 1) // SLOTS, 0, -1):
@@ -52,12 +52,12 @@ def bring_tiles(
                     mbarrier.expect(
                         full.index(slot), k_wide.block_type.nbytes + v_wide.block_type.nbytes
                     )
-                    at = [batch, kv_head, row, 0]
+                    coords = [batch, kv_head, row, 0]
                     tma.async_copy_global_to_shared(
-                        k_wide, at, full.index(slot), k_ring.index(slot)
+                        k_wide, coords, full.index(slot), k_ring.index(slot)
                     )
                     tma.async_copy_global_to_shared(
-                        v_wide, at, full.index(slot), v_ring.index(slot)
+                        v_wide, coords, full.index(slot), v_ring.index(slot)
                     )
             before += size
             turn += 1
@@ -79,14 +79,14 @@ def _copy_rows(
     for x0 in gl.static_range(0, P, AT_ONCE):
         x = x0 + gl.arange(0, AT_ONCE, layout=gl.SliceLayout(1, layout))
         rows = key - narrow_first + x
-        seen = (rows >= 0) & (rows < narrow_rows)
+        mask = (rows >= 0) & (rows < narrow_rows)
         if HAS_BOUNDS:
             low = gl.load(bounds + (i0 + x) * 2, mask=i0 + x < seq, other=0)
             high = gl.load(bounds + (i0 + x) * 2 + 1, mask=i0 + x < seq, other=0)
-            seen = seen & (key + x >= low) & (key + x < high)
-        seen = seen[:, None] & (columns < DIMS)[None, :]
-        at = pointer + (rows.to(gl.int64) * stride_8 * 8)[:, None] + columns[None, :]
-        async_copy.async_copy_global_to_shared(buffer.slice(x0, AT_ONCE), at, mask=seen)
+            mask = mask & (key + x >= low) & (key + x < high)
+        mask = mask[:, None] & (columns < DIMS)[None, :]
+        ptrs = pointer + (rows.to(gl.int64) * stride_8 * 8)[:, None] + columns[None, :]
+        async_copy.async_copy_global_to_shared(buffer.slice(x0, AT_ONCE), ptrs, mask=mask)
 
 
 @gluon.jit

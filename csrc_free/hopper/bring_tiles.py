@@ -158,10 +158,10 @@ def bring_rows(
         groups = _groups_of(low, high, BLOCK_N, TILES, TAIL)
         chunks = gl.maximum(gl.cdiv(offsets, CHUNK), 1)
         for chunk in range(chunks):
-            here = first + chunk * CHUNK
+            chunk_first = first + chunk * CHUNK
             passes = (gl.minimum(offsets - chunk * CHUNK, CHUNK) + 1) // 2
-            inner = gl.minimum(gl.maximum(all_first - here, 0), 255)
-            outer = gl.minimum(gl.maximum(all_last - here + 1, 0), 255)
+            inner = gl.minimum(gl.maximum(all_first - chunk_first, 0), 255)
+            outer = gl.minimum(gl.maximum(all_last - chunk_first + 1, 0), 255)
             has_tail = (low < high - groups * (TILES * BLOCK_N)).to(gl.int32)
             word = (passes << PASSES) | (inner << INNER) | (outer << OUTER) | (has_tail << HAS_TAIL)
             plan = NUMBERS * (turn & 1)
@@ -179,9 +179,9 @@ def bring_rows(
             span = SPANS * (turn & 1)
             spans.index(span + LO).store(lo - (keys - wide_rows))
             spans.index(span + HI).store(hi - (keys - wide_rows))
-            spans.index(span + NEWEST).store(newest - here - further)
-            spans.index(span + OLDEST).store(oldest - here - further)
-            row = start + i - here - (CHUNK - 1) - (keys - narrow_rows)
+            spans.index(span + NEWEST).store(newest - chunk_first - further)
+            spans.index(span + OLDEST).store(oldest - chunk_first - further)
+            row = start + i - chunk_first - (CHUNK - 1) - (keys - narrow_rows)
             thread_barrier()  # all lanes have written before one of them announces the rows
             # The copies of a chunk of no groups are of what nobody reads.
             wait_empty(k_empty, 0, turn)

@@ -40,11 +40,11 @@ def load_entries(
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     i = entries // HEADS
     head = kv_head * GROUP + entries % HEADS
-    at = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
-    at += i.to(gl.int64) * strides[2]
+    offs = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
+    offs += i.to(gl.int64) * strides[2]
     mask = (i < seq) & (entries % HEADS < GROUP)
     return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
+        pointer + (offs * 8)[:, None] + columns[None, :],
         mask=mask[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -58,10 +58,10 @@ def load_newest(
     layout: gl.constexpr = _loaded(PAIRS, COLUMNS)
     row += 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    at = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
-    at += row.to(gl.int64) * strides[2]
+    offs = batch.to(gl.int64) * strides[0] + kv_head.to(gl.int64) * strides[1]
+    offs += row.to(gl.int64) * strides[2]
     return gl.load(
-        pointer + (at * 8)[:, None] + columns[None, :],
+        pointer + (offs * 8)[:, None] + columns[None, :],
         mask=((row >= 0) & (row < rows))[:, None] & (columns < DIMS)[None, :], other=0.0,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def narrow_rows_of(
 
 @gluon.jit
 def virtual_keys(
-    raw, newest, rows, seen, bias, HAS_BIAS: gl.constexpr, KEYS: gl.constexpr,
+    raw, newest, rows, mask, bias, HAS_BIAS: gl.constexpr, KEYS: gl.constexpr,
     ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
 ):  # fmt: skip
     """Return narrow rows [64, columns] times the row of their entry; 0 where not seen."""
@@ -141,8 +141,8 @@ def virtual_keys(
     x = narrow_rows_of(raw, newest, like, KEYS, ENTRIES, IS_SHIFTED)
     y = rows_of_entries(rows, like, ENTRIES)
     made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
-    seen = gl.convert_layout(seen, rows_of(accumulator(COLUMNS)), assert_trivial=True)
-    return of_rows(seen, made, gl.zeros_like(made))
+    mask = gl.convert_layout(mask, rows_of(accumulator(COLUMNS)), assert_trivial=True)
+    return of_rows(mask, made, gl.zeros_like(made))
 
 
 @gluon.jit

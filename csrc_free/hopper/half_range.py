@@ -305,9 +305,11 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
         t.contiguous() for t in (statistics.delta, statistics.lse2, *ranges)
     )
     k, v = problem.k_narrow, problem.v_narrow
-    to_k, to_v = k.new_empty(k.shape), v.new_empty(v.shape)
+    scaled_k, scaled_v = k.new_empty(k.shape), v.new_empty(v.shape)
     found = Scaled(
-        dataclasses.replace(problem, k_narrow=to_k, v_narrow=to_v, k2_bias=0.0, v2_bias=0.0),
+        dataclasses.replace(
+            problem, k_narrow=scaled_k, v_narrow=scaled_v, k2_bias=0.0, v2_bias=0.0
+        ),
         torch.empty_like(delta),
         torch.empty_like(lse2) if is_of_keys else lse2,
         delta.new_empty(batch, kv_heads, 8),
@@ -315,7 +317,7 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
     )  # fmt: skip
     launch(
         scaled_narrow_kernel, triton.cdiv(rows, config.block_q) * batch * kv_heads,
-        k, v, largest, to_k, to_v, kv_heads, rows, *problem.biases()[2:],
+        k, v, largest, scaled_k, scaled_v, kv_heads, rows, *problem.biases()[2:],
         *k.stride()[:3], *v.stride()[:3], IS_OF_KEYS=is_of_keys,
         HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), config=config,

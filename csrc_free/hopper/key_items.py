@@ -70,13 +70,13 @@ def span_of(
     keys = gl.maximum(wide_rows, narrow_rows)
     key_first = keys - wide_rows + tile * _KEYS
     if HAS_BOUNDS:
-        at = spans + (batch * tiles + tile) * 6
-        query_first = gl.load(at)
-        query_end = gl.load(at + 1)
-        narrow_first = gl.load(at + 2)
-        narrow_end = gl.load(at + 3)
-        lo = gl.load(at + 4)
-        hi = gl.load(at + 5)
+        span_ptr = spans + (batch * tiles + tile) * 6
+        query_first = gl.load(span_ptr)
+        query_end = gl.load(span_ptr + 1)
+        narrow_first = gl.load(span_ptr + 2)
+        narrow_end = gl.load(span_ptr + 3)
+        lo = gl.load(span_ptr + 4)
+        hi = gl.load(span_ptr + 5)
     else:
         key_end = gl.minimum(key_first + _KEYS, keys)
         query_first = gl.maximum(key_first - wide_right - start, 0)

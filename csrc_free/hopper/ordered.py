@@ -73,17 +73,17 @@ def order_columns_kernel(
     column = tl.arange(0, COLUMNS)
     mask = (i < seq)[:, None] & (column < HEAD_DIM)[None, :]
     place = place_of(column, HEAD_DIM, COLUMNS, IS_TURNED)
-    of_source = column
-    of_target = place
+    source_columns = column
+    target_columns = place
     if IS_BACK:
-        of_source = place
-        of_target = column
+        source_columns = place
+        target_columns = column
     source += batch * stride_s_b + head * stride_s_h
     target += batch * stride_t_b + head * stride_t_h
-    at = i.to(tl.int64) * stride_s_n
-    to = i.to(tl.int64) * stride_t_n
-    x = tl.load(source + at[:, None] + of_source[None, :], mask=mask)
-    tl.store(target + to[:, None] + of_target[None, :], x, mask=mask)
+    source_offs = i.to(tl.int64) * stride_s_n
+    target_offs = i.to(tl.int64) * stride_t_n
+    x = tl.load(source + source_offs[:, None] + source_columns[None, :], mask=mask)
+    tl.store(target + target_offs[:, None] + target_columns[None, :], x, mask=mask)
 
 
 def columns_of(problem: Problem) -> int:

@@ -53,9 +53,9 @@ def place(
         i = i0 + gl.arange(0, P, layout=layout)
         mask = i < seq
         p = start + i
-        at = kv_bounds + (batch.to(gl.int64) * seq + i) * 2
-        low = gl.load(at, mask=mask, other=0)
-        high = gl.load(at + 1, mask=mask, other=0)
+        bound_ptrs = kv_bounds + (batch.to(gl.int64) * seq + i) * 2
+        low = gl.load(bound_ptrs, mask=mask, other=0)
+        high = gl.load(bound_ptrs + 1, mask=mask, other=0)
         lo = gl.maximum(gl.maximum(p - wide_left, wide_first), low)
         hi = gl.minimum(gl.minimum(p + wide_right + 1, keys), high)
         narrow_lo = gl.maximum(gl.maximum(p - narrow_left, narrow_first), low)

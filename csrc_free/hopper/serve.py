@@ -7,6 +7,7 @@ import torch
 
 from csrc_free import tracing
 from csrc_free.device.descriptors import can_describe
+from csrc_free.hopper.least_work import why_too_little
 from csrc_free.hopper.ordered import columns_of
 from csrc_free.hopper.tiles_config import choose
 from csrc_free.hopper.within_int32 import why_not_int32
@@ -40,6 +41,8 @@ def why_not(problem: Problem) -> str | None:
     for name, dim in (("D", problem.q.shape[3]), ("Dv", problem.v_wide.shape[3])):
         if not _DIMS[0] <= dim <= _DIMS[1]:
             return f"they take {name} from {_DIMS[0]} to {_DIMS[1]}, got {dim}"
+    if (reason := why_too_little(problem)) is not None:
+        return reason
     for name, tensor in (
         ("q", problem.q), ("the wide keys", problem.k_wide), ("the wide values", problem.v_wide)
     ):  # fmt: skip

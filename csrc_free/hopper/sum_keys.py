@@ -32,15 +32,15 @@ _NONE = gl.constexpr(-(2**30))  # before every query
 
 @gluon.jit
 def _wait_for_rows(
-    rows_full, at, other_begin, other_end, state, r: gl.constexpr, STAGES: gl.constexpr
+    rows_full, step, other_begin, other_end, state, r: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Wait for the tile of step `at`, which also the other warpgroup needs in [begin, end).
+    """Wait for the tile of a step, which also the other warpgroup needs in [begin, end).
 
     Each slot has a barrier for tiles of warpgroup 0, of 1 and of both, so that nobody waits for
     what it does not need. Bits of the state flip with every use of one; returns the new state.
     """
-    is_of_both = (at >= other_begin) & (at < other_end)
-    bar = at % STAGES + gl.where(is_of_both, 2 * STAGES, r * STAGES)
+    is_of_both = (step >= other_begin) & (step < other_end)
+    bar = step % STAGES + gl.where(is_of_both, 2 * STAGES, r * STAGES)
     wait_full(rows_full, bar, state >> bar)
     return state ^ (1 << bar)
 
@@ -297,7 +297,7 @@ def sum_keys(
                             assert_trivial=True,
                         )  # fmt: skip
                         sigma = parts_of_rows(no_logits)
-                    seen = begin, gl.where(is_whole, last, _NONE)
+                    whole = begin, gl.where(is_whole, last, _NONE)
                     window = (
                         key_first,
                         keys,
@@ -320,16 +320,16 @@ def sum_keys(
                     s = warpgroup_mma_wait(0, deps=(s,))
                     # The last tile stands after the loop: nothing in flight may cross a loop's
                     # edge, or ptxas waits for every product.
-                    for at in range(own_step + 1, own_step_end):
+                    for row_step in range(own_step + 1, own_step_end):
                         ds, y, sigma = weigh(
                             s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
-                            lse2_tiles.index(now), (at - 1) * positions + shift, seen, m, window,
-                            batch, seq, kv_bounds, log2_scale, of_dp,
+                            lse2_tiles.index(now), (row_step - 1) * positions + shift, whole, m,
+                            window, batch, seq, kv_bounds, log2_scale, of_dp,
                             FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                         )  # fmt: skip
-                        later = at % STAGES
+                        later = row_step % STAGES
                         state = _wait_for_rows(
-                            rows_full, at, other_begin, other_end, state, r, STAGES
+                            rows_full, row_step, other_begin, other_end, state, r, STAGES
                         )
                         x = warpgroup_mma(
                             gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
@@ -344,7 +344,7 @@ def sum_keys(
                         now = later
                     ds, y, sigma = weigh(
                         s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
-                        lse2_tiles.index(now), (own_step_end - 1) * positions + shift, seen, m,
+                        lse2_tiles.index(now), (own_step_end - 1) * positions + shift, whole, m,
                         window, batch, seq, kv_bounds, log2_scale, of_dp,
                         FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
                     )  # fmt: skip

@@ -61,8 +61,8 @@ def _text(columns, is_x_paired, is_y_paired, has_sum, is_paired):
                 text += f"fma.rn.f32 u, u, {d}_{n}, ${first_sum + 2 * place + n}; "
             else:
                 text += f"mul.f32 u, {c}_{n}, {d}_{n}; neg.f32 u, u; "
-            to = f"o_{n}" if is_paired else f"${2 * place + n}"
-            text += f"fma.rn.f32 {to}, {a}_{n}, {b}_{n}, u; "
+            target = f"o_{n}" if is_paired else f"${2 * place + n}"
+            text += f"fma.rn.f32 {target}, {a}_{n}, {b}_{n}, u; "
         if is_paired:
             text += f"cvt.rn.bf16x2.f32 ${place}, o_1, o_0; "
         return text + "} "

@@ -16,7 +16,7 @@ _LARGEST_HALF = gl.constexpr(2.0**P_EXPONENT.value)
 
 @gluon.jit
 def _probabilities(
-    s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+    s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
     FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LARGEST: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def _probabilities(
     need no mask, and no cap at LARGEST. Rows past the last query are zero in q and dout, and add
     nothing, whatever their P is, so long as it is finite.
     """
-    first, last = seen
+    first, last = whole
     shift = lse2_tile.load(LAYOUT)
     if FORM == STRASSEN:
         shift -= of_keys[:, None]
@@ -48,9 +48,9 @@ def _probabilities(
         # Said of keys, not of rows: as scalars these cost uniform registers and spills.
         visible = visible & (offset <= key - see_first) & (offset >= key - see_last)
         if HAS_BOUNDS:
-            at = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
-            lo = gl.maximum(gl.load(at), 0)
-            hi = gl.maximum(gl.load(at + 1), 0)
+            bound_ptrs = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
+            lo = gl.maximum(gl.load(bound_ptrs), 0)
+            hi = gl.maximum(gl.load(bound_ptrs + 1), 0)
             visible = visible & (key >= lo - key_first) & (key < hi - key_first)
             visible = visible & (m >= lo) & (m < hi)
         if FORM == STRASSEN:
@@ -63,7 +63,7 @@ def _probabilities(
 
 @gluon.jit
 def weigh(
-    s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, seen, m, window, batch, seq,
+    s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, whole, m, window, batch, seq,
     kv_bounds, log2_scale, of_dp, FORM: gl.constexpr, HEADS: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def weigh(
         use_acc=False, is_async=True,
     )  # fmt: skip
     p = _probabilities(
-        s, of_keys, lse2_tile, i, seen, m, window, batch, seq, kv_bounds, log2_scale,
+        s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
         FORM, HEADS, HAS_BOUNDS, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_as(p, dtype), A_OF_Y), dout_tile, y, is_async=True)

@@ -63,6 +63,20 @@ def _configs(traits: Traits, device: Device) -> Iterator[Config]:
     yield Config(16, 16, 1, 8, 1)
 
 
+@triton.jit
+def _plus_product(total, a, b, key_mask, PRECISION: tl.constexpr):
+    """Return total + a · b.
+
+    In float32 these are sums of sums: one chain over all rows and offsets, of tens of thousands of
+    terms, would lose what float32 is asked for. The mask keeps the additions apart.
+    """
+    if PRECISION == "ieee" or PRECISION == "bf16x6":
+        total += tl.where(key_mask[:, None], product(a, b, None, PRECISION), 0.0)
+    else:
+        total = product(a, b, total, PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_wide_kernel(
     q, k_wide, v_wide, k_narrow, v_narrow, dout, delta, lse2, has_huge, dk_wide, dv_wide,
@@ -90,6 +104,8 @@ def backward_wide_kernel(
     """
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
+    # Before the product with P or after it, whichever spills less: up to 140 bytes (sm_120).
+    MAKES_DS_FIRST: tl.constexpr = PRECISION == "tf32" or PRECISION == "bf16x6"
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
     sizes = sizes_of(seq, wide_rows, narrow_rows)
@@ -160,17 +176,12 @@ def backward_wide_kernel(
             if is_partial:
                 visible = (key[:, None] >= lo[None, :]) & (key[:, None] < hi[None, :])
                 p = tl.where(visible, tl.minimum(p, 1.0), 0.0)
-            ds = p * (dp + row_dp[None, :])
-            p = operand(p, DOT_DTYPE, PRECISION)
-            ds = operand(ds, DOT_DTYPE, PRECISION)
-            if PRECISION == "ieee" or PRECISION == "bf16x6":
-                # Sums of sums: one chain over all rows and offsets, of tens of thousands of terms,
-                # would lose what float32 is asked for. The mask keeps the additions apart.
-                dv += tl.where(key_mask[:, None], product(p, vdo, None, PRECISION), 0.0)
-                dk += tl.where(key_mask[:, None], product(ds, vq, None, PRECISION), 0.0)
-            else:
-                dv = product(p, vdo, dv, PRECISION)
-                dk = product(ds, vq, dk, PRECISION)
+            if MAKES_DS_FIRST:
+                ds = operand(p * (dp + row_dp[None, :]), DOT_DTYPE, PRECISION)
+            dv = _plus_product(dv, operand(p, DOT_DTYPE, PRECISION), vdo, key_mask, PRECISION)
+            if not MAKES_DS_FIRST:
+                ds = operand(p * (dp + row_dp[None, :]), DOT_DTYPE, PRECISION)
+            dk = _plus_product(dk, ds, vq, key_mask, PRECISION)
 
     dk_offs = batch * stride_dk_b + kv_head * stride_dk_h + wide_row * stride_dk_n
     store_rows(dk_wide, dk_offs, dk * scale, key_mask, HEAD_DIM)

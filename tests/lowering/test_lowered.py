@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpuless import compiled_for_gpu
+from gpuless import Compiled, compiled_for_gpu
 
 import simplex_ops  # noqa: F401  (registers the operators)
 from csrc_free import attn
@@ -232,3 +232,34 @@ def test_what_gluon_kernels_serve_stays_a_call(monkeypatch, dynamic):
     compiled = compiled_for_gpu(both(w1, w2), lambda: make_inputs(*sizes), dynamic=dynamic)
     assert not launched_by(compiled)
     assert calls_of_ours(compiled) == ["attn", "attn_backward"]
+
+
+SMALL, LARGE = (64, 1, 64, 300), (64, 1, 64, 4000)
+
+
+@pytest.fixture
+def hopper_as_users_have_it(small_problems_as_users_have_them, monkeypatch):
+    monkeypatch.setattr(attn, "_broken", [])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_small_problems_are_written_out_on_hopper_too(hopper_as_users_have_it, dynamic):
+    compiled = compiled_for_gpu(both(100, 8), lambda: make_inputs(*SMALL), dynamic=dynamic)
+    assert launched_by(compiled) == launched_in_eager_code(SMALL, 100, 8)
+    assert "forward_kernel" in launched_by(compiled)
+    assert not calls_of_ours(compiled)
+
+
+def test_a_graph_of_any_length_is_compiled_once_for_small_problems_and_once_for_all(
+    hopper_as_users_have_it,
+):
+    def make(seq):
+        inputs = make_inputs(*SMALL[:3], seq=seq)
+        for tensor in inputs:
+            torch._dynamo.mark_dynamic(tensor, 2)
+        return inputs
+
+    lengths = (300, 200, 4000, 5000, 3000, 301)
+    compiled = compiled_for_gpu(both(100, 8), *(lambda n=n: make(n) for n in lengths))
+    calls = [calls_of_ours(Compiled([wrapper])) for wrapper in compiled.wrappers]
+    assert calls == [[], ["attn", "attn_backward"]]

@@ -37,15 +37,14 @@ class Compiled:
 
 def compiled_for_gpu(
     function: Callable[..., Any],
-    make: Callable[[], tuple[Any, ...]],
-    *,
+    *makes: Callable[[], tuple[Any, ...]],
     to_binary: bool = False,
     dynamic: bool | None = None,
     **inductor: Any,
 ) -> Compiled:
-    """Compile a function for inputs that `make` makes on a device called cuda.
+    """Compile a function for the inputs that each of `makes` makes on a device called cuda.
 
-    It is called in a fake mode, in which tensors have no memory. `inductor` has Inductor's options.
+    They are made in a fake mode, where tensors have no memory. `inductor` has Inductor's options.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -64,7 +63,9 @@ def compiled_for_gpu(
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*make())
+        run = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+        for make in makes:
+            run(*make())
     torch._dynamo.reset()
     return found
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton.experimental.gluon")
 from csrc_free import problem as problems
 from csrc_free.hopper import backward, serve
 from csrc_free.traits import DEVICES
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.devices import gpu
 from simplex_ops.testing import Case, Problem
 from tools.compiled.fingerprint import fingerprint
@@ -20,7 +21,7 @@ from tools.compiled.launches import recorded
 from tools.fuzz import __main__ as fuzz
 from tools.fuzz import hopper
 from tools.fuzz.branches import BRANCHES
-from tools.fuzz.families import FAMILIES, any_constants, member
+from tools.fuzz.families import FAMILIES, LAYOUTS, any_constants, member
 
 MOST_COMPILATIONS = 60
 BF16 = {"dtype": torch.bfloat16, "head_dim": 128}
@@ -65,7 +66,7 @@ def programs(case: Case) -> set[str]:
         if any(case.grad_mask):
             gpu.attn_backward(
                 problem.dout, problem.dlse, *problem.inputs, out, lse, *problem.windows,
-                **problem.options,
+                **problem.options, grad_mask=list(case.grad_mask),
             )  # fmt: skip
     return {fingerprint(launch) for launch in noted}
 
@@ -79,6 +80,7 @@ def test_families_are_served_and_compile_to_few_programs():
             assert not any(said.startswith("backward: portable") for said in found), family
             compiled |= programs(case)
     assert len(compiled) <= MOST_COMPILATIONS
+    assert compiled <= set().union(*(programs(case) for case in hopper.first_cases()))
 
 
 def test_constants_are_drawn_over_what_is_served():
@@ -167,9 +169,14 @@ def test_every_branch_has_a_name_that_is_asked_for():
 def test_too_few_cases_of_a_branch_are_named():
     tally = fuzz.Tally()
     tally.branches.update(dict.fromkeys(BRANCHES, 50))
+    for form in FORMS:
+        tally.features.update(dict.fromkeys(fuzz.features(Case(form=form)), 50))
+    for layout in LAYOUTS:
+        tally.features.update(dict.fromkeys(fuzz.features(Case(layout=layout)), 50))
     assert fuzz.too_few(tally, 50) == []
     tally.branches["heads: guard"] = 49
-    assert fuzz.too_few(tally, 50) == ["heads: guard"]
+    tally.features["form determinant"] = 1
+    assert fuzz.too_few(tally, 50) == ["heads: guard", "form determinant"]
 
 
 def test_a_record_is_carried_on_over_the_same_sources_alone(tmp_path):

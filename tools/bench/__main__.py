@@ -2,6 +2,7 @@
 
     python -m tools.bench --device cuda --json out/bench.jsonl --plot out/bench.png
     python -m tools.bench --device cpu --quick
+    python -m tools.bench.report    # RESULTS.md, the picture and README's rows, of results/*.jsonl
 
 Every figure of a row is measured in turn with the others of that row. Rates are nominal FLOPs
 (4·B·H·N·D·w1·w2, backward 2.5 times that) over the time: the best on a CPU; on a GPU the median of
@@ -26,46 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simplex_ops.env import environment
+from tools.bench.aims import AIMS, RELATIVE_AIMS, YARDSTICK
 from tools.bench.anchors import copy_rate
 from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
 from tools.bench.curves import BANDWIDTH
 from tools.bench.plot import Bar, plot_rates
-from tools.workloads import SWEEPS, WORKLOADS, Direction, useful_flops
-
-YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}
-# The least fraction of the yardstick's rate.
-AIMS: dict[tuple[str, Direction], float] = {
-    ("llama-mqa", "forward"): 1.0,
-    ("gqa8", "forward"): 0.82,
-    ("gqa4", "forward"): 0.75,
-    ("mha16", "forward"): 0.68,
-    ("llama-mqa", "backward"): 0.62,
-    ("gqa8-2k", "backward"): 0.48,
-    ("gqa4-2k", "backward"): 0.44,
-    ("mha16-2k", "backward"): 0.38,
-    ("mqa-d64", "forward"): 0.85,
-    ("gqa4-d64", "forward"): 0.75,
-    ("mqa-d64", "backward"): 0.5,
-    ("gqa4-d64", "backward"): 0.45,
-    ("cpu", "forward"): 0.40,
-    ("cpu", "backward"): 0.25,
-}
-# The least fraction of our rate on another workload, in the same direction: (forward, backward).
-RELATIVE_AIMS: dict[str, tuple[str, float, float]] = {
-    "mqa-1024x32": ("llama-mqa", 0.85, 0.85),
-    "mqa-256x64": ("llama-mqa", 0.85, 0.85),
-    "mqa-128x128": ("llama-mqa", 0.85, 0.85),
-    "mqa-512x16": ("llama-mqa", 0.85, 0.85),
-    "mqa-32x512": ("llama-mqa", 0.85, 0.85),
-    "mqa-fp16": ("llama-mqa", 0.9, 0.9),
-    "gqa4-b1": ("gqa4", 0.6, 0.6),
-    "gqa5-odd": ("gqa5", 0.6, 0.6),
-    "odd": ("gqa3-d96", 0.6, 0.6),
-    "determinant": ("trilinear", 0.7, 0.6),
-    "strassen": ("trilinear", 0.85, 0.75),
-    "n32k": ("n4k", 0.95, 0.95),
-    "n128k": ("n4k", 0.95, 0.95),
-}
+from tools.workloads import SWEEPS, WORKLOADS, useful_flops
 
 
 @dataclass(frozen=True)
@@ -314,7 +281,7 @@ def _rows(
     rows = [
         Row(w, d) for w in chosen for d in w.directions if direction in (d, "both")
     ]  # fmt: skip
-    if quick and not names:
+    if quick and not (names or sweeps):
         rows = [row for row in rows if (row.workload.name, row.direction) in AIMS]
     if not rows:
         raise typer.BadParameter("no workload is left to run")

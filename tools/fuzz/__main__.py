@@ -34,6 +34,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import simplex_ops  # noqa: F401  (registers the operators)
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.env import environment
 from simplex_ops.rules.cache_key import sources
 from simplex_ops.testing import Case
@@ -233,6 +234,7 @@ def main(
         max_work=1_000_000 if is_cpu else 40_000_000 if hopper else 20_000_000,
         seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
         threads=max(1, min(4, cores // workers)),
+        workers=workers,
         hopper=hopper,
     )
     facts = ", ".join(f"{key} {value}" for key, value in environment(torch.device(where)).items())
@@ -261,7 +263,8 @@ def main(
         )  # fmt: skip
     few = too_few(tally, at_least) if at_least else []
     for name in few:
-        console.print(f"FAILED {name}: {tally.branches[name]} cases, fewer than {at_least}")
+        count = (tally.branches + tally.features)[name]
+        console.print(f"FAILED {name}: {count} cases, fewer than {at_least}")
     if tally.failures or few:
         raise typer.Exit(1)
     if not tally.passed:
@@ -281,10 +284,13 @@ def _run_one(expression: str, device: str, backend: str, console: Console) -> No
 
 
 def too_few(tally: Tally, at_least: int) -> list[str]:
-    """Return the branches of the Hopper kernels that fewer cases took."""
+    """Return the branches of the Hopper kernels that fewer cases took, forms and strides too."""
     from tools.fuzz.branches import BRANCHES
+    from tools.fuzz.families import LAYOUTS
 
-    return [name for name in BRANCHES if tally.branches[name] < at_least]
+    asked = (*BRANCHES, *(f"form {form}" for form in FORMS), *(f"layout {of}" for of in LAYOUTS))
+    counts = tally.branches + tally.features
+    return [name for name in asked if counts[name] < at_least]
 
 
 def read(record: Path | None) -> Tally:

@@ -1,7 +1,8 @@
 """Which branches of the Hopper kernels a problem takes, told on the host from what each query sees.
 
-Shapes, windows, bounds and starts decide all but one; the guard, which raises a maximum that came
-too low, follows from the logits.
+Shapes, windows, bounds and starts decide all but one, and are read on the CPU; the guard, which
+raises a maximum that came too low, follows from the logits, where these are. So a device is waited
+for a few times: one that other programs share takes milliseconds each time.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from torch import Tensor
 from csrc_free.hopper import forward, tiles_config
 from csrc_free.hopper.backward import Choice
 from csrc_free.hopper.backward_query import Config as QueryConfig
+from csrc_free.hopper.ordered import columns_of
 from csrc_free.problem import Problem
+from simplex_ops.reference import logits_of
 
 _OF_BOTH = (
     "masked tile", "whole tile", "several groups of tiles", "several chunks of narrow keys",
@@ -46,17 +49,18 @@ class Reach:
 def reach_of(problem: Problem) -> Reach:
     """Return what each query sees, as `simplicial_attention` defines it."""
     batch, _, seq, _ = problem.q.shape
-    device, keys = problem.q.device, problem.keys
-    start = torch.full((batch,), keys - seq, device=device)
+    keys = problem.keys
+    start = torch.full((batch,), keys - seq)
     if problem.q_start is not None:
-        start = problem.q_start.long()
-    position = start[:, None] + torch.arange(seq, device=device)
+        start = problem.q_start.cpu().long()
+    position = start[:, None] + torch.arange(seq)
+    bounds = None if problem.kv_bounds is None else problem.kv_bounds.cpu().long()
 
     def of_pair(reach: tuple[int, int], first: int) -> tuple[Tensor, Tensor]:
         left, right = (min(r, 2**40) for r in reach)
         lo, hi = (position - left).clamp(min=first), (position + right + 1).clamp(max=keys)
-        if problem.kv_bounds is not None:
-            low, high = problem.kv_bounds.long().unbind(-1)
+        if bounds is not None:
+            low, high = bounds.unbind(-1)
             lo, hi = torch.maximum(lo, low), torch.minimum(hi, high)
         lo = lo.clamp(max=keys)
         return lo - first, torch.maximum(hi, lo) - first
@@ -114,7 +118,7 @@ def _of_tiles(problem: Problem, reach: Reach, logits: Tensor) -> Iterator[str]:
     tiles = _Tiles.of(reach, config.p)
     sees = tiles.low < tiles.high
     groups = (-(-(tiles.high - tiles.low - config.tail) // span)).clamp(min=1)
-    number = torch.arange(int(groups.max()) * config.tiles, device=groups.device)
+    number = torch.arange(int(groups.max()) * config.tiles)
     new_edge = -(-(tiles.high - tiles.all_high).clamp(min=0) // block)
     old_edge = (tiles.high - tiles.all_low).clamp(min=0) // block
     is_met = (number < (groups * config.tiles)[..., None]) & sees[..., None]
@@ -132,7 +136,7 @@ def _of_tiles(problem: Problem, reach: Reach, logits: Tensor) -> Iterator[str]:
     })  # fmt: skip
     yield from _of_narrow((tiles.last - tiles.first + 1)[sees], config.chunk)
     # Of each query, by its tile.
-    of_query = torch.arange(problem.q.shape[2], device=groups.device) // config.p
+    of_query = torch.arange(problem.q.shape[2]) // config.p
     high, first = tiles.high[:, of_query], tiles.first[:, of_query]
     yield from _guard(problem, logits, high - block, reach.position - first, -1)
 
@@ -176,7 +180,7 @@ class _Tiles:
     def of(cls, reach: Reach, p: int) -> "_Tiles":
         """Gather tiles of p queries; where none of them sees anything, high is low."""
         seq = reach.lo.shape[1]
-        index = torch.arange(-(-seq // p) * p, device=reach.lo.device).clamp(max=seq - 1)
+        index = torch.arange(-(-seq // p) * p).clamp(max=seq - 1)
 
         def gathered(t: Tensor) -> Tensor:
             return t[:, index].unflatten(1, (-1, p))
@@ -206,25 +210,18 @@ class _Tiles:
 
 def _logits(problem: Problem, reach: Reach) -> Tensor:
     """Return the logits [B, H, N, wide, narrow] in log2 units, -inf where they are not seen."""
-    q = problem.q.float()
     k_wide, k_narrow = (
         t.float().repeat_interleave(problem.group, 1) for t in (problem.k_wide, problem.k_narrow)
     )
     k_wide_bias, _, k_narrow_bias, _ = problem.biases()
-    k_wide, k_narrow = k_wide + k_wide_bias, k_narrow + k_narrow_bias
-    if problem.form == "trilinear":
-        virtual = q[:, :, :, None] * k_narrow[:, :, None]
-        s = torch.einsum("bhikd,bhjd->bhijk", virtual, k_wide)
-    elif problem.form == "strassen":
-        qk, qn = torch.einsum("bhid,bhjd->bhij", q, k_wide), q @ k_narrow.mT
-        s = qk[..., None] + qn[:, :, :, None] + (k_wide @ k_narrow.mT)[:, :, None]
-    else:
-        raise ValueError(f"no logits of the form {problem.form}")
-    s *= problem.log2_scale
+    keys = problem.by_role(k_wide + k_wide_bias, k_narrow + k_narrow_bias)
+    s = logits_of(problem.form, problem.q.float(), *keys)
+    s = s.mT if problem.is_exchanged else s
+    s = s * problem.log2_scale
 
     def seen(lo: Tensor, hi: Tensor, rows: int) -> Tensor:
-        row = torch.arange(rows, device=s.device)
-        return (row >= lo[..., None]) & (row < hi[..., None])
+        row = torch.arange(rows)
+        return ((row >= lo[..., None]) & (row < hi[..., None])).to(s.device)
 
     wide = seen(reach.lo, reach.hi, s.shape[3])
     narrow = seen(reach.narrow_lo, reach.narrow_hi, s.shape[4])
@@ -240,24 +237,23 @@ def _guard(
     warpgroup begins `step` narrow rows further, and each takes every second one.
     """
     # From its first maximum to where the guard stands, and what rounding the virtual queries moves.
-    room = 15.0 if problem.q.dtype == torch.float16 else 60.0
     visible = torch.where(logits.isfinite(), logits.abs(), 0.0).amax()
-    room += 1.0 + 0.01 * visible.item()
-    wide = torch.arange(logits.shape[3], device=logits.device)
-    narrow = torch.arange(logits.shape[4], device=logits.device)
-    in_tile = wide >= first_tile[..., None]  # [B, N, wide]
+    room = (15.0 if problem.q.dtype == torch.float16 else 60.0) + 1.0 + 0.01 * visible
+    in_tile = torch.arange(logits.shape[3]) >= first_tile[..., None]  # [B, N, wide]
+    narrow = torch.arange(logits.shape[4])
+    found = []
     for side in (0, 1):
-        first = first_narrow + side * step
-        own = (narrow - first[..., None]) % 2 == 0  # [B, N, narrow]
-        begun = in_tile[..., :, None] & (narrow == first[..., None])[..., None, :]
-        before = logits.masked_fill(~begun[:, None], -torch.inf).amax((3, 4))
-        after = logits.masked_fill(~own[:, None, :, None], -torch.inf).amax((3, 4))
+        first = (first_narrow + side * step)[..., None]
+        own = (narrow - first) % 2 == 0  # [B, N, narrow]
+        begun = in_tile[..., :, None] & (narrow == first)[..., None, :]
+        begun, own = begun[:, None].to(logits.device), own[:, None, :, None].to(logits.device)
+        before = logits.masked_fill(~begun, -torch.inf).amax((3, 4))
+        after = logits.masked_fill(~own, -torch.inf).amax((3, 4))
         is_some = after.isfinite()
         unset = is_some & before.isneginf()
-        yield from _said({
-            "guard": is_some & ~unset & (after > before + room),
-            "guard of an unset row": unset,
-        })  # fmt: skip
+        found += [(is_some & ~unset & (after > before + room)).any(), unset.any()]
+    guards = torch.stack(found).view(2, 2).any(0).cpu()
+    yield from _said({"guard": guards[0], "guard of an unset row": guards[1]})
 
 
 def _said(named: dict[str, Tensor]) -> Iterator[str]:
@@ -270,6 +266,6 @@ def _width(problem: Problem) -> int:
 
 def _blocks(problem: Problem) -> tuple[int, int]:
     block_d, block_dv = (
-        64 if dim <= 64 else 128 for dim in (problem.q.shape[3], problem.v_wide.shape[3])
+        64 if dim <= 64 else 128 for dim in (columns_of(problem), problem.v_wide.shape[3])
     )  # fmt: skip
     return block_d, block_dv

@@ -26,14 +26,36 @@ def strategy(drawn: str, seed: int, max_work: int) -> "st.SearchStrategy[Case]":
     return member(FAMILIES[seed % len(FAMILIES)])
 
 
+def first_cases() -> list[Case]:
+    """Return problems of every family that need one large compilation each.
+
+    Shared out among workers, so that none waits for another's and none is made twice: forwards
+    come first, then of the gradients that of q and that of the wide keys, which two kernels make.
+    """
+    from tools.fuzz.families import FAMILIES, NO_GRADIENT, largest_member
+
+    forwards, of_q, of_keys = [], [], []
+    for family in FAMILIES:
+        case = largest_member(family)
+        forwards.append(dataclasses.replace(case, grad_mask=NO_GRADIENT))
+        if family.has_gradients:
+            first, second = (False, True) if family.is_exchanged else (True, False)
+            of_q.append(dataclasses.replace(case, grad_mask=(True, False, False, False, False)))
+            of_keys.append(
+                dataclasses.replace(case, grad_mask=(False, first, second, False, False))
+            )
+    return forwards + of_q + of_keys
+
+
 def serve_all(*, have_one_division: bool = False) -> None:
     """Let the Hopper kernels serve in this process what others would be faster at, or raise.
 
     With one division of the key side's work it is the same program whatever the sizes.
     """
     from csrc_free.attn import PortableWarning
-    from csrc_free.hopper import backward, serve
+    from csrc_free.hopper import backward, least_work, serve
 
+    least_work.LEAST = 0
     serve.USEFUL_FROM = dict.fromkeys(serve.USEFUL_FROM, 0.0)
     serve.MOST_POSITIONS_OF_64_COLUMNS = 64
     if have_one_division:
@@ -83,6 +105,6 @@ def branches_of(problem: Problem) -> list[str]:
         found.append(f"backward: {said.split(', portable')[0].split(':')[0]}")
         if said.startswith("hopper"):
             choice = backward.choose(launched, dout)
-    if served_by == "hopper" and launched.form != "determinant":
+    if served_by == "hopper":
         found += branches(launched, choice)
     return found

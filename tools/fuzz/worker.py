@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from simplex_ops.testing import Case, Problem, assert_matches_reference, run_attn
+from simplex_ops.testing import Case, Problem, run_attn
+from simplex_ops.testing.oracle import assert_results, differing, run_leaving
 from tools.fuzz import hopper
 
 BATCH = 50
@@ -38,6 +39,7 @@ class Settings:
     max_work: int
     seed: int
     threads: int
+    workers: int = 1
     hopper: str = ""  # draw for the Hopper kernels: "families" of constants, or "constants" too
 
 
@@ -80,6 +82,9 @@ def work(settings: Settings, number: int, pipe: Pipe, stop: Stop) -> None:
     worker = Worker(settings, pipe, stop, time.monotonic() + settings.seconds)
     batch = 0
     try:
+        if settings.hopper == "families":
+            for case in hopper.first_cases()[number :: settings.workers]:
+                worker.take(case)
         while not worker.is_over():
             worker.run_batch((settings.seed * 1_000_003 + number) * 1_000_003 + batch)
             batch += 1
@@ -109,25 +114,32 @@ class Worker:
 
         def body(case: Case) -> None:
             nonlocal fresh
-            if fresh or self.is_over():
-                return
-            self.pipe.send(Message("start", case))
-            found: list[str] = []
-            error = _failure(case, self.settings, found)
-            if error is None:
-                compiled = frozenset(hopper.COMPILED)
-                self.pipe.send(Message("passed", case, "", "", tuple(found), compiled))
-            elif isinstance(error, _SkippedError):
-                self.pipe.send(Message("skipped", case, str(error)))
-            else:
-                kind = kind_of(error)
-                self.pipe.send(Message("failed", case, describe(error), kind))
-                fresh = kind if kind not in self.seen else ""
-                self.seen.add(kind)
+            if not fresh:
+                fresh = self.take(case)
 
         _draw(self.settings, seed, body, shrink=False)
         if fresh:
             self.shrink(seed, fresh)
+
+    def take(self, case: Case) -> str:
+        """Run a case, unless the time is up, and say how it ended; return a new kind of failure."""
+        if self.is_over():
+            return ""
+        self.pipe.send(Message("start", case))
+        found: list[str] = []
+        error = _failure(case, self.settings, found)
+        if error is None:
+            compiled = frozenset(hopper.COMPILED)
+            self.pipe.send(Message("passed", case, "", "", tuple(found), compiled))
+        elif isinstance(error, _SkippedError):
+            self.pipe.send(Message("skipped", case, str(error)))
+        else:
+            kind = kind_of(error)
+            self.pipe.send(Message("failed", case, describe(error), kind))
+            if kind not in self.seen:
+                self.seen.add(kind)
+                return kind
+        return ""
 
     def shrink(self, seed: int, kind: str) -> None:
         """Draw the batch again, now failing, and say the smallest case that hypothesis comes to."""
@@ -152,21 +164,21 @@ class Worker:
             self.pipe.send(Message("shrunk", case, describe(error), kind))
 
 
-def run_case(case: Case, device: str, backend: str) -> None:
+def run_case(case: Case, device: str, backend: str) -> Problem:
     """Hold the operator to the reference on one case, and to itself: the same bits twice."""
     attn = _attn(backend)
     problem = Problem.of(case, device)
     # Memory that nobody writes is NaN, so that a result must be written to be right.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        first = assert_matches_reference(case, attn, device=device)
+        first = run_leaving(problem, attn)
         second = run_attn(attn, problem)
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, value in first.items():
-        again = second[name]
-        if value is not None and again is not None:
-            assert torch.equal(value, again), f"{name} differs between two runs of the same case"
+    assert_results(problem, first)
+    differ = differing(first, second)
+    assert not differ, f"two runs of one case differ: {', '.join(differ)}"
+    return problem
 
 
 def quieten() -> None:
@@ -199,9 +211,9 @@ class _SkippedError(Exception):
 def _failure(case: Case, settings: Settings, found: list[str]) -> Exception | None:
     """Run a case and return what went wrong; `found` takes the branches of the Hopper kernels."""
     try:
-        run_case(case, settings.device, settings.backend)
+        problem = run_case(case, settings.device, settings.backend)
         if settings.hopper:
-            found += hopper.branches_of(Problem.of(case, settings.device))
+            found += hopper.branches_of(problem)
             if settings.hopper == "families" and torch.device(settings.device).type == "cuda":
                 portable = [said for said in found if said.endswith(": portable")]
                 assert not portable, f"a family is not served by the Hopper kernels: {portable}"
