@@ -1,5 +1,6 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -289,6 +290,11 @@ def test_the_report_marks_what_refutes_the_expectation():
     said = report.text({"hops": [line]})
     assert "out of reach; refuted |" in said
     assert "[one seed]" in said
+    frozen = copy.deepcopy(line)
+    frozen["setting"]["shape"]["layers"], frozen["result"]["accuracy"] = ["frozen"], 0.75
+    assert "ordinary one does | -0.250 [one seed]: one seed |" in report.text(
+        {"hops": [line, frozen]}
+    )
     line["setting"]["shape"] |= {"layers": ["ordinary"] * 2, "heads": 4}
     line["setting"]["task"]["hops"] = 4
     said = report.text({"hops": [line]})
