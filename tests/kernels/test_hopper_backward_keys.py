@@ -1,6 +1,7 @@
 """The key-value gradients on Hopper: when they are chosen, what they compile to, what they give."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
@@ -139,14 +140,18 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     assert few.splits < many.splits
 
 
+# The register table holds these too, and test_registers.py that it was compiled from these sources.
+IN_THE_TABLE = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "most_spills"), [
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-        (dataclasses.replace(GROUP8, form="strassen"), 450),
-        (dataclasses.replace(GROUP8, form="determinant"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="strassen"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="determinant"), 450),
     ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen", "determinant"],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
