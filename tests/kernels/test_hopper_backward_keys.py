@@ -1,6 +1,7 @@
 """The key-value gradients on Hopper: when they are chosen, what they compile to, what they give."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
@@ -163,6 +164,10 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     assert few.splits < many.splits
 
 
+# The register table holds these too, and test_registers.py that it was compiled from these sources.
+IN_THE_TABLE = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "most_spills"), [
@@ -170,8 +175,8 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, w1=128, w2=128), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-        (dataclasses.replace(GROUP8, form="strassen"), 450),
-        (dataclasses.replace(GROUP8, form="determinant"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="strassen"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="determinant"), 450),
     ], ids=[
         "group 8, D 128", "group 64, D 128", "16 wide keys", "group 64, D 64", "strassen",
         "determinant",

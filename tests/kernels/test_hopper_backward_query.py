@@ -173,8 +173,9 @@ def test_no_other_device_is_served(hopper, name):
     [
         ({"group": 64}, 160),
         ({"group": 8}, 480),  # in masked tiles, and once a turn
-        ({"group": 8, "form": "strassen"}, 640),
-        ({"group": 8, "form": "determinant"}, 300),
+        # In the register table too, which test_registers.py holds to be of these sources.
+        pytest.param({"group": 8, "form": "strassen"}, 640, marks=pytest.mark.long),
+        pytest.param({"group": 8, "form": "determinant"}, 300, marks=pytest.mark.long),
         ({"group": 1}, 2000),  # where rows are added to a part, once a step
         ({"group": 4}, 900),
     ],
