@@ -13,6 +13,7 @@ of its two warpgroups: so the order of every sum is fixed, though the additions 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
 )
+_FEWEST_STEPS, _MOST_STEPS = 8, 128  # tiles of an item
+_START = 0.5  # what an item costs besides, in tiles
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "chunks", "steps", "tiles", "kv_heads",
@@ -227,7 +230,8 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     processors = problem.device.multiprocessors
     tiles = triton.cdiv(seq * heads, 2 * entries)
     of_position = tiles_of_position(problem.group, entries)
-    steps, chunks = _division(tiles, of_position, batch * kv_heads, processors)
+    steps, chunks = _division(tiles // of_position, batch * kv_heads, processors)
+    steps *= of_position
     parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
@@ -315,6 +319,7 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     entries, seq = ROWS // config.keys, problem.q.shape[2]
     per_position = entries_of_position(problem.group, entries)
     tiles = triton.cdiv(seq * per_position, 2 * entries)
+    of_position = tiles_of_position(problem.group, entries)
     columns = head_dim + problem.v_narrow.shape[3]
     row_bytes = 4 * _COPIES * columns
     windows = _windows(problem, config)
@@ -325,9 +330,8 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
-        steps, chunks = _division(
-            tiles, tiles_of_position(problem.group, entries), heads, problem.device.multiprocessors
-        )  # fmt: skip
+        steps, chunks = _division(tiles // of_position, heads, problem.device.multiprocessors)
+        steps *= of_position
         span = steps * 2 * entries // per_position + 1 + reach
         taken = chunks * min(span, narrow_rows) * row_bytes + of_windows
         if heads * taken <= limit:
@@ -335,17 +339,19 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     return None
 
 
-def _division(tiles: int, of_position: int, heads: int, processors: int) -> tuple[int, int]:
-    """Return how many tiles are an item, and how many items a head has.
+@functools.cache
+def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
+    """Return how many tiles, or positions of several, are an item, and how many items a head has.
 
-    Large items make small parts, and small ones spread the work evenly.
+    So that the program with most to do has little; among equals large items, whose parts are small.
     """
-    for positions in (128, 64, 32, 16, 8):
-        steps = positions * of_position
-        chunks = triton.cdiv(tiles, steps)
-        if 2 * heads * chunks >= 7 * processors:
-            return steps, chunks
-    return steps, chunks
+
+    def work(steps: int) -> float:
+        rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
+        return rounds * (min(steps, tiles) + _START)
+
+    steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
+    return steps, triton.cdiv(tiles, steps)
 
 
 def _describable(tensor: Tensor) -> Tensor:
