@@ -40,16 +40,13 @@ def _probabilities(
         lowest = start - wide_left - key_first
         highest = start + wide_right - key_first
         key = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
-        number = 0  # of a row's narrow key: m is number 0
-        if WIDE < _KEYS:
-            number = key // WIDE
-            key = key % WIDE
+        number = key // WIDE  # of its narrow key: m is number 0
+        key = key % WIDE
         if HEADS == _ROWS:
             row = i
         else:
             key = key[:, None]
-            if WIDE < _KEYS:
-                number = number[:, None]
+            number = number[:, None]
             row = i + (gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT)) // HEADS)[None, :]
         offset = key - row
         see_first = m - narrow_right - start

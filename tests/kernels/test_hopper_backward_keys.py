@@ -119,13 +119,14 @@ def test_few_tiles_are_shared():
 
 @pytest.mark.parametrize("seq", [4096, 32768, 131072])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(64, 1), (64, 8), (32, 8), (8, 2)])
-def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
+@pytest.mark.parametrize(("w1", "w2"), [(512, 32), (128, 128)])
+def test_private_sums_stay_within_their_memory(seq, heads, kv_heads, w1, w2):
     batch = 131072 // seq
-    workload = Workload("x", batch, heads, kv_heads, seq, 128, 512, 32)
+    workload = Workload("x", batch, heads, kv_heads, seq, 128, w1, w2)
     plan = _plan(workload)
     assert isinstance(plan, Plan)
     parts = -(-seq // (plan.keys * plan.tiles))
-    slots = plan.keys * plan.tiles + 511 + 31
+    slots = plan.keys * plan.tiles + w1 - 1 + w2 - 1
     some = plan.batch * plan.kv_heads
     taken = 4 * 256 * some * (parts * slots + (seq * (plan.splits + 1) if plan.splits > 1 else 0))
     taken += 8 * batch * heads * seq  # delta and lse2
