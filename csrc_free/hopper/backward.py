@@ -16,7 +16,7 @@ from csrc_free.hopper import half_range
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
+from csrc_free.hopper.key_plan import Plan, plan_of, why_not_half, why_not_wide
 from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
@@ -160,7 +160,7 @@ def _run_keys(
     for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow, *some_ranges) in _some_heads(
         problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
-        parts = parts_of_wide_keys(some, KEYS * plan.tiles)
+        parts = parts_of_wide_keys(some, plan.keys * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
         scaled = factors = None
         if ranges is not None:
@@ -168,7 +168,8 @@ def _run_keys(
                 some, given, half_range.Ranges(*some_ranges), is_of_keys=True
             )
             factors = scaled.factors[..., 4:6].contiguous()
-        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS), scaled)
+        spans = spans_of(some, plan.keys)
+        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans, scaled)
         parts.sum_into(dk_narrow, dv_narrow, some, factors)
         del parts
 

@@ -10,6 +10,7 @@ they leave it. A part is of consecutive positions, belongs to one program, and h
 of its two warpgroups: so the order of every sum is fixed, though the additions are atomic ones.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,8 @@ _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
 )
+_FEWEST_STEPS, _MOST_STEPS = 8, 128  # tiles of an item
+_START = 0.5  # what an item costs besides, in tiles
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "chunks", "steps", "tiles", "kv_heads",
@@ -264,16 +267,19 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     return None
 
 
+@functools.cache
 def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
     """Return how many tiles are an item, and how many items a head has.
 
-    Large items make small parts, and small ones spread the work evenly.
+    So that the program with most to do has little; among equals large items, whose parts are small.
     """
-    for steps in (128, 64, 32, 16, 8):
-        chunks = triton.cdiv(tiles, steps)
-        if 2 * heads * chunks >= 7 * processors:
-            return steps, chunks
-    return steps, chunks
+
+    def work(steps: int) -> float:
+        rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
+        return rounds * (min(steps, tiles) + _START)
+
+    steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
+    return steps, triton.cdiv(tiles, steps)
 
 
 def _describable(tensor: Tensor) -> Tensor:

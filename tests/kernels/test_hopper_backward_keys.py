@@ -1,11 +1,12 @@
 """The key-value gradients on Hopper: when they are chosen, what they compile to, what they give."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
@@ -101,8 +102,8 @@ def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
     workload = Workload("x", batch, heads, kv_heads, seq, 128, 512, 32)
     plan = _plan(workload)
     assert isinstance(plan, Plan)
-    parts = -(-seq // (KEYS * plan.tiles))
-    slots = KEYS * plan.tiles + 511 + 31
+    parts = -(-seq // (plan.keys * plan.tiles))
+    slots = plan.keys * plan.tiles + 511 + 31
     some = plan.batch * plan.kv_heads
     taken = 4 * 256 * some * (parts * slots + (seq * (plan.splits + 1) if plan.splits > 1 else 0))
     taken += 8 * batch * heads * seq  # delta and lse2
@@ -130,6 +131,30 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         assert chosen <= one_each * 1.001
 
 
+@given(
+    st.integers(1, 2), st.integers(1, 4), st.integers(32, 9000), st.integers(1, 3000),
+    st.sampled_from([16, 128]), st.sampled_from([4, 64]),
+)  # fmt: skip
+@example(1, 1, 4096, 2048, 32, 8)
+def test_nobody_else_adds_to_a_part_of_several_tiles(batch, kv_heads, seq, w1, w2, group):
+    """Programs that share a tile divide its narrow keys otherwise than the next one's."""
+    plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, w2))
+    assert isinstance(plan, str) or plan.tiles == 1 or plan.splits == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "w1", "w2", "keys"), [
+        (64, 512, 32, 64), (64, 1024, 32, 64), (64, 128, 128, 16), (64, 256, 64, 16),
+        (64, 128, 32, 64), (40, 128, 128, 16), (8, 128, 128, 16), (8, 2048, 128, 64),
+        (4, 64, 49, 16), (4, 512, 64, 64),
+    ],
+)  # fmt: skip
+def test_fewer_wide_keys_are_a_tile_where_many_rows_see_only_some(group, w1, w2, keys):
+    plan = _plan(dataclasses.replace(GROUP8, batch=1, heads=8 * group, w1=w1, w2=w2))
+    assert isinstance(plan, Plan)
+    assert plan.keys == keys
+
+
 def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     """Programs that share a tile are for devices that would be idle without."""
     small = dataclasses.replace(GROUP8, batch=1, heads=16, kv_heads=2)
@@ -139,15 +164,23 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     assert few.splits < many.splits
 
 
+# The register table holds these too, and test_registers.py that it was compiled from these sources.
+IN_THE_TABLE = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "most_spills"), [
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
+        (dataclasses.replace(GROUP8, heads=64, kv_heads=1, w1=128, w2=128), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-        (dataclasses.replace(GROUP8, form="strassen"), 450),
-        (dataclasses.replace(GROUP8, form="determinant"), 450),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen", "determinant"],
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="strassen"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="determinant"), 450),
+    ], ids=[
+        "group 8, D 128", "group 64, D 128", "16 wide keys", "group 64, D 64", "strassen",
+        "determinant",
+    ],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
@@ -344,13 +377,50 @@ def test_drawn_problems_are_within_the_budget(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", [(1, 1), (1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize("plan", [(1, 1), (1, 3), (2, 1), (3, 1)])
 @pytest.mark.parametrize("at_once", [(2, 2), (1, 1)])
 def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     """Tiles that share a part, programs that share a tile, and several launches."""
-    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
+    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(KEYS, *plan, *at_once))
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+OF_SEVERAL_NARROW_KEYS = (
+    "whole tiles and a tail",
+    "64 heads, a position to a tile",
+    "D 64, Dv 128",
+    "both sides",
+    "the first pair narrow",
+    "windows beyond the sequence",
+    "a window of one",
+    "fewer first keys",
+    "a cache",
+    "wild bounds",
+    "starts",
+    "biases of the wide pair",
+    "strassen, wild bounds, starts",
+    "determinant, the first pair narrow, biases",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OF_SEVERAL_NARROW_KEYS)
+@pytest.mark.parametrize("keys", [16, 32])
+def test_several_narrow_keys_may_share_a_product(name, keys, used, monkeypatch, poisoned_memory):
+    """Whatever would be chosen, and where a part is of several tiles too."""
+    monkeypatch.setattr(backward, "plan_of", _with(backward.plan_of, keys=keys, tiles=2, splits=1))
+    assert_matches_reference(CASES[name], attn, device="cuda")
+    assert used
+
+
+def _with(plan_of, **changes):
+    def changed(problem, dout):
+        plan = plan_of(problem, dout)
+        assert isinstance(plan, Plan)
+        return dataclasses.replace(plan, **changes)
+
+    return changed
 
 
 @pytest.mark.gpu

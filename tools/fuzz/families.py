@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from simplex_ops.testing import Case, cases
 from simplex_ops.testing.case import BOUNDS, LAYOUTS_OF_ONE
+from simplex_ops.testing.strategies import sizes_within
 
 # Rows whose batch or head stride is 0 have no descriptor, and take the portable kernels.
 LAYOUTS = ("contiguous", "transposed", "fused", "strided")
@@ -76,6 +77,9 @@ FAMILIES = (
     Family(
         "64 heads, two-sided, bounds, starts", 64, (128, 128), (1, 4), (97, 128), (5, 30),
         (193, 256), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
+    ),
+    Family(
+        "64 heads, windows alike", 64, (128, 128), (1, 9), (56, 64), (48, 56), (60, 100), (60, 100),
     ),
     Family(
         "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (490, 530), (20, 44),
@@ -207,11 +211,10 @@ def any_constants(draw: st.DrawFn, max_work: int) -> Case:
     fewest = 64 >> (group - 1).bit_length()
     seq = draw(st.integers(fewest, fewest + 60))
     keys1, keys2 = (draw(st.just(seq) | st.integers(4, 200)) for _ in range(2))
-    rows = batch * group * kv_heads * (max(keys1, keys2) + max(head_dim, value_dim))
-    while rows * seq * min(keys1, keys2) > max_work and seq > fewest:
-        seq = max(fewest, seq * 2 // 3)
-    while rows * seq * min(keys1, keys2) > max_work and min(keys1, keys2) > 4:
-        keys1, keys2 = (max(4, keys * 2 // 3) for keys in (keys1, keys2))
+    seq, keys1, keys2 = sizes_within(
+        max_work, batch * group * kv_heads, max(head_dim, value_dim), (seq, keys1, keys2),
+        fewest=(fewest, 4, 4),
+    )  # fmt: skip
     amplitude, has_gradients = draw(_AMPLITUDES_OF_A_FAMILY)
     # A forward is one compilation, gradients are three or four more.
     has_gradients &= draw(st.sampled_from((True, False)))
