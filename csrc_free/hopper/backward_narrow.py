@@ -40,8 +40,7 @@ from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
-MOST_KEYS = ROWS  # of a narrow window that passes at once
-WIDEST = 8 * MOST_KEYS
+WIDEST = 512  # keys of a narrow window
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
@@ -81,8 +80,12 @@ def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
     if not _serves(traits, device) or narrow_window > WIDEST:
         return None
-    for keys in (16, 32, MOST_KEYS):
-        if narrow_window <= keys or keys == MOST_KEYS:
+    # A wider window passes in parts. Two heads of a position add what they have for a key before it
+    # leaves them: twice 32 keys took 47.6 ms for 52.0 of 64 at once (8 heads to one, 256 x 64), and
+    # four times 68.5 for 77.1 (128 x 128; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+    sizes = (16, 32) if traits.group > 1 else (16, 32, ROWS)
+    for keys in sizes:
+        if narrow_window <= keys or keys == sizes[-1]:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -350,7 +353,8 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
         rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
         return rounds * (min(steps, tiles) + _START)
 
-    steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
+    most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
+    steps = min(range(most, _FEWEST_STEPS - 1, -1), key=work)
     return steps, triton.cdiv(tiles, steps)
 
 
