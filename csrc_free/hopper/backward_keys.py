@@ -36,6 +36,7 @@ from csrc_free.hopper.describe import describe
 from csrc_free.hopper.half_range import Scaled
 from csrc_free.hopper.key_items import apart_of
 from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
+from csrc_free.hopper.splits import add_splits, sums_of_splits
 from csrc_free.hopper.sum_keys import sum_keys
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
@@ -185,11 +186,7 @@ def backward_keys(
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     heads = batch * kv_heads
-    sums = [dk_wide, dv_wide]
-    if plan.splits > 1:
-        sums = [
-            torch.empty(plan.splits, *t.shape, dtype=torch.float32, device=t.device) for t in sums
-        ]
+    sums = sums_of_splits((dk_wide, dv_wide), plan.splits)
     items = parts.count * plan.splits * heads
     slots_of_rows = triton.next_power_of_2(problem.group)
     launch(
@@ -219,9 +216,7 @@ def backward_keys(
         INDEX=problem.constants()["INDEX"], LAG=lag_of(problem), WIDE=plan.keys,
         config=Config(),
     )  # fmt: skip
-    if plan.splits > 1:
-        for grad, total in zip((dk_wide, dv_wide), sums, strict=True):
-            grad.copy_(total.sum(0))
+    add_splits((dk_wide, dv_wide), sums, plan.splits)
 
 
 def lag_of(problem: Problem) -> int:

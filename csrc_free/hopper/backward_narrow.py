@@ -4,13 +4,17 @@ The 64 rows of a warpgroup's products are ENTRIES (position, head) entries times
 which hold the whole narrow window: so the wide window passes once, and each row is one virtual
 query. With T = sum of dS · k and U = sum of P · v over the wide keys, dq is the sum of T ∘ k2 over
 an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part of the narrow gradients.
+For determinants that is T × k2 and q × T in the threes; for strassen, with σ = sum of dS,
+T + σ k2 and T + σ q.
 
 Two entries are a pair: the rows of one key are two rows of the same thread, which adds them before
 they leave it. A part is of consecutive positions, belongs to one program, and has a copy for each
 of its two warpgroups: so the order of every sum is fixed, though the additions are atomic ones.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +29,8 @@ from csrc_free.hopper.attend_narrow import attend_narrow
 from csrc_free.hopper.bring_narrow import bring_narrow_rows, bring_wide_tiles
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
-from csrc_free.hopper.entries import power_of_two
-from csrc_free.hopper.key_plan import memory_for_parts, shares
+from csrc_free.hopper.entries import entries_of_position, positions_of_tile, tiles_of_position
+from csrc_free.hopper.key_plan import MOST_HEADS, memory_for_parts, shares
 from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
@@ -36,7 +40,8 @@ from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
-MOST_KEYS = ROWS  # of a narrow window
+MOST_KEYS = ROWS  # of a narrow window that passes at once
+WIDEST = 8 * MOST_KEYS
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
@@ -74,11 +79,10 @@ class Config:
 
 def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
-    if not _serves(traits, device):
+    if not _serves(traits, device) or narrow_window > WIDEST:
         return None
     for keys in (16, 32, MOST_KEYS):
-        # The entries of both warpgroups are whole positions.
-        if narrow_window <= keys and 2 * (ROWS // keys) % triton.next_power_of_2(traits.group) == 0:
+        if narrow_window <= keys or keys == MOST_KEYS:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -91,11 +95,10 @@ def _serves(traits: Traits, device: Device) -> bool:
         device.backend == "cuda"
         and device.arch == 90
         and traits.dtype == torch.bfloat16
-        and traits.form == "trilinear"
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
-        and 1 <= traits.group <= 4
+        and 1 <= traits.group <= MOST_HEADS
     )
 
 
@@ -108,13 +111,15 @@ def hopper_backward_narrow_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_do_b, stride_do_h, stride_do_n,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_dq_b, stride_dq_h, stride_dq_n, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_NARROW_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     KEYS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
-    """One program owns every num_programs-th item: `steps` tiles of P positions, and their part.
+    """One program owns every num_programs-th item: `steps` tiles, and their part.
+
+    A tile is P positions of all heads, or some heads of one of TILES_OF_POSITION tiles.
 
     k_wide and v_wide are descriptors of [B, Hkv, M, D] in blocks of BLOCK_N keys, k_narrow and
     v_narrow in blocks of KEYS keys and 64 columns, of which k_rows and v_rows are the memory. delta
@@ -122,8 +127,8 @@ def hopper_backward_narrow_kernel(
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
-    HEADS: gl.constexpr = power_of_two(GROUP)
-    P: gl.constexpr = 2 * ENTRIES // HEADS
+    P: gl.constexpr = positions_of_tile(GROUP, ENTRIES)
+    TILES_OF_POSITION: gl.constexpr = tiles_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
     of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
@@ -182,8 +187,9 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (attend_narrow, (
                 1, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
@@ -192,17 +198,20 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_wide_tiles, (
                 k_wide, v_wide, k_tiles, v_tiles, full, empty, kv_bounds, q_start, sizes,
-                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, SLOTS, TAIL,
+                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_narrow_rows, (
                 k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
                 kv_bounds, q_start, sizes, items, chunks, steps, tiles,
-                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P, BLOCK_N, TAIL,
+                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P,
+                TILES_OF_POSITION, BLOCK_N, TAIL,
             )),
         ],
         [4, 1, 1], [240, 24, 24],
@@ -216,17 +225,20 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    heads, entries = triton.next_power_of_2(problem.group), ROWS // config.keys
+    entries = ROWS // config.keys
+    heads = entries_of_position(problem.group, entries)
     processors = problem.device.multiprocessors
     tiles = triton.cdiv(seq * heads, 2 * entries)
-    steps, chunks = _division(tiles, batch * kv_heads, processors)
+    of_position = tiles_of_position(problem.group, entries)
+    steps, chunks = _division(tiles // of_position, batch * kv_heads, processors)
+    steps *= of_position
     parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
     q, dout = aligned(problem.q), aligned(dout)
     narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
-        "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
+        "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
         "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
     launch(
@@ -247,6 +259,57 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     return parts
 
 
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, Tensor, Tensor], config: Config
+) -> None:
+    """Write dq and the narrow pair's gradients, for a part of the narrow window after another.
+
+    Those of several parts are summed in float32.
+    """
+    windows = _windows(problem, config)
+    if len(windows) == 1:
+        _write(problem, windows[0], statistics, grads, config)
+        return
+    dq, *sums = (torch.zeros_like(t, dtype=torch.float32) for t in grads)
+    places = [torch.empty_like(t) for t in sums]
+    for reach in windows:
+        _write(problem, reach, statistics, (dq, *places), config)
+        for total, place in zip(sums, places, strict=True):
+            total += place
+    for grad, total in zip(grads, (dq, *sums), strict=True):
+        grad.copy_(total)
+
+
+def _write(
+    problem: Problem, reach: tuple[int, int], statistics: Statistics, grads: Sequence[Tensor],
+    config: Config,
+) -> None:  # fmt: skip
+    """Write the gradients of a narrow window; a dq in float32 is added to."""
+    some = dataclasses.replace(problem, narrow_reach=reach)
+    dq, dk, dv = grads
+    backward_narrow(some, statistics, dq, config).sum_into(dk, dv, some)
+
+
+def width_of(problem: Problem) -> int:
+    """Return how many keys the narrow window has, of which a row each."""
+    return sum(_reach(problem)) + 1
+
+
+def _reach(problem: Problem) -> tuple[int, int]:
+    """Return the narrow window's reach, less what no query has keys at."""
+    left, right = problem.narrow_reach
+    if problem.q_start is not None:
+        return left, right
+    return min(left, problem.k_narrow.shape[2] - 1), min(right, problem.q.shape[2] - 1)
+
+
+def _windows(problem: Problem, config: Config) -> list[tuple[int, int]]:
+    """Return the reaches of windows of up to config.keys keys, together the narrow one."""
+    left, right = _reach(problem)
+    firsts = range(-right, left + 1, config.keys)
+    return [(min(first + config.keys - 1, left), -first) for first in firsts]
+
+
 def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """Return how many (batch rows, key-value heads) have their parts in memory at once.
 
@@ -254,22 +317,31 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     entries, seq = ROWS // config.keys, problem.q.shape[2]
-    per_position = triton.next_power_of_2(problem.group)
+    per_position = entries_of_position(problem.group, entries)
     tiles = triton.cdiv(seq * per_position, 2 * entries)
-    row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
+    of_position = tiles_of_position(problem.group, entries)
+    columns = head_dim + problem.v_narrow.shape[3]
+    row_bytes = 4 * _COPIES * columns
+    windows = _windows(problem, config)
+    reach = max(left + right for left, right in windows)
+    # In float32, if there are several windows: the sums, and a window's of the narrow pair.
+    of_windows = 4 * (seq * problem.group * head_dim + 2 * narrow_rows * columns)
+    of_windows = of_windows if len(windows) > 1 else 0
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
-        steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
-        span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
-        if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
+        steps, chunks = _division(tiles // of_position, heads, problem.device.multiprocessors)
+        steps *= of_position
+        span = steps * 2 * entries // per_position + 1 + reach
+        taken = chunks * min(span, narrow_rows) * row_bytes + of_windows
+        if heads * taken <= limit:
             return some_batch, some_heads
     return None
 
 
 @functools.cache
 def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
-    """Return how many tiles are an item, and how many items a head has.
+    """Return how many tiles, or positions of several, are an item, and how many items a head has.
 
     So that the program with most to do has little; among equals large items, whose parts are small.
     """
@@ -278,7 +350,8 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
         rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
         return rounds * (min(steps, tiles) + _START)
 
-    steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
+    most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
+    steps = min(range(most, _FEWEST_STEPS - 1, -1), key=work)
     return steps, triton.cdiv(tiles, steps)
 
 

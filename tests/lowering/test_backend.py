@@ -41,6 +41,7 @@ def _fresh_dynamo():
     lowering.disable()
 
 
+@pytest.mark.slow
 def test_a_llama_trains_on_inductor_as_in_eager_at_several_lengths(device):
     model = mark_layers(llama(layers=1, device=device), 0, window=(9, 4)).train()
     run = torch.compile(model, backend=lowering.simplex, fullgraph=True, dynamic=True)
@@ -50,16 +51,20 @@ def test_a_llama_trains_on_inductor_as_in_eager_at_several_lengths(device):
     assert [r.module for r in lowering.last_report().rewritten] == ["model.layers.0.self_attn"]
 
 
-def test_a_module_of_fixed_sizes_trains_on_inductor_as_in_eager(device):
-    module, x = randomize(mark(Attention(), window=(9, 4))).to(device), states().to(device)
-    run = torch.compile(module, backend=lowering.simplex, fullgraph=True, dynamic=False)
-    found = []
-    for function in (run, module):
-        module.zero_grad()
-        out = function(x)
-        out.square().mean().backward()
-        found.append({"out": out.detach(), **{n: p.grad for n, p in module.named_parameters()}})
-    assert_same(*found)
+@pytest.mark.parametrize("lengths", [(12,), (24, 7)], ids=["one length", "several lengths"])
+def test_a_module_trains_on_inductor_as_in_eager(lengths, device):
+    module = randomize(mark(Attention(), window=(9, 4))).to(device)
+    dynamic = len(lengths) > 1
+    run = torch.compile(module, backend=lowering.simplex, fullgraph=True, dynamic=dynamic)
+    for seq in lengths:
+        found = []
+        for function in (run, module):
+            module.zero_grad()
+            out = function(states(seq).to(device))
+            out.square().mean().backward()
+            grads = {n: p.grad for n, p in module.named_parameters()}
+            found.append({"out": out.detach(), **grads})
+        assert_same(*found)
 
 
 def _recorded(found: list) -> dict:

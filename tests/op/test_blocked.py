@@ -6,13 +6,12 @@ from blind_host import blind
 from hypothesis import HealthCheck, given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.devices import cpu
 from simplex_ops.devices.blocked import plan
 from simplex_ops.testing import Case, Problem, assert_matches_reference, cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-FORMS = ("trilinear", "determinant", "strassen")
 
 
 @pytest.fixture(params=[(64, 4096), (300, 4), (2000, 16)], ids=lambda size: f"{size[0]}x{size[1]}")

@@ -140,6 +140,12 @@ def test_two_hops_trains_and_draws_both_models_of_as_many_parameters(tmp_path: P
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_figure_of_the_readme_is_small() -> None:
+    figure = ROOT / "tools" / "demo" / "two_hops.png"
+    assert figure.stat().st_size < 100_000
+    assert f"]({figure.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
+
+
 def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tools.demo", *arguments],

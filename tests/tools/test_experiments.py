@@ -1,5 +1,6 @@
 """The experiments: their laws at toy size, what a stopped run leaves, and their intervals."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -289,9 +290,62 @@ def test_the_report_marks_what_refutes_the_expectation():
     said = report.text({"hops": [line]})
     assert "out of reach; refuted |" in said
     assert "[one seed]" in said
+    frozen = copy.deepcopy(line)
+    frozen["setting"]["shape"]["layers"], frozen["result"]["accuracy"] = ["frozen"], 0.75
+    assert "ordinary one does | -0.250 [one seed]: one seed |" in report.text(
+        {"hops": [line, frozen]}
+    )
     line["setting"]["shape"] |= {"layers": ["ordinary"] * 2, "heads": 4}
     line["setting"]["task"]["hops"] = 4
     said = report.text({"hops": [line]})
     assert "out of reach; refuted; in reach looking back |" in said
     assert "1 of 1 runs" in said
     assert "0 stopped at their cap" in said
+
+
+def match3_line(kind, width, seed, accuracy, *, part="width", learned=False):
+    shape = {"layers": [kind], "width": width, "heads": 1, "w1": None, "w2": None}
+    return {
+        "part": part,
+        "setting": {
+            "task": {"modulus": 11, "length": 4}, "shape": shape, "training": {"steps": 9},
+            "seed": seed,
+        },
+        "result": {
+            "accuracy": accuracy, "learned": learned, "steps": 9, "parameters": 9,
+            "majority": 0.6, "seconds": 6.0, "curve": [(9, accuracy)],
+        },
+        "environment": {
+            "device": "x", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "abc",
+        },
+    }  # fmt: skip
+
+
+def test_the_report_says_at_which_width_each_kind_succeeds(tmp_path):
+    runs = [
+        match3_line(kind, width, seed, accuracy, part=part, learned=accuracy > 0.99)
+        for width, part in ((16, "width"), (64, "pilot"))
+        for kind, accuracy in (("ordinary", 0.7), ("2-simplicial", 0.9 if width < 64 else 0.995))
+        for seed in range(2)
+    ]
+    said = report.text({"match3": runs})
+    expected = "2-simplicial at 64 of 16, 64; ordinary at none of 16, 64"
+    assert f"4 numbers mod 11, the least width at which all seeds learned: {expected}" in said
+    assert "| 11 | 4 | 1 | 16 | 2 | +0.200 [+0.200, +0.200] |" in said
+    runs[-1]["result"]["learned"] = False
+    assert "2-simplicial at none of 16, 64" in report.text({"match3": runs})
+    report.report_match3.draw(runs, tmp_path)
+    assert (tmp_path / "match3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_experiment_has_a_section_and_what_has_not_run_is_said():
+    said = report.text({})
+    for name in report.NAMES:
+        assert f"## {name}\n\nNot run.\n" in said
+    assert "match3 (pilot, modulus, length, heads, width, width-of-four)" in said
+
+
+@pytest.mark.parametrize("file", sorted(lines.RESULTS.parent.glob("*.png")), ids=lambda f: f.name)
+def test_figures_are_small_and_named_by_the_report(file):
+    assert file.stat().st_size < 100_000
+    assert f"]({file.name})" in (lines.RESULTS.parent / "RESULTS.md").read_text()

@@ -236,6 +236,8 @@ def test_the_report_pairs_runs_by_seed_and_fits_five_sizes_alone():
     expected = "| 1000000 | 2-simplicial − ordinary | 3 | +0.0110 [+0.0085, +0.0135] "
     assert expected + "| +0.0100 to +0.0120 | above zero |" in said
     assert "| arm | E [95%] |" in said
+    runs[-1]["result"]["text"] = {**runs[-1]["result"]["text"], "digest": "another"}
+    assert "| 256000000 | 2-simplicial − ordinary | 2 |" in report.text({"language": runs})
     few = report.text({"language": [run for run in runs if len(run["part"]) < 9]})
     assert "not fitted: 4 sizes ran, 5 are needed" in few
     assert "| arm | E [95%] |" not in few

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+import typer
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from simplex_ops import SimplicialAttention
+from simplex_ops import SimplicialAttention, mark
 from tools.experiments.hops import SIMPLICIAL, Hops
 from tools.experiments.model import Shape
 from tools.experiments.train import Setting, Training, train
-from tools.pairs import calls_of, draw, draw_query, edges_in_order, heaviest_is_next_two, next_two
+from tools.pairs import __main__ as command
+from tools.pairs.calls import calls_of
+from tools.pairs.next_edges import edges_in_order, heaviest_is_next_two, next_two
+from tools.pairs.pictures import draw, draw_query
+
+app = typer.Typer()
+app.command()(command.main)
 
 
 class TwoHops(nn.Module):
@@ -71,3 +80,30 @@ def test_a_trained_two_hop_model_attends_first_to_the_next_edge():
     on_a_long_cycle = near[..., 1].gather(1, near[..., 0]) != torch.arange(6)
     on_a_long_cycle &= near[..., 1] != torch.arange(6)
     assert (j == near[..., 0])[on_a_long_cycle].float().mean() > 0.9
+
+
+def test_a_saved_marked_model_is_drawn_on_a_text(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 256}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    mark(model.model.layers[1].self_attn, window=(3, 2))
+    model.save_pretrained(tmp_path / "saved")
+    drawn = []
+    monkeypatch.setattr(command, "draw", lambda *args, title: drawn.append((*args, title)))
+    arguments = ["--model", str(tmp_path / "saved"), "--text", "a = b\n"]
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "pairs.png")])
+    assert result.exit_code == 0, result.output
+    ((layers, labels, file, title),) = drawn
+    assert labels == ["a", " ", "=", " ", "b", "\\n"]
+    (call,) = calls_of(model, input_ids=torch.tensor([list(b"a = b\n")]), use_cache=False)
+    (pairs,) = layers
+    assert pairs.j.shape == (1, 2, 6, 8)
+    torch.testing.assert_close(pairs.weight, call.pairs().weight)
+    assert (file, title) == (tmp_path / "pairs.png", r"saved: 'a = b\n'")
+
+
+def test_a_model_needs_a_text_and_a_text_a_model(tmp_path):
+    for arguments in (["--text", "x"], ["--model", str(tmp_path)]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "--model and --text go together" in result.output

@@ -64,7 +64,7 @@ class Run:
 
     def names(self) -> list[str]:
         """Return the workloads that ours was timed on, in the order of the named ones."""
-        timed = {name for name, direction, _ in self.lines if self.ours(name, direction)}
+        timed = dict.fromkeys(n for n, direction, _ in self.lines if self.ours(n, direction))
         known = list(WORKLOADS)
         return sorted(timed, key=lambda name: known.index(name) if name in known else len(known))
 
@@ -121,29 +121,29 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
     )  # fmt: skip
     rows = []
     for name in names:
-        both = [(d, run.ours(name, d)) for d in BOTH]
-        there = [(d, line) for d, line in both if line is not None]
-        cells = [_shape(name, there[0][1])]
-        for direction, line in both:
+        both: dict[Direction, Line | None] = {d: run.ours(name, d) for d in BOTH}
+        there: dict[Direction, Line] = {d: line for d, line in both.items() if line is not None}
+        cells = [_shape(name, next(iter(there.values())))]
+        for direction, line in both.items():
             least = AIMS.get((name, direction))
             cells += ["", ""] if line is None else [_rate(line), _of(line["of"].get(CUDNN), least)]
-        after = [line["first_of"].get(CUDNN) for _, line in there]
+        after = [line["first_of"].get(CUDNN) for line in there.values()]
         cells += [
             ", ".join(f"{ratio:.2f}" for ratio in after if ratio is not None),
             _of_another(run, name, there),
-            ", ".join(f"{(line['workspace_bytes'] or 0) / 2**20:.0f}" for _, line in there),
+            ", ".join(f"{(line['workspace_bytes'] or 0) / 2**20:.0f}" for line in there.values()),
             _served(there),
         ]
         rows.append(cells)
     return _table(headings, rows)
 
 
-def _of_another(run: Run, name: str, there: list[tuple[Direction, Line]]) -> str:
+def _of_another(run: Run, name: str, there: dict[Direction, Line]) -> str:
     if name not in RELATIVE_AIMS:
         return ""
     other, *least = RELATIVE_AIMS[name]
     ratios = []
-    for direction, line in there:
+    for direction, line in there.items():
         theirs = run.ours(other, direction)
         ratio = None if theirs is None else line["useful_tflops"] / theirs["useful_tflops"]
         ratios.append(_of(ratio, least[direction == BACKWARD]))
@@ -167,9 +167,9 @@ def _kept(run: Run) -> Iterator[tuple[str, bool]]:
                 yield f"{name} {direction} {ratio:.2f} ({least:g})", ratio >= least
 
 
-def _served(there: list[tuple[Direction, Line]]) -> str:
+def _served(there: dict[Direction, Line]) -> str:
     """Say where other kernels than Hopper's serve, and why."""
-    notes = [(d, line["note"]) for d, line in there if "portable" in line["note"]]
+    notes = [(d, line["note"]) for d, line in there.items() if "portable" in line["note"]]
     return "; ".join(f"{direction}: {note}" for direction, note in notes)
 
 

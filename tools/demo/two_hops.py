@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from simplex_ops import AttendedPairs
 from tools.experiments.hops import SIMPLICIAL, Hops, widened
 from tools.experiments.model import Shape
 from tools.experiments.plots import save
 from tools.experiments.train import Setting, Training, train
-from tools.pairs import calls_of, draw_query_on, edges_in_order
+from tools.pairs.calls import calls_of
+from tools.pairs.next_edges import edges_in_order
+from tools.pairs.pictures import draw_query_on
 
 TASK = Hops(2, nodes=10)
 STEPS = 800  # at most, of each model
@@ -79,7 +80,6 @@ def plot(
     edges = edges_in_order(task, torch.Generator().manual_seed(seed))
     labels = [f"{a}→{b}" for a, b in edges[0].tolist()]
     (call,) = calls_of(arms[ARM_2_SIMPLICIAL].model, edges.to(device))
-    pairs = AttendedPairs(*(t.cpu() for t in call.pairs(top=task.nodes**2)))
-    draw_query_on(right, pairs, labels, query=0)
+    draw_query_on(right, call.pairs(top=task.nodes**2), labels, query=0)
     right.set_title(f"pairs that the edge {labels[0]} attends to", fontsize=9)
     save(figure, file)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.experiments import hops, plots
+from tools.experiments.intervals import of_mean
 from tools.experiments.lines import Line
 from tools.experiments.tables import (
     by,
@@ -14,6 +15,8 @@ from tools.experiments.tables import (
     learned,
     mean_with_interval,
     of_one_device,
+    seeds_in_both,
+    side_of_zero,
     steps,
     table,
     used,
@@ -82,6 +85,7 @@ def expectations(found: list[Line]) -> list[tuple[str, str]]:
         (_HEADS_BACK, _tally(farther + of_one_head)),
         (_BOTH_WAYS, _tally(farther)),
         ("hops: 2-simplicial layers learn what is in their reach alone", _tally(between)),
+        ("hops: a layer frozen at its zero start does what an ordinary one does", _frozen(found)),
     ]
 
 
@@ -185,6 +189,29 @@ def _tally(found: list[Line]) -> str:
     rows = by(found, without_seed).values()
     some = sum(any(line["result"]["learned"] for line in group) for group in rows)
     return f"{learned(found, 'runs ')}, in {some} of {len(rows)} settings"
+
+
+def _frozen(found: list[Line]) -> str:
+    """Return the accuracy of frozen layers minus that of ordinary ones, seed by seed."""
+    frozen = [line for line in found if _shape(line)["layers"] == ["frozen"]]
+    alike = [_but_layers(line) for line in frozen]
+    ordinary = [
+        line
+        for line in found
+        if _shape(line)["layers"] == ["ordinary"] and _but_layers(line) in alike
+    ]
+    values = [
+        a["result"]["accuracy"] - b["result"]["accuracy"]
+        for a, b in seeds_in_both(frozen, ordinary)
+    ]
+    if not values:
+        return "not run"
+    return f"{mean_with_interval(values, 3, sign='+')}: {side_of_zero(of_mean(values))}"
+
+
+def _but_layers(line: Line) -> list[Any]:
+    shape = {k: v for k, v in _shape(line).items() if k != "layers"}
+    return [line["setting"]["task"], line["setting"]["training"], shape]
 
 
 def _place(group: list[Line]) -> tuple[Any, ...]:

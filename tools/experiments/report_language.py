@@ -33,7 +33,7 @@ weights, the same text in the same order, the same FLOPs. Below zero the first i
 """
 _HEADINGS = (
     "size", "arm", "parameters", "tokens", "PFLOP", "passes", "seeds", "nats a byte [95%]",
-    "lowest to highest", "tokens/s",
+    "lowest to highest",
 )  # fmt: skip
 _PAIRED = ("size", "difference", "seeds", "nats a byte [95%]", "lowest to highest", "came")
 
@@ -152,7 +152,6 @@ def _row(group: list[Line]) -> list[str]:
         str(len(group)),
         mean_with_interval(losses, 4, least=0.0),
         extremes(losses, ".4f"),
-        f"{max(result['tokens_per_second'] for result in results):,}",
     ]
 
 

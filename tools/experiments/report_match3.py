@@ -24,6 +24,7 @@ from tools.experiments.tables import (
     where,
     without_seed,
 )
+from tools.experiments.train import ENOUGH
 
 _HEADINGS = (
     "modulus", "numbers", "layers", "heads", "width", "parameters", "majority",
@@ -167,7 +168,7 @@ def _row(group: list[Line]) -> list[str]:
         f"{group[0]['result']['majority']:.3f}",
         mean_with_interval(accuracies, 3, least=0.0, most=1.0),
         extremes(accuracies, ".3f"),
-        learned(group),
+        learned(group) if group[0]["result"]["majority"] < ENOUGH else "as the majority",
         steps(group),
     ]
 

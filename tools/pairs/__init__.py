@@ -1,0 +1,1 @@
+"""Which pairs of keys each query of a trained model attends to most."""
