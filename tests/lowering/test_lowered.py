@@ -234,7 +234,7 @@ def test_what_gluon_kernels_serve_stays_a_call(monkeypatch, dynamic):
     assert calls_of_ours(compiled) == ["attn", "attn_backward"]
 
 
-SMALL, LARGE = (64, 1, 64, 300), (64, 1, 64, 4000)
+SMALL = 64, 1, 64, 300
 
 
 @pytest.fixture
