@@ -350,7 +350,8 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
         rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
         return rounds * (min(steps, tiles) + _START)
 
-    steps = min(range(_MOST_STEPS, _FEWEST_STEPS - 1, -1), key=work)
+    most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
+    steps = min(range(most, _FEWEST_STEPS - 1, -1), key=work)
     return steps, triton.cdiv(tiles, steps)
 
 
