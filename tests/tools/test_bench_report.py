@@ -95,7 +95,9 @@ def test_a_row_that_did_not_run_is_no_row(tmp_path):
 
 
 def test_readme_has_the_main_rows_and_what_is_missed_of_all(tmp_path):
-    folder = written(tmp_path / "results", named=NAMED)
+    compiled = lines("gqa8", "forward", {OURS: 500, COMPILED: 490})
+    peers = lines("mha", "backward", {OURS: 300, "FBGEMM Triton": 54, CUDNN: 600})
+    folder = written(tmp_path / "results", named=NAMED, compiled=compiled, peers=peers)
     document = tmp_path / "README.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     report.main(folder, document)
@@ -105,6 +107,9 @@ def test_readme_has_the_main_rows_and_what_is_missed_of_all(tmp_path):
     assert "| llama-mqa" in found
     assert "| mqa-1024x32" not in found
     assert "Aims reached: 2 of 4; not: gqa4 forward 0.70 (0.75), mqa-1024x32 forward 0.75" in found
+    assert "Through `torch.compile`: 0.98 to 0.98 of eager." in found
+    assert "Peers, TFLOP/s: FBGEMM Triton 54 backward at mha (ours 300)." in found
+    assert "sweeps.png" not in found
     assert (tmp_path / "RESULTS.md").read_text().startswith("# What the bench gave")
     with pytest.raises(ValueError, match="no place for the rows"):
         report.placed("rows", "no marks")

@@ -86,9 +86,7 @@ class Run:
 
 def text(folder: Path) -> str:
     """Return RESULTS.md."""
-    named, compiled, peers, sweeps = (
-        Run.read(folder / f"{name}.jsonl") for name in ("named", "compiled", "peers", "sweeps")
-    )
+    named, compiled, peers, sweeps = _runs(folder)
     parts = [_INTRODUCTION]
     for title, run, made in (
         ("Named workloads", named, _of_workloads),
@@ -104,14 +102,31 @@ def text(folder: Path) -> str:
 
 
 def main_rows(folder: Path) -> str:
-    """Return the rows of README: the main workloads, and how many aims of all are reached."""
-    run = Run.read(folder / "named.jsonl")
-    names = [name for name in run.names() if name in MAIN]
-    kept = list(_kept(run))
+    """Return what README says: the main workloads, what of all aims is reached, and the rest."""
+    named, compiled, peers, sweeps = _runs(folder)
+    names = [name for name in named.names() if name in MAIN]
+    parts = [f"{named.made_with}.", _of_workloads(named, names).rstrip()]
+    kept = list(_kept(named))
     missed = [said for said, is_kept in kept if not is_kept]
-    aims = f"Aims reached: {len(kept) - len(missed)} of {len(kept)}"
-    aims += f"; not: {', '.join(missed)}." if missed else "."
-    return f"{run.made_with}.\n\n{_of_workloads(run, names)}\n{aims}"
+    said = f"Aims reached: {len(kept) - len(missed)} of {len(kept)}"
+    parts.append(f"{said}; not: {', '.join(missed)}." if missed else f"{said}.")
+    if ratios := [ratio for *_, ratio in _compiled(compiled)]:
+        parts.append(f"Through `torch.compile`: {min(ratios):.2f} to {max(ratios):.2f} of eager.")
+    parts += [f"{line}." for line in _peers_in_words(peers)]
+    parts.append(
+        "[Every workload](tools/bench/RESULTS.md): other windows, columns, dtypes, forms and "
+        "lengths, steps,\nmemory, and which kernels served."
+    )
+    if sweeps.lines:
+        parts.append("![rates against length, group and window](tools/bench/sweeps.png)")
+    return "\n\n".join(parts)
+
+
+def _runs(folder: Path) -> tuple[Run, Run, Run, Run]:
+    named, compiled, peers, sweeps = (
+        Run.read(folder / f"{name}.jsonl") for name in ("named", "compiled", "peers", "sweeps")
+    )
+    return named, compiled, peers, sweeps
 
 
 def _of_workloads(run: Run, names: Sequence[str]) -> str:
@@ -184,33 +199,58 @@ def _of_steps(run: Run, names: Sequence[str]) -> str:
     return _table(("workload", "ms", "TFLOP/s"), rows)
 
 
-def _of_compiled(run: Run, names: Sequence[str]) -> str:
-    rows = []
-    for name in names:
+def _compiled(run: Run) -> Iterator[tuple[str, Direction, Line, Line, float]]:
+    """Yield our lines that have a compiled one beside them, both, and their ratio."""
+    for name in run.names():
         for direction in BOTH:
             eager, compiled = run.ours(name, direction), run.lines.get((name, direction, COMPILED))
             if eager and compiled and compiled["ms"]:
                 ratio = compiled["nominal_tflops"] / eager["nominal_tflops"]
-                rates = [_rate(eager), _rate(compiled)]
-                rows.append([_shape(name, eager), direction, *rates, _of(ratio, OF_EAGER)])
+                yield name, direction, eager, compiled, ratio
+
+
+def _of_compiled(run: Run, names: Sequence[str]) -> str:
+    rows = [
+        [_shape(name, eager), direction, _rate(eager), _rate(compiled), _of(ratio, OF_EAGER)]
+        for name, direction, eager, compiled, ratio in _compiled(run)
+        if name in names
+    ]
     return _table(("workload", "direction", "eager", "compiled", "of eager (aim)"), rows)
 
 
-def _of_peers(run: Run, names: Sequence[str]) -> str:
-    """Return everyone else beside ours, and the reason where one did not run."""
-    rows = []
+def _peers(run: Run) -> Iterator[tuple[str, Direction, str, Line, Line]]:
+    """Yield everyone else's lines beside ours, where one ran or says why not."""
     for (name, direction, who), line in run.lines.items():
-        if who in (OURS, COMPILED, "matmul") or name not in names:
-            continue
-        ours, rate = run.ours(name, direction), line["nominal_tflops"]
-        if ours is None or (rate is None and not line["note"]):
-            continue
-        anchor = " (equal FLOPs, dense)" if who in ANCHORS or who.startswith("flash") else ""
+        ours = run.ours(name, direction)
+        if who not in (OURS, COMPILED, "matmul") and ours and (line["ms"] or line["note"]):
+            yield name, direction, who, line, ours
+
+
+def _of_peers(run: Run, names: Sequence[str]) -> str:
+    rows = []
+    for name, direction, who, line, ours in _peers(run):
+        rate = line["nominal_tflops"]
         rows.append([
-            _shape(name, line), direction, f"{who}{anchor}", _rate(line), _rate(ours),
+            _shape(name, line), direction, f"{who}{' (equal FLOPs, dense)' if _dense(who) else ''}",
+            _rate(line), _rate(ours),
             "" if rate is None else f"{ours['nominal_tflops'] / rate:.2f}", line["note"],
         ])  # fmt: skip
     return _table(("workload", "direction", "who", "TFLOP/s", "ours", "ours over it", "note"), rows)
+
+
+def _peers_in_words(run: Run) -> Iterator[str]:
+    """Yield a line of the other implementations of 2-simplicial attention that ran."""
+    said = [
+        f"{who} {_rate(line)} {direction} at {name} (ours {_rate(ours)})"
+        for name, direction, who, line, ours in _peers(run)
+        if line["ms"] and not _dense(who)
+    ]
+    if said:
+        yield f"Peers, TFLOP/s: {'; '.join(said)}"
+
+
+def _dense(who: str) -> bool:
+    return who in ANCHORS or who.startswith("flash")
 
 
 def _shape(name: str, line: Line) -> str:
