@@ -98,10 +98,10 @@ FAMILIES = (
     Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (17, 31), (393, 410), (60, 80)),
     Family(
         "8 heads, two-sided, bounds, starts", 8, (128, 128), (16, 24), (94, 101), (9, 16),
-        (201, 240), (9, 32), is_causal=False, has_bounds=True, has_starts=True,
+        (201, 240), (60, 70), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140), (17, 36),
+        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140), (60, 80),
         form="determinant",
     ),
     Family(
