@@ -40,14 +40,14 @@ from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
-MOST_KEYS = ROWS  # of a narrow window that passes at once
-WIDEST = 8 * MOST_KEYS
+WIDEST = 512  # keys of a narrow window
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
 )
 _FEWEST_STEPS, _MOST_STEPS = 8, 128  # tiles of an item
 _START = 0.5  # what an item costs besides, in tiles
+_ROUNDS = 3.5  # of small items: each program has about four
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "chunks", "steps", "tiles", "kv_heads",
@@ -81,8 +81,12 @@ def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
     if not _serves(traits, device) or narrow_window > WIDEST:
         return None
-    for keys in (16, 32, MOST_KEYS):
-        if narrow_window <= keys or keys == MOST_KEYS:
+    # A wider window passes in parts. Two heads of a position add what they have for a key before it
+    # leaves them: twice 32 keys took 47.6 ms for 52.0 of 64 at once (8 heads to one, 256 x 64), and
+    # four times 68.5 for 77.1 (128 x 128; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+    sizes = (16, 32) if traits.group > 1 else (16, 32, ROWS)
+    for keys in sizes:
+        if narrow_window <= keys or keys == sizes[-1]:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -343,15 +347,24 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
 def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
     """Return how many tiles, or positions of several, are an item, and how many items a head has.
 
-    So that the program with most to do has little; among equals large items, whose parts are small.
+    So that the program with most to do has little, and in small items where that costs nothing: in
+    two rounds of them the programs at work are spread over twice the keys that they are in four
+    (10.6 ms for 10.2; B4 N2048 H16 Hkv16, H200, 2026-11-30).
     """
 
     def work(steps: int) -> float:
         rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
         return rounds * (min(steps, tiles) + _START)
 
+    def is_small(steps: int) -> bool:
+        return heads * triton.cdiv(tiles, steps) >= _ROUNDS * processors
+
     most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
-    steps = min(range(most, _FEWEST_STEPS - 1, -1), key=work)
+    some = range(most, _FEWEST_STEPS - 1, -1)
+    steps = min(some, key=work)
+    small = min(filter(is_small, some), key=work, default=steps)
+    if work(small) < 1.05 * work(steps):
+        steps = small
     return steps, triton.cdiv(tiles, steps)
 
 

@@ -28,10 +28,10 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 # 2026-11-25).
 _SHARED_PART = 1.12
 _SPLIT = 0.03  # what each program more that shares a tile adds to the time
-# Tiles of 16 wide keys that meet four narrow keys at once, for 64 and one: 34.6 ms for 45.7 at
+# Tiles of 16 wide keys that meet four narrow keys at once, for 64 and one: 32.5 ms for 45.7 at
 # 128 x 128, 32.3 for 37.2 at 256 x 64, 31.3 for 31.3 at 512 x 32 (B4 N4096 H64 Hkv1); 8 heads to
 # one, 128 x 128, 10.8 for 12.8 (H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30). By the rows
-# they meet that is 0.98 to 1.06 of what it should take.
+# they meet that is 0.93 to 1.06 of what it should take.
 _FEWER_KEYS = 16
 _SHARED_PRODUCT = 1.05
 _SHARED_FROM = 48  # narrow keys: not measured below

@@ -111,7 +111,7 @@ def backward_wide_kernel(
     """
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-    # Before the product with P or after it, whichever spills less: up to 140 bytes (sm_120).
+    # Before the product with P or after it: what spills less as a rule, up to 140 bytes (sm_120).
     MAKES_DS_FIRST: tl.constexpr = PRECISION == "tf32" or PRECISION == "bf16x6"
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)

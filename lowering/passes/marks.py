@@ -40,6 +40,7 @@ from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
 from simplex_ops.marking.call import Expected, SdpaCall, refusal, with_mask
 from simplex_ops.marking.ranges import RANGES_OP
+from simplex_ops.rules import lowered
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
 
@@ -124,6 +125,7 @@ def _serve(
     )
     if q_start is not None:
         options["q_start"] = q_start
+    lowered.guard_precision(seen.query)
     bounds = _bounds(given, call, is_causal, q_start, seen, proofs)
     if bounds is not None:
         options["kv_bounds"] = bounds

@@ -43,7 +43,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
                 f"{self.calls} times in one forward, and a mark takes over exactly one call: "
                 'load the model with attn_implementation="sdpa", or compile it'
             )
-        if self.sizes in self.weights and self.sizes[2] > 1:
+        if _are_numbers(self.sizes) and self.sizes in self.weights and self.sizes[2] > 1:
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: it attends by softmax "
                 "too, and a mark takes over exactly one attention: mark a module that attends once"
@@ -59,7 +59,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
         if func is not SDPA:
             out = func(*args, **(kwargs or {}))
             self.unrepeated.note(func, args, kwargs or {}, out)
-            if getattr(func, "__name__", "") == "softmax":
+            if getattr(func, "__name__", "") == "softmax" and _are_numbers(out.shape):
                 self.weights.add(tuple(out.shape))
             return out
         self.calls += 1
@@ -97,3 +97,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {error}"
             ) from None
+
+
+def _are_numbers(sizes: tuple[int, ...]) -> bool:
+    return all(isinstance(size, int) for size in sizes)  # traced, they may be symbols

@@ -96,7 +96,7 @@ def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, widt
     traits = _problem_of(given).traits(given.dout)
     config = narrow.choose(traits, HOPPER, width)
     assert config is not None
-    assert min(width, 64) <= config.keys <= max(16, 2 * width)
+    assert min(width, 64 if group == 1 else 32) <= config.keys <= max(16, 2 * width)
     assert config.shared_bytes(traits, HOPPER) <= HOPPER.shared_limit
     assert narrow.choose(traits, HOPPER, 513) is None
 
@@ -105,23 +105,23 @@ def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, widt
 def test_a_wide_window_passes_in_parts(hopper, reach):
     """Every key that a query may see is in one of them."""
     problem = replace(_problem_of(_on_meta(seq=300)), narrow_reach=reach)
-    windows = narrow._windows(problem, narrow.Config(64, 64, 3, 16))
+    windows = narrow._windows(problem, narrow.Config(32, 64, 3, 16))
     offsets = [offset for left, right in windows for offset in range(-right, left + 1)]
     assert offsets == list(range(-min(reach[1], 299), min(reach[0], 299) + 1))
-    assert all(left + right < 64 for left, right in windows)
+    assert all(left + right < 32 for left, right in windows)
 
 
 @given(st.integers(1, 40_000), st.integers(1, 300), st.sampled_from([1, 78, 132]))
 @example(2000, 8, 132)  # 32 tiles to an item were 128 for the program that has most
 def test_items_of_small_groups_are_even(tiles, heads, processors):
-    """The program with most tiles has little more than its share: two small items."""
+    """The program with most tiles has little more than its share: a tenth, or two small items."""
     steps, chunks = narrow._division(tiles, heads, processors)
     assert (chunks - 1) * steps < tiles <= chunks * steps
     share = -(-tiles * heads // processors)
     most = -(-heads * chunks // processors) * min(steps, tiles)
-    assert most <= share * 1.06 + 2 * narrow._FEWEST_STEPS
+    assert most <= share * 1.11 + 2 * narrow._FEWEST_STEPS
     if (tiles, heads, processors) == (2000, 8, 132):
-        assert most == 122
+        assert most == 124
 
 
 @pytest.mark.parametrize("seq", [512, 4096, 32768, 131072])
@@ -318,7 +318,7 @@ CASES = {
         batch=2, group=3, seq=110, w1=80, w2=30, bounds="wild", starts="random"
     ),
     "3 heads, 40 keys": _case(kv_heads=2, group=3, seq=90, w1=70, w2=40),
-    "8 heads, 60 keys, four tiles to a position": _case(group=8, seq=90, w1=70, w2=60),
+    "8 heads, 60 keys": _case(group=8, seq=90, w1=70, w2=60),
     "8 heads, 80 keys": _case(group=8, seq=90, w1=90, w2=80),
     "8 heads, 150 keys, bounds, biased": _case(
         batch=2, kv_heads=2, group=8, seq=190, w1=160, w2=150, bounds="ranges", k2_bias=0.5

@@ -18,6 +18,7 @@ from tiny_llama import (
     train_step,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config
@@ -292,3 +293,22 @@ def test_an_untested_torch_is_warned_of_once(monkeypatch):
             monkeypatch.setattr(torch, "__version__", f"{release}.1")
             compat.warn_if_untested()
             compat.warn_if_untested.cache_clear()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_another_precision_of_float32_is_another_graph(marked, monkeypatch):
+    from simplex_ops.rules import lowered
+
+    monkeypatch.setattr(lowered, "guard_precision", lambda _q: compat.guard_precision())
+    counter = CompileCounterWithBackend(lowering.simplex)
+    heads = torch.randn(5, 1, 2, 6, 8).unbind()
+    module = mark(Attention()) if marked else lambda x: torch.ops.simplex.attn(x, *heads[1:])
+    run, x = torch.compile(module, backend=counter), states() if marked else heads[0]
+    matmul = torch.backends.cuda.matmul
+    try:
+        for said in ("none", "ieee", "none"):
+            matmul.fp32_precision = said
+            run(x)
+    finally:
+        matmul.fp32_precision = "none"
+    assert counter.frame_count == 2

@@ -119,6 +119,21 @@ def test_one_graph_serves_all_windows():
     assert counter.frame_count == 1
 
 
+def test_another_precision_of_float32_compiles_again():
+    counter = CompileCounterWithBackend("inductor")
+    run = torch.compile(attend, backend=counter, fullgraph=True)
+    inputs, seen = [t.float() for t in inputs_of(200)], []
+    try:
+        for said in ("none", "ieee", "tf32", "none"):
+            torch.backends.cuda.matmul.fp32_precision = said
+            seen.append(graded(run, inputs, 128, 16, {}))
+            assert_equal(seen[-1], graded(attend, inputs, 128, 16, {}))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert counter.frame_count == 3
+    assert not torch.equal(seen[0][0], seen[2][0])
+
+
 def test_a_misaligned_input_is_read_as_in_eager_code():
     run = torch.compile(attend, fullgraph=True)
     for shift in (0, 1):
