@@ -3,8 +3,8 @@
     python -m tools.bench.report
 
 `results` has one file a run: `named` of all named workloads, `compiled` of the main ones by
-`--compiled`, `peers` beside others' kernels, `sweeps` of `--sweep N --sweep G --sweep w1`. Ratios
-compare what one run timed in turn. README's rows stand between its marks.
+`--compiled`, `peers` beside others' kernels, `sweeps` of what the sweeps have besides named ones.
+Ratios compare what one run timed in turn. README's rows stand between its marks.
 """
 
 import json
@@ -311,8 +311,9 @@ def main(
     (folder.parent / "RESULTS.md").write_text(text(folder))
     readme.write_text(placed(main_rows(folder), readme.read_text()))
     typer.echo(f"wrote {folder.parent / 'RESULTS.md'} and {readme}")
-    if (folder / "sweeps.jsonl").exists():
-        curves.main(folder / "sweeps.jsonl", folder.parent / "sweeps.png")
+    files = [folder / f"{name}.jsonl" for name in ("named", "sweeps")]
+    if files[1].exists():
+        curves.main(files, folder.parent / "sweeps.png")
 
 
 if __name__ == "__main__":
