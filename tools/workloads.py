@@ -210,19 +210,28 @@ WORKLOADS = _by_name([
     Workload("cpu-short", 1, 4, 2, 64, 64, 32, 8, dtype=torch.float32, device="cpu"),
 ])  # fmt: skip
 
-_LENGTHS = (1024, 4096, 16384, 65536, 131072)
-# Figures of one size against another: what a plot shows, and too much for every bench.
+# Figures of one size against another: what a plot shows. Some are named workloads, the others too
+# much for every bench.
 SWEEPS: dict[str, dict[int, Workload]] = {
     # As many positions in all.
     "N": {
-        n: Workload(f"sweep-n{n}", _LENGTHS[-1] // n, 8, 1, n, 128, 512, 32) for n in _LENGTHS
+        1024: Workload("sweep-n1k", 128, 8, 1, 1024, 128, 512, 32),
+        4096: WORKLOADS["n4k"],
+        32768: WORKLOADS["n32k"],
+        131072: WORKLOADS["n128k"],
     },
     "G": {
-        g: Workload(f"sweep-g{g}", 1, 64, 64 // g, 4096, 128, 512, 32)
-        for g in (1, 2, 4, 8, 16, 32, 64)
+        **{
+            g: Workload(f"sweep-g{g}", 4, 64, 64 // g, 4096, 128, 512, 32)
+            for g in (1, 2, 4, 8, 16, 32)
+        },
+        64: WORKLOADS["llama-mqa"],
     },
     "w1": {
-        w1: Workload(f"sweep-w{w1}", 1, 64, 1, 4096, 128, w1, 32)
-        for w1 in (64, 128, 256, 512, 1024, 2048)
+        128: Workload("sweep-w128", 4, 64, 1, 4096, 128, 128, 32),
+        256: Workload("sweep-w256", 4, 64, 1, 4096, 128, 256, 32),
+        512: WORKLOADS["llama-mqa"],
+        1024: WORKLOADS["mqa-1024x32"],
+        2048: Workload("sweep-w2k", 4, 64, 1, 4096, 128, 2048, 32),
     },
 }  # fmt: skip

@@ -82,7 +82,7 @@ def test_compiled_rows_are_judged_by_eager_ones_of_their_run(tmp_path):
 def test_peers_are_beside_ours_with_what_was_worked_around(tmp_path):
     peers = lines("llama-mqa", "forward", {OURS: 640, "FBGEMM Triton": 320, "flash fwd": 400})
     peers[1]["note"] = "agrees with ours to 2e-03"
-    found = report.text(written(tmp_path / "results", named=NAMED, peers=peers))
+    found = report.text(written(tmp_path / "results", named=[*NAMED, *peers]))
     row = "| llama-mqa: B4 N4096 H64 Hkv1 | forward | FBGEMM Triton | 320 | 640 | 2.00 | agrees"
     assert row in found
     assert "| flash fwd (equal FLOPs, dense) | 400 | 640 | 1.60 |" in found
@@ -97,7 +97,7 @@ def test_a_row_that_did_not_run_is_no_row(tmp_path):
 def test_readme_has_the_main_rows_and_what_is_missed_of_all(tmp_path):
     compiled = lines("gqa8", "forward", {OURS: 500, COMPILED: 490})
     peers = lines("mha", "backward", {OURS: 300, "FBGEMM Triton": 54, CUDNN: 600})
-    folder = written(tmp_path / "results", named=NAMED, compiled=compiled, peers=peers)
+    folder = written(tmp_path / "results", named=[*NAMED, *peers], compiled=compiled)
     document = tmp_path / "README.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     report.main(folder, document)

@@ -34,7 +34,7 @@ def test_one_direction_alone_is_no_step_and_other_lines_are_left_out():
         line("N", 4096, "forward", "cudnn fwd", rate=600.0),
         line("N", 4096, "backward", "cudnn fwd", rate=1.0),
         line("N", 4096, "forward", "simplex", ms=None, rate=None),
-        {**line("N", 4096, "forward", "simplex"), "workload": "llama-mqa"},
+        {**line("N", 4096, "forward", "simplex"), "workload": "gqa8"},
     ]
     assert list(curves.points(lines)) == [Point("N", 4096, "cudnn fwd", 600.0)]
 
@@ -49,10 +49,17 @@ def test_intensity_counts_each_tensor_once():
     )
 
 
-def test_sweeps_change_what_they_say_and_are_no_named_workloads():
-    names = [w.name for rows in SWEEPS.values() for w in rows.values()]
-    assert len(set(names)) == len(names)
-    assert not set(names) & set(WORKLOADS)
+def test_a_workload_of_two_sweeps_is_a_point_of_both():
+    lines = [line("G", 64, "forward", "simplex")]
+    assert list(curves.points(lines)) == [
+        Point("G", 64, "forward", 100.0), Point("w1", 512, "forward", 100.0)
+    ]  # fmt: skip
+
+
+def test_sweeps_change_what_they_say_and_share_names_with_named_workloads_alone():
+    swept = {w for rows in SWEEPS.values() for w in rows.values()}
+    assert len({w.name for w in swept}) == len(swept)
+    assert all(WORKLOADS.get(w.name, w) == w for w in swept)
     assert {(w.batch * w.seq, w.seq == n) for n, w in SWEEPS["N"].items()} == {(131072, True)}
     assert all(w.heads // w.kv_heads == g for g, w in SWEEPS["G"].items())
     assert all(w.w1 == w1 for w1, w in SWEEPS["w1"].items())
@@ -69,7 +76,7 @@ def test_a_plot_is_written(tmp_path):
     ]
     file, picture = tmp_path / "lines.jsonl", tmp_path / "sweeps.png"
     file.write_text("".join(json.dumps(said) + "\n" for said in lines))
-    curves.main(file, picture)
+    curves.main([file], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -230,7 +230,8 @@ def main(
     if quick:
         seconds = min(seconds, 0.3)
     facts = environment(where)
-    if sweep and where.type == "cuda":
+    is_swept = sweep or any(row.workload.name not in WORKLOADS for row in rows)
+    if is_swept and where.type == "cuda":
         facts[BANDWIDTH] = round(copy_rate(where) / 1e9)
     started = time.monotonic()
     lines: list[dict[str, object]] = []
@@ -271,12 +272,14 @@ def _rows(
 ) -> list[Row]:  # fmt: skip
     if unswept := sorted(set(sweeps or ()) - set(SWEEPS)):
         raise typer.BadParameter(f"no sweep {', '.join(unswept)}; there are: {', '.join(SWEEPS)}")
-    unknown = sorted(set(names or ()) - set(WORKLOADS))
+    swept = {w.name: w for rows in SWEEPS.values() for w in rows.values()}
+    known = {**WORKLOADS, **swept}
+    unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        known = ", ".join(WORKLOADS)
-        raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are: {known}")
-    chosen = [WORKLOADS[n] for n in names or ()]
-    chosen += [w for name in sweeps or () for w in SWEEPS[name].values()]
+        said = f"no workload {', '.join(unknown)}; there are: {', '.join(known)}"
+        raise typer.BadParameter(said)
+    asked = [w.name for name in sweeps or () for w in SWEEPS[name].values()]
+    chosen = [known[name] for name in dict.fromkeys([*(names or ()), *asked])]
     chosen = chosen or [w for w in WORKLOADS.values() if w.device == device.type]
     rows = [
         Row(w, d) for w in chosen for d in w.directions if direction in (d, "both")

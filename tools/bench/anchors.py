@@ -18,7 +18,8 @@ from tools.workloads import (
     nominal_flops,
 )
 
-FLASH_ROSTER = ("llama-mqa",)  # of equal FLOPs it runs at one rate for all
+# Where a GPU's anchors but cuDNN's forward are timed: of equal FLOPs they run at one rate for all.
+ROSTER = ("llama-mqa", "mqa-d64")
 
 
 class NotRunError(Exception):

@@ -124,12 +124,14 @@ def field_of(
     is_compiled_too: bool = False,
 ) -> dict[str, Build]:
     """Return everyone who takes part in a row; ours is first, anchors are next, peers are last."""
-    builds: dict[str, Build] = {OURS: ours, "matmul": anchors.matmul}
+    builds: dict[str, Build] = {OURS: ours}
+    if device.type != "cuda" or workload.name in anchors.ROSTER:
+        builds["matmul"] = anchors.matmul
     if is_compiled_too:
         builds[COMPILED] = ours_compiled
     if device.type == "cuda":
         builds["cudnn fwd"] = anchors.cudnn_forward
-        if direction == "backward":
+        if direction == "backward" and workload.name in anchors.ROSTER:
             builds["cudnn bwd"] = anchors.cudnn
         if (workload.name, direction) in lucidrains.ROSTER:
             builds["simplicial-attention"] = lucidrains.build
@@ -137,7 +139,7 @@ def field_of(
             builds["FBGEMM Triton"] = partial(fbgemm.build, path=fbgemm_path)
         if (workload.name, direction) in flex.ROSTER:
             builds["FlexAttention of pairs"] = flex.build
-        if workload.name in anchors.FLASH_ROSTER:
+        if workload.name in anchors.ROSTER:
             builds["flash fwd" if direction == "forward" else "flash bwd"] = anchors.flash
     elif workload.name == "cpu-short":
         builds["einsum"] = anchors.einsum

@@ -1,7 +1,7 @@
 """Plots of a sweep: rates against N, G and the wide window, and beside the device's measured roof.
 
     python -m tools.bench --device cuda --sweep N --sweep G --sweep w1 --json out/sweeps.jsonl
-    python -m tools.bench.curves out/sweeps.jsonl tools/bench/sweeps.png
+    python -m tools.bench.curves out/sweeps.jsonl --png out/sweeps.png
 
 A step is forward and backward: their FLOPs over the sum of their times.
 """
@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import typer
 
 from tools.bench.contest import OURS
-from tools.workloads import BACKWARD_FLOPS, SWEEPS, Workload, nominal_flops
+from tools.workloads import BACKWARD_FLOPS, BOTH, SWEEPS, Workload, nominal_flops
 
 YARDSTICK, ROOF, BANDWIDTH = "cudnn fwd", "matmul", "copy_gb_s"
 LABELS = {
     "N": "N, with B·N = 131072 (H8 Hkv1, 512 x 32)",
-    "G": "heads to a key-value head (B1 N4096 H64, 512 x 32)",
-    "w1": "wide window (B1 N4096 H64 Hkv1, w1 x 32)",
+    "G": "heads to a key-value head (B4 N4096 H64, 512 x 32)",
+    "w1": "wide window (B4 N4096 H64 Hkv1, w1 x 32)",
 }
 STYLES = {"forward": "o-", "backward": "s-", "step": "^-", YARDSTICK: "--", ROOF: ":"}
 
@@ -39,23 +39,28 @@ class Point:
 
 def points(lines: Iterable[dict[str, Any]]) -> Iterator[Point]:
     """Yield our rates by direction, those of a step, and the anchors' of the forward rows."""
-    places = {w.name: (sweep, x) for sweep, rows in SWEEPS.items() for x, w in rows.items()}
-    times: dict[tuple[str, str], float] = {}
+    read = list(lines)
+    for sweep, rows in SWEEPS.items():
+        for size, workload in rows.items():
+            yield from _points_of(sweep, size, workload, read)
+
+
+def _points_of(
+    sweep: str, size: int, workload: Workload, lines: list[dict[str, Any]]
+) -> Iterator[Point]:
+    times: dict[str, float] = {}
     for line in lines:
-        name, direction, who = line["workload"], line["direction"], line["contestant"]
-        if name not in places or line["nominal_tflops"] is None:
+        direction, who, rate = line["direction"], line["contestant"], line["nominal_tflops"]
+        if line["workload"] != workload.name or rate is None:
             continue
-        sweep, size = places[name]
         if who == OURS:
-            yield Point(sweep, size, direction, line["nominal_tflops"])
-            times[name, direction] = line["ms"]
+            yield Point(sweep, size, direction, rate)
+            times[direction] = line["ms"]
         elif who in (YARDSTICK, ROOF) and direction == "forward":
-            yield Point(sweep, size, who, line["nominal_tflops"])
-    for name, (sweep, size) in places.items():
-        both = [times.get((name, direction)) for direction in ("forward", "backward")]
-        if None not in both:
-            flops = (1 + BACKWARD_FLOPS) * nominal_flops(SWEEPS[sweep][size])
-            yield Point(sweep, size, "step", flops / sum(t for t in both if t) / 1e9)
+            yield Point(sweep, size, who, rate)
+    if len(times) == len(BOTH):
+        flops = (1 + BACKWARD_FLOPS) * nominal_flops(workload)
+        yield Point(sweep, size, "step", flops / sum(times.values()) / 1e9)
 
 
 def intensity(workload: Workload, *, is_backward: bool = False) -> float:
@@ -123,11 +128,11 @@ def _draw_roof(axes: Any, found: list[Point], facts: dict[str, Any], colors: Any
 
 
 def main(
-    lines: Annotated[Path, typer.Argument(help="JSON lines of tools.bench --sweep")],
-    file: Annotated[Path, typer.Argument(help="the PNG to write")],
+    lines: Annotated[list[Path], typer.Argument(help="JSON lines of tools.bench")],
+    file: Annotated[Path, typer.Option("--png", help="the PNG to write")],
 ) -> None:
     """Draw rates against N, G and the wide window, and beside the device's measured roof."""
-    read = [json.loads(line) for line in lines.read_text().splitlines()]
+    read = [json.loads(line) for one in lines for line in one.read_text().splitlines()]
     found = list(points(read))
     if not found:
         raise typer.BadParameter(f"{lines} has no line of a sweep")

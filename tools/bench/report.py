@@ -2,9 +2,9 @@
 
     python -m tools.bench.report
 
-`results` has one file a run: `named` of all named workloads, `compiled` of the main ones by
-`--compiled`, `peers` beside others' kernels, `sweeps` of `--sweep N --sweep G --sweep w1`. Ratios
-compare what one run timed in turn. README's rows stand between its marks.
+`results` has one file a run: `named` of named workloads, of what the sweeps have besides, and of
+peers that were there, and `compiled` of the main ones by `--compiled`. Ratios compare what one run
+timed in turn. README's rows stand between its marks.
 """
 
 import json
@@ -86,24 +86,26 @@ class Run:
 
 def text(folder: Path) -> str:
     """Return RESULTS.md."""
-    named, compiled, peers, sweeps = _runs(folder)
+    named, compiled = _runs(folder)
+    known = [name for name in named.names() if name in WORKLOADS]
+    swept = [name for name in named.names() if name not in WORKLOADS]
     parts = [_INTRODUCTION]
-    for title, run, made in (
-        ("Named workloads", named, _of_workloads),
-        ("Steps", named, _of_steps),
-        ("Through torch.compile", compiled, _of_compiled),
-        ("Peers", peers, _of_peers),
-        ("Sweeps", sweeps, _of_workloads),
+    for title, run, names, made in (
+        ("Named workloads", named, known, _of_workloads),
+        ("Sweeps", named, swept, _of_workloads),
+        ("Steps", named, known, _of_steps),
+        ("Through torch.compile", compiled, compiled.names(), _of_compiled),
+        ("Peers", named, known, _of_peers),
     ):
-        if run.lines:
+        if names:
             picture = "![rates of the sweeps](sweeps.png)\n\n" if title == "Sweeps" else ""
-            parts.append(f"## {title}\n\n{run.made_with}.\n\n{picture}{made(run, run.names())}")
+            parts.append(f"## {title}\n\n{run.made_with}.\n\n{picture}{made(run, names)}")
     return "\n".join(parts)
 
 
 def main_rows(folder: Path) -> str:
     """Return what README says: the main workloads, what of all aims is reached, and the rest."""
-    named, compiled, peers, sweeps = _runs(folder)
+    named, compiled = _runs(folder)
     names = [name for name in named.names() if name in MAIN]
     parts = [f"{named.made_with}.", _of_workloads(named, names).rstrip()]
     kept = list(_kept(named))
@@ -112,21 +114,18 @@ def main_rows(folder: Path) -> str:
     parts.append(f"{said}; not: {', '.join(missed)}." if missed else f"{said}.")
     if ratios := [ratio for *_, ratio in _compiled(compiled)]:
         parts.append(f"Through `torch.compile`: {min(ratios):.2f} to {max(ratios):.2f} of eager.")
-    parts += [f"{line}." for line in _peers_in_words(peers)]
+    parts += [f"{line}." for line in _peers_in_words(named)]
     parts.append(
         "[Every workload](tools/bench/RESULTS.md): other windows, columns, dtypes, forms and "
         "lengths, steps,\nmemory, and which kernels served."
     )
-    if sweeps.lines:
+    if any(name not in WORKLOADS for name in named.names()):
         parts.append("![rates against length, group and window](tools/bench/sweeps.png)")
     return "\n\n".join(parts)
 
 
-def _runs(folder: Path) -> tuple[Run, Run, Run, Run]:
-    named, compiled, peers, sweeps = (
-        Run.read(folder / f"{name}.jsonl") for name in ("named", "compiled", "peers", "sweeps")
-    )
-    return named, compiled, peers, sweeps
+def _runs(folder: Path) -> tuple[Run, Run]:
+    return Run.read(folder / "named.jsonl"), Run.read(folder / "compiled.jsonl")
 
 
 def _of_workloads(run: Run, names: Sequence[str]) -> str:
@@ -311,8 +310,8 @@ def main(
     (folder.parent / "RESULTS.md").write_text(text(folder))
     readme.write_text(placed(main_rows(folder), readme.read_text()))
     typer.echo(f"wrote {folder.parent / 'RESULTS.md'} and {readme}")
-    if (folder / "sweeps.jsonl").exists():
-        curves.main(folder / "sweeps.jsonl", folder.parent / "sweeps.png")
+    if any(name not in WORKLOADS for name in Run.read(folder / "named.jsonl").names()):
+        curves.main([folder / "named.jsonl"], folder.parent / "sweeps.png")
 
 
 if __name__ == "__main__":
