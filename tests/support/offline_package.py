@@ -6,6 +6,9 @@ off the compiled kernel. It needs a CUDA build of torch, for its headers and lib
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from unittest import mock
 import torch
 import torch.utils._pytree as pytree
 from gpuless import Compiled, pretended_gpu
+from torch.utils.cpp_extension import CUDA_HOME
 
 INDUCTOR = {
     "compile_threads": 1,
@@ -35,8 +39,11 @@ class Packaged:
 
 
 def package(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an AOTInductor package of a program, exported on the CPU, for sm_90."""
-    with _ready(program) as moved:
+    """Write an AOTInductor package of a program, exported on the CPU, for sm_90.
+
+    It takes CUDA's headers, where CUDA_HOME says.
+    """
+    with _driver_to_link(), _ready(program) as moved:
         torch._inductor.aoti_compile_and_package(
             moved, package_path=str(path), inductor_configs=INDUCTOR
         )
@@ -64,6 +71,19 @@ def packaged(program: torch.export.ExportedProgram) -> Packaged:
         )
     (found,) = written
     return found
+
+
+@contextlib.contextmanager
+def _driver_to_link() -> Iterator[None]:
+    """Let what is linked find the driver's library, which comes with a driver: a stand-in."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "driver.c"), Path(folder, "libcuda.so")
+        source.write_text("int cuLaunchKernel(void) { return 0; }")
+        command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", library]
+        subprocess.run(command, check=True)
+        found = {"CPATH": f"{CUDA_HOME}/include", "LIBRARY_PATH": folder}
+        with mock.patch.dict(os.environ, {} if torch.cuda.is_available() else found):
+            yield
 
 
 @contextlib.contextmanager

@@ -120,7 +120,9 @@ def _out(run: Any, x: Tensor) -> Tensor:
 def _step(run: Any, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     out = _out(run, x)
-    out.square().mean().backward()
+    # No two outputs count alike: of what a LayerNorm ends, the mean square has no gradient.
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).square().mean().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), **grads}
 
@@ -243,8 +245,9 @@ def autocasts(**compiled: Any) -> Callable[[Row], None]:
             with torch.autocast("cpu", torch.bfloat16):
                 rounded, got = _step(plain, plain, x), _step(run, model, x)
             for name, value in exact.items():
-                step = torch.finfo(torch.bfloat16).eps * value.abs().max()
-                allowed = 2 * (rounded[name] - value).abs().max() + step
+                size, rounding = value.abs().max(), (rounded[name] - value).abs().max()
+                slack = 2 if rounding < size else 10  # zero but for rounding, as of biases of keys
+                allowed = slack * rounding + torch.finfo(torch.bfloat16).eps * size
                 assert (got[name] - value).abs().max() <= allowed, f"{name} is over its budget"
 
     return run
