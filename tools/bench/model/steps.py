@@ -47,16 +47,16 @@ def compile_in_turn(
     contestants: dict[str, Contestant], shape: Shape, device: torch.device, caches: Path
 ) -> dict[str, Times]:
     """Return the milliseconds that each takes to compile alone, a new process every time."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    draw = random.Random(0)
-    for _ in range(COMPILED_IN_TURN):
-        with _all(contestants, shape, device, caches) as workers:
-            for worker in workers.values():
-                worker.wait_until_built()
-            for name in draw.sample(list(workers), len(workers)):
-                workers[name].start_to_compile()
-                found[name].append(workers[name].compile_ms())
-                workers[name].end()  # or it would step beside the next
+    draw, names = random.Random(0), list(contestants)
+    order = [name for _ in range(COMPILED_IN_TURN) for name in draw.sample(names, len(names))]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with _started(order, shape, device, caches) as workers:
+        for worker in workers:
+            worker.wait_until_built()
+        for worker in workers:
+            worker.start_to_compile()
+            found[worker.name].append(worker.compile_ms())
+            worker.end()  # or it would step beside the next
     return {name: Times(tuple(ms)) for name, ms in found.items()}
 
 
@@ -138,11 +138,18 @@ def _compiled(workers: dict[str, _Worker]) -> dict[str, float]:
 def _all(
     contestants: dict[str, Contestant], shape: Shape, device: torch.device, caches: Path
 ) -> Iterator[dict[str, _Worker]]:
-    workers = {
-        name: _Worker(name, shape, device, caches / name.replace(" ", "-")) for name in contestants
-    }
+    with _started(list(contestants), shape, device, caches) as workers:
+        yield {worker.name: worker for worker in workers}
+
+
+@contextlib.contextmanager
+def _started(
+    names: list[str], shape: Shape, device: torch.device, caches: Path
+) -> Iterator[list[_Worker]]:
+    """Start a process for each name; one that comes twice uses its caches twice."""
+    workers = [_Worker(name, shape, device, caches / name.replace(" ", "-")) for name in names]
     try:
         yield workers
     finally:
-        for worker in workers.values():
+        for worker in workers:
             worker.end()
