@@ -19,7 +19,7 @@ from tools.workloads import (
 )
 
 # Where a GPU's anchors but cuDNN's forward are timed: of equal FLOPs they run at one rate for all.
-ROSTER = ("llama-mqa", "mqa-d64")
+ROSTER = ("llama-mqa", "mqa-d64", "mha")
 
 
 class NotRunError(Exception):
