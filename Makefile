@@ -23,13 +23,14 @@ unexport PYTHONDONTWRITEBYTECODE
 # second run a short one. Every test is in one piece.
 GPU_PYTHON ?= python
 GPU_WORKERS ?= 8
-GPU_PIECES := forward tiles keys query portable op rest
+GPU_PIECES := forward tiles keys query portable budgets op rest
 GPU_forward := tests/kernels/test_hopper_gpu.py
 GPU_tiles := tests/kernels/test_hopper_tiles_gpu.py
 GPU_keys := tests/kernels/test_hopper_backward_keys.py
 GPU_query := $(filter-out $(GPU_keys),$(wildcard tests/kernels/test_hopper*backward*.py))
 GPU_portable := tests/kernels $(addprefix --ignore=,$(GPU_forward) $(GPU_tiles) $(GPU_keys) $(GPU_query))
-GPU_op := tests/op
+GPU_budgets := tests/op/test_budgets.py
+GPU_op := tests/op --ignore=tests/op/test_budgets.py
 GPU_rest := tests --ignore=tests/kernels --ignore=tests/op
 GPU_TARGETS := $(addprefix test-gpu-,$(GPU_PIECES))
 

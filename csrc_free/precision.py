@@ -23,7 +23,7 @@ def precision_of(dtype: torch.dtype, columns: int, device: Device) -> str | None
         return "ieee"
     if dtype == torch.float16:
         return "tf32"
-    if not tracing.is_for_package():
+    if not tracing.keeps_precision():
         tracing.leave("the precision of float32 products is a setting, read when the operator runs")
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting in ("ieee", "tf32"):

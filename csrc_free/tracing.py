@@ -38,6 +38,10 @@ class Tracer(Protocol):
         """Tell whether the trace will run where none of our code is: no call can be left."""
         ...
 
+    def keeps_precision(self) -> bool:
+        """Tell whether another setting of float32 products will be another trace."""
+        ...
+
     def holds(self, claim: Any) -> bool:
         """Decide a claim about sizes. False must be safe; True is taken only where it is certain.
 
@@ -72,6 +76,12 @@ def is_for_package() -> bool:
     """Tell whether only what can be traced may run."""
     tracer = _TRACER.get()
     return tracer is not None and tracer.is_for_package()
+
+
+def keeps_precision() -> bool:
+    """Tell whether the setting of float32 products, as it is now, may be built in."""
+    tracer = _TRACER.get()
+    return tracer is None or tracer.keeps_precision()
 
 
 def leave(reason: str) -> None:

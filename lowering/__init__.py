@@ -1,8 +1,8 @@
 """The torch.compile plugin: the pass that serves marked modules, and the ways to install it.
 
-torch.compile(model, backend="simplex")        # by entry point, nothing to import
-lowering.enable()                              # or: for every torch.compile(model) from here on
-print(lowering.last_report())                  # what was rewritten, and what was refused and why
+torch.compile(model, backend="simplex")           # by entry point, nothing to import
+simplex_ops.enable()                              # or: for every torch.compile(model) from here on
+print(simplex_ops.last_report())                  # what was rewritten, and what was refused and why
 """
 
 from lowering.backend import simplex

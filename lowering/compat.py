@@ -37,6 +37,10 @@ Seen in 2.11, 2.13 and 2.15, for the lowerings:
                                             identify_mutated_tensors)
     proxy_tensor.make_fx                    a function on fake tensors as a graph
     SymNode.maybe_as_int                    the value of a symbol that guards have fixed
+    torch._dynamo.guards, .source           GuardBuilder.EQUALS_MATCH and install_guard; AttrSource
+                                            of ImportSource: a setting of torch's as a guard
+    torch._guards                           TracingContext and CompileContext: whether Dynamo
+                                            compiles
     torch.utils._pytree                     tree_map
     torch.utils._python_dispatch            _disable_current_modes: real arithmetic in the backend
 """
@@ -281,6 +285,25 @@ def identity_of(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return value.node.expr
     return tuple(value) if isinstance(value, list) else value
+
+
+def guard_precision() -> bool:
+    """Let Dynamo compile again where another precision of float32 products is set.
+
+    Its own guard tells TF32 from all else, but not IEEE from nothing set. Return whether there is
+    a Dynamo that compiles.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, ImportSource
+    from torch._guards import CompileContext, TracingContext
+
+    if TracingContext.try_get() is None or CompileContext.try_get() is None:
+        return False
+    source: Any = ImportSource("torch")
+    for name in ("backends", "cuda", "matmul", "fp32_precision"):
+        source = AttrSource(source, name)
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+    return True
 
 
 def register_lowering(op: Any, lower: Callable[..., Any]) -> None:

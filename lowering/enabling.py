@@ -64,9 +64,9 @@ def enable() -> _Enabled:
     The pass runs before Inductor looks into its caches, so what is cached is the rewritten graph.
     `torch.export.export(model, ..., strict=True)` is served too.
     Works from the call on, until `disable()`; called twice it is enabled once. `with
-    lowering.enable():` is for the block alone, whatever stood before it stands after it, and blocks
-    may be nested. The model must be called in the block, since it is compiled when it is called and
-    not by torch.compile(model). Code compiled meanwhile stays as it was compiled.
+    simplex_ops.enable():` is for the block alone, whatever stood before it stands after it, and
+    blocks may be nested. The model must be called in the block, since it is compiled when it is
+    called and not by torch.compile(model). Code compiled meanwhile stays as it was compiled.
     """
     before = _SWITCH.called_for
     _SWITCH.set(called_for=True)

@@ -27,7 +27,7 @@ from simplex_ops.testing import Case, Problem, run_attn
 
 SCALES = (1.0, 8.0, 30.0, 100.0, 1000.0)
 # Heads to a key-value head: how many of these, and queries. Each G has kernels or tiles of its own.
-_SIZES = {64: (2, 96), 8: (8, 128), 4: (22, 136), 1: (33, 136)}
+_SIZES = {64: (2, 96), 16: (4, 128), 8: (8, 128), 4: (22, 136), 1: (33, 136)}
 PROBLEMS = {
     f"G {group}": Case(
         batch=2, kv_heads=kv_heads, group=group, seq=seq, head_dim=128, w1=80, w2=24,
@@ -38,7 +38,12 @@ PROBLEMS = {
 PROBLEMS |= {
     "G 64, strassen": replace(PROBLEMS["G 64"], form="strassen"),
     "G 64, float16": replace(PROBLEMS["G 64"], dtype=torch.float16),
+    "G 64, determinant": replace(PROBLEMS["G 64"], form="determinant"),
     "G 8, D 64": replace(PROBLEMS["G 8"], head_dim=64),
+    "G 8, 128 x 128": replace(PROBLEMS["G 8"], seq=160, kv_heads=2, w1=128, w2=128),
+    "G 8, float16": replace(PROBLEMS["G 8"], kv_heads=2, dtype=torch.float16),
+    "G 8, strassen": replace(PROBLEMS["G 8"], kv_heads=2, form="strassen"),
+    "G 8, determinant": replace(PROBLEMS["G 8"], kv_heads=2, form="determinant"),
 }
 
 

@@ -12,7 +12,9 @@ import triton.language as tl
 TRILINEAR = tl.constexpr(0)
 DETERMINANT = tl.constexpr(1)
 STRASSEN = tl.constexpr(2)
-CODES = {"trilinear": 0, "determinant": 1, "strassen": 2}
+CODES = {
+    "trilinear": TRILINEAR.value, "determinant": DETERMINANT.value, "strassen": STRASSEN.value,
+}  # fmt: skip
 
 
 @triton.jit

@@ -9,23 +9,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from csrc_free.device.forms import STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import pack_bfloat16
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.entries import (
     add_to_part,
+    entries_of_position,
     load_entries,
     load_newest,
     narrow_rows_of,
-    power_of_two,
+    of_narrow_key,
+    of_query,
+    place_of_tile,
     rows_of_entries,
     split_pairs,
     virtual_keys,
 )
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
-from csrc_free.hopper.query_items import place, seen_only, to_float32
+from csrc_free.hopper.query_items import seen_only, to_float32
 from csrc_free.steps.parts_sum import slot_base
 
 INFINITY = gl.constexpr(float("inf"))
+
+
+@gluon.jit
+def _row_sums(ds, LAYOUT: gl.constexpr):
+    return gl.convert_layout(gl.sum(ds, 1), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -49,7 +58,7 @@ def _attend_tail(
     t, u, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
     TAIL: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
-    """Return the sums of dS · k and P · v over the few keys of a tail; t and u are overwritten."""
+    """Return the sums of dS · k and P · v over the few keys of a tail, and dS; t and u are lost."""
     layout: gl.constexpr = accumulator(TAIL)
     rows: gl.constexpr = rows_of(layout)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
@@ -62,12 +71,14 @@ def _attend_tail(
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
     p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = gl.convert_layout(pack_bfloat16(p * (dp - row_delta[:, None])), OPERAND)
+    ds = p * (dp - row_delta[:, None])
+    packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
     u = warpgroup_mma(
         gl.convert_layout(pack_bfloat16(p), OPERAND), v, u, use_acc=False, is_async=True
     )
-    t = warpgroup_mma(ds, k, t, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(t, u))
+    t = warpgroup_mma(packed, k, t, use_acc=False, is_async=True)
+    t, u = warpgroup_mma_wait(0, deps=(t, u))
+    return t, u, ds
 
 
 @gluon.jit
@@ -77,11 +88,12 @@ def attend_narrow(
     q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
     sizes, q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
     items, chunks, steps, tiles, scale, log2_scale, k_bias, v_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, KEYS: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+    P: gl.constexpr, TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Compute every second ENTRIES entries: their dq, and what they add to the item's part."""
     (
@@ -89,8 +101,8 @@ def attend_narrow(
         q_start_default,
     ) = sizes  # fmt: skip
     slots, part_rows, part_shift = part_sizes
-    HEADS: gl.constexpr = power_of_two(GROUP)
     ENTRIES: gl.constexpr = 64 // KEYS
+    HEADS: gl.constexpr = entries_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     # The second entry of a pair stands one position on: it sees the same keys but the first, and
     # in its place the newest.
@@ -156,9 +168,9 @@ def attend_narrow(
                 PAIRS, VALUE_DIM, BLOCK_DV,
             )  # fmt: skip
         for tile in range(first, gl.minimum(first + steps, tiles)):
-            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 4,
+            _, _, i0, p0, top, count, tails, _, _, full_lo, full_hi = place_of_tile(
+                item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, TILES_OF_POSITION, BLOCK_N, TAIL, 4,
             )  # fmt: skip
             entry = tile * (2 * ENTRIES) + r * ENTRIES
             q_row.store(next_q)
@@ -201,25 +213,29 @@ def attend_narrow(
                     narrow_lo = gl.maximum(narrow_lo, low)
                     narrow_hi = gl.minimum(narrow_hi, high)
                 mask = (narrow_key >= narrow_lo) & (narrow_key < narrow_hi) & (i < seq)
+                head = entry_of_row % HEADS
+                if TILES_OF_POSITION > 1:
+                    head += tile % TILES_OF_POSITION * (2 * ENTRIES)
                 if GROUP < HEADS:
-                    mask = mask & (entry_of_row % HEADS < GROUP)
-                offs = bh * seq * GROUP + i * GROUP + entry_of_row % HEADS
+                    mask = mask & (head < GROUP)
+                offs = bh * seq * GROUP + i * GROUP + head
                 shift = gl.load(lse2 + offs, mask=mask, other=INFINITY)
                 row_delta = gl.load(delta + offs, mask=mask, other=0.0)
                 buffer = 2 * r + (n & 1)
                 wait_full(rows_full, r, n)
-                vq.store(
-                    virtual_keys(
-                        k_raw.index(buffer), k_last, q_row, mask, k_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
+                made, constant = virtual_keys(
+                    k_raw.index(buffer), k_last, q_row, mask, k_bias,
+                    FORM, HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
-                vdo.store(
-                    virtual_keys(
-                        v_raw.index(r), v_last, do_row, mask, v_bias,
-                        HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
-                    )
+                vq.store(made)
+                made, _none = virtual_keys(
+                    v_raw.index(r), v_last, do_row, mask, v_bias,
+                    TRILINEAR, HAS_BIAS, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
+                vdo.store(made)
+                sigma = gl.zeros([64], gl.float32, of_rows)
+                if FORM == STRASSEN:
+                    shift -= gl.convert_layout(constant, of_rows, assert_trivial=True) * log2_scale
                 fence_async_shared()
                 arrive(v_empty, r)
                 wait_full(full, (passed + tails) % SLOTS, (passed + tails) // SLOTS)
@@ -232,12 +248,14 @@ def attend_narrow(
                     if tails > 0:
                         slot = passed % SLOTS
                         wait_full(full, slot, passed // SLOTS)
-                        t, u = _attend_tail(
+                        t, u, ds = _attend_tail(
                             t, u, shift, row_delta, vq, vdo,
                             k_ring.index(slot).slice(0, TAIL), v_ring.index(slot).slice(0, TAIL),
                             log2_scale, top - (count - 1) * BLOCK_N - TAIL,
                             lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
                         )  # fmt: skip
+                        if FORM == STRASSEN:
+                            sigma += _row_sums(ds, of_rows)
                         arrive(empty, slot)
                 key = top - BLOCK_N
                 for j in range(tails, count - 1):
@@ -247,6 +265,8 @@ def attend_narrow(
                         s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
                         lo, hi, full_lo, full_hi, is_huge, j > 0, BLOCK_N, of_logits, of_operand,
                     )  # fmt: skip
+                    if FORM == STRASSEN:
+                        sigma += _row_sums(ds, of_rows)
                     packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                     t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=j > 0, is_async=True)
                     wait_full(full, ahead, (passed + j + 1) // SLOTS)
@@ -263,6 +283,8 @@ def attend_narrow(
                     s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
                     lo, hi, full_lo, full_hi, is_huge, count > 1, BLOCK_N, of_logits, of_operand,
                 )  # fmt: skip
+                if FORM == STRASSEN:
+                    sigma += _row_sums(ds, of_rows)
                 packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
                 t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=count > 1, is_async=True)
                 t, u = warpgroup_mma_wait(0, deps=(t, u))
@@ -275,12 +297,14 @@ def attend_narrow(
                 narrow = to_float32(narrow)
                 if HAS_BIAS:
                     narrow += k_bias
+                sigma = gl.convert_layout(sigma, rows_of(of_keys), assert_trivial=True)
+                to_query = of_query(t, sigma, narrow, FORM)
                 if ENTRIES == 1:
-                    pairs = gl.sum(gl.reshape(t * narrow, [4, 2, 8, BLOCK_D]), 1)
+                    pairs = gl.sum(gl.reshape(to_query, [4, 2, 8, BLOCK_D]), 1)
                     sums.store(gl.reshape(pairs, [32, BLOCK_D]))
                     total = sums.load(by_column)
                 else:
-                    first_rows, second_rows = split_pairs(t * narrow, ENTRIES)
+                    first_rows, second_rows = split_pairs(to_query, ENTRIES)
                     sums.store(first_rows)
                     total = sums.load(by_column)
                     sums.store(second_rows)
@@ -294,9 +318,10 @@ def attend_narrow(
                     base -= begin - narrow_first
                 heads = (items // chunks).to(gl.int64)
                 part = (((item % chunks) * heads + bh) * 2 + r) * slots
-                of_entry = rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES)
+                of_entry = to_float32(rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES))
                 add_to_part(
-                    dk_parts + part * HEAD_DIM, base, slots, t * to_float32(of_entry) * scale,
+                    dk_parts + part * HEAD_DIM, base, slots,
+                    of_narrow_key(t, sigma, of_entry, FORM) * scale,
                     r * ENTRIES, HEADS, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 of_entry = rows_of_entries(do_row, u.to(gl.bfloat16), ENTRIES)
@@ -321,7 +346,10 @@ def _store_sums(
     ptrs, x, entry, kv_head, seq, strides, GROUP: gl.constexpr, HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
-    """Store sums of rows [32, columns], those of every second entry from `entry` on."""
+    """Store sums of rows [32, columns], those of every second entry from `entry` on.
+
+    In float32 they are added to what is there.
+    """
     total = gl.sum(gl.reshape(x, [PAIRS, 32 // PAIRS, x.shape[1]]), 1)
     layout: gl.constexpr = total.type.layout
     entries = entry + 2 * gl.arange(0, PAIRS, layout=gl.SliceLayout(1, layout))
@@ -329,7 +357,8 @@ def _store_sums(
     offs = (kv_head * GROUP + entries % HEADS).to(gl.int64) * strides[1]
     offs += (entries // HEADS).to(gl.int64) * strides[2]
     mask = (entries // HEADS < seq) & (entries % HEADS < GROUP)
-    gl.store(
-        ptrs + offs[:, None] + columns[None, :], total.to(gl.bfloat16),
-        mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
+    ptrs += offs[:, None] + columns[None, :]
+    mask = mask[:, None] & (columns < HEAD_DIM)[None, :]
+    if ptrs.dtype.element_ty == gl.float32:
+        total += gl.load(ptrs, mask=mask, other=0.0)
+    gl.store(ptrs, total.to(ptrs.dtype.element_ty), mask=mask)

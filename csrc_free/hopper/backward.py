@@ -16,7 +16,7 @@ from csrc_free.hopper import half_range
 from csrc_free.hopper.backward_keys import backward_keys
 from csrc_free.hopper.backward_wide import KEYS as WIDE_KEYS
 from csrc_free.hopper.backward_wide import backward_wide
-from csrc_free.hopper.key_plan import KEYS, Plan, plan_of, why_not_half, why_not_wide
+from csrc_free.hopper.key_plan import MOST_HEADS, Plan, plan_of, splits_of_wide, why_not_half
 from csrc_free.hopper.ordered import columns_of, gradients_of, ordered
 from csrc_free.hopper.spans import spans_of
 from csrc_free.hopper.within_int32 import why_not_int32, within_int32
@@ -31,6 +31,8 @@ from csrc_free.traits import Traits
 # H100, 2026-11-25). With it a backward of determinants took 30.6 ms for 18.8 (B2 N2048 H32 Hkv8;
 # H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
 _SLOWER_UP_TO = 4
+# From here on the portable kernels round k_wide∘k_narrow as `keys` does (trilinear, bfloat16).
+_KEYS_FROM = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Choice:
     """Which half runs here, and how; a string says why it does not."""
 
     keys: Plan | str  # all four key-value gradients
-    wide: str | None  # the wide pair's alone, where `keys` does not run; None: it runs
+    # The wide pair's alone: how many programs share a tile. None: `keys` runs.
+    wide: int | str | None
     query: query.Config | narrow_side.Config | str  # the latter fills the narrow pair's as well
 
     @property
@@ -51,15 +54,22 @@ class Choice:
         }
 
     @property
+    def has_kernels_here(self) -> bool:
+        """Tell whether any half runs here."""
+        is_of_keys = isinstance(self.keys, Plan) or isinstance(self.wide, int)
+        return is_of_keys or not isinstance(self.query, str)
+
+    @property
     def served_by(self) -> str:
         """Say which kernels run here, and why not what the portable ones are left with."""
         served, portable = [], []
         if isinstance(self.keys, Plan):
             served.append("keys")
-        elif self.wide is None:
+        elif isinstance(self.wide, int):
             served.append("wide")
         else:
-            portable.append(f"keys and values: {'; '.join(dict.fromkeys((self.keys, self.wide)))}")
+            reasons = dict.fromkeys(filter(None, (self.keys, self.wide)))
+            portable.append(f"keys and values: {'; '.join(reasons)}")
         if isinstance(self.query, str):
             portable.append(f"dq: {self.query}")
         else:
@@ -74,9 +84,14 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
     traits = dataclasses.replace(problem.traits(dout), block_d=block(columns_of(problem)))
-    keys, wide, small = plan_of(problem, dout), why_not_wide(problem, dout), _small(problem, traits)
-    if wide is None and not isinstance(small, str):
-        keys = "up to 4 heads the kernels of small groups are faster"
+    keys, wide, small = (
+        plan_of(problem, dout),
+        splits_of_wide(problem, dout),
+        _small(problem, traits),
+    )
+    may_round_keys = problem.group >= _KEYS_FROM and problem.form == "trilinear"
+    if isinstance(wide, int) and not isinstance(small, str) and not may_round_keys:
+        keys = "it rounds k1∘k2 where the forward rounded q∘k2; the kernels of small groups do not"
     if isinstance(keys, Plan):
         return Choice(keys=keys, wide=None, query=_query_alone(problem, traits))
     if isinstance(small, str) and problem.group > 2:
@@ -88,10 +103,12 @@ def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
-    # Of the window itself, however few keys there are: each row is at its place in it.
-    config = narrow_side.choose(traits, problem.device, sum(problem.narrow_reach) + 1)
+    config = narrow_side.choose(traits, problem.device, narrow_side.width_of(problem))
     if config is None:
-        return "for 1 to 4 heads, trilinear, and a narrow window of up to 64 keys"
+        return (
+            f"for 1 to {MOST_HEADS} heads, bfloat16, D and Dv of one size of tile, and a narrow "
+            f"window of up to {narrow_side.WIDEST} keys"
+        )
     if narrow_side.share_of(problem, config) is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return config
@@ -117,7 +134,7 @@ def write_gradients(
     """Write the gradients that have a tensor: dq, and those of the wide pair and the narrow one."""
     nothing: PairGradients = (None, None)
     near = within_int32(problem)
-    if isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config):
+    if choice.has_kernels_here:
         near = ordered(near)
     ranges = None
     if problem.q.dtype == torch.float16 and (
@@ -131,13 +148,18 @@ def write_gradients(
             grads = dk_wide, dv_wide, dk_narrow, dv_narrow
             _run_keys(near, statistics, choice.keys, grads, ranges)
         wide, narrow = nothing, nothing
-    elif choice.wide is None and any(grad is not None for grad in wide):
+    elif isinstance(choice.wide, int) and any(grad is not None for grad in wide):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
-        backward_wide(near, statistics, dk_wide, dv_wide, spans_of(near, WIDE_KEYS))
+        spans = spans_of(near, WIDE_KEYS)
+        with gradients_of(problem, dk_wide) as (dk_wide,):
+            backward_wide(near, statistics, dk_wide, dv_wide, spans, choice.wide)
         wide = nothing
     is_small = isinstance(choice.query, narrow_side.Config)
     if is_small and any(grad is not None for grad in (dq, *narrow)):
-        _run_narrow(near, statistics, choice.query, dq, narrow)
+        dq = torch.empty_like(problem.q) if dq is None else dq
+        dk_narrow, dv_narrow = complete(narrow, problem.k_narrow, problem.v_narrow)
+        with gradients_of(problem, dq, dk_narrow) as (dq, dk_narrow):
+            _run_narrow(near, statistics, choice.query, (dq, dk_narrow, dv_narrow))
         dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
@@ -160,7 +182,7 @@ def _run_keys(
     for some, given, (dk_wide, dv_wide, dk_narrow, dv_narrow, *some_ranges) in _some_heads(
         problem, statistics, grads, (plan.batch, plan.kv_heads)
     ):
-        parts = parts_of_wide_keys(some, KEYS * plan.tiles)
+        parts = parts_of_wide_keys(some, plan.keys * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
         scaled = factors = None
         if ranges is not None:
@@ -168,24 +190,21 @@ def _run_keys(
                 some, given, half_range.Ranges(*some_ranges), is_of_keys=True
             )
             factors = scaled.factors[..., 4:6].contiguous()
-        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans_of(some, KEYS), scaled)
+        spans = spans_of(some, plan.keys)
+        backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans, scaled)
         parts.sum_into(dk_narrow, dv_narrow, some, factors)
         del parts
 
 
 def _run_narrow(
     problem: Problem, statistics: Statistics, config: narrow_side.Config,
-    dq: Tensor | None, narrow: PairGradients,
+    grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
     """Write dq and the narrow pair's gradients, some key-value heads at a time."""
     share = narrow_side.share_of(problem, config)
     assert share is not None, "the choice holds them to what they may take"
-    dq = torch.empty_like(problem.q) if dq is None else dq
-    grads = (dq, *complete(narrow, problem.k_narrow, problem.v_narrow))
-    for some, given, (some_dq, dk, dv) in _some_heads(problem, statistics, grads, share):
-        parts = narrow_side.backward_narrow(some, given, some_dq, config)
-        parts.sum_into(dk, dv, some)
-        del parts
+    for some, given, some_grads in _some_heads(problem, statistics, grads, share):
+        narrow_side.write_query_and_narrow(some, given, some_grads, config)
 
 
 def _some_heads(

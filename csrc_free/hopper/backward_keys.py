@@ -6,9 +6,10 @@ the queries that see m:
     dk_wide += scale · k_m ∘ X      dk_m = scale · sum over j of k_j ∘ X[j]
     dv_wide += v_m ∘ Y              dv_m = sum over j of v_j ∘ Y[j]
 
-so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m. That is the
-trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · k_m besides, and with
-σ[j] = sum of dS
+so the inner loop is that of plain flash attention, with virtual keys k_j ∘ k_m: those of 64 wide
+keys at one narrow key or, since fewer queries see all of so many, of 32 at two or 16 at four. That
+is the trilinear form. For strassen the virtual keys are k_j + k_m, a logit has k_j · k_m besides,
+and with σ[j] = sum of dS
 
     dk_wide += scale · (X + σ k_m)  dk_m = scale · sum over j of (X[j] + σ[j] k_j)
 
@@ -33,7 +34,9 @@ from csrc_free.hopper.bring_keys import bring_keys
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.half_range import Scaled
+from csrc_free.hopper.key_items import apart_of
 from csrc_free.hopper.key_plan import KEYS, ROWS, Plan
+from csrc_free.hopper.splits import add_splits, sums_of_splits
 from csrc_free.hopper.sum_keys import sum_keys
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
@@ -67,18 +70,19 @@ def hopper_backward_keys_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
-    INDEX: gl.constexpr, LAG: gl.constexpr,
+    INDEX: gl.constexpr, LAG: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """A persistent program takes items: some tiles of 64 wide keys, or one and some of its turns.
+    """A persistent program takes items: some tiles of WIDE keys, or one and some of its turns.
 
-    For each tile it loops over turns of two narrow keys, one for either of two warpgroups, and
+    For each tile it loops over turns of narrow keys, 64 / WIDE for either of two warpgroups, and
     inside over tiles of 64 rows, (64 / HEADS positions) x HEADS heads, which a third brings. The
     wide pair's sums stay in shared memory for the whole tile.
 
     q and dout are descriptors of [B, Hkv, N, G, D], delta and lse2 of [B * Hkv, N * G], the wide
     pair of [B, Hkv, rows, D]. Parts are zeroed float32 [parts, B, Hkv, slots, D].
     """
-    APART: gl.constexpr = LAG * (_ROWS // HEADS)
+    NARROW: gl.constexpr = _KEYS // WIDE
+    APART: gl.constexpr = apart_of(LAG, _ROWS // HEADS, NARROW)
     dtype: gl.constexpr = q.dtype
     rows_of_k: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     float32_rows: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
@@ -87,14 +91,14 @@ def hopper_backward_keys_kernel(
     dout_tiles = gl.allocate_shared_memory(dtype, [STAGES, _ROWS, BLOCK_DV], rows_of_k)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], delta.layout)
     lse2_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, _ROWS], lse2.layout)
-    k_tile = gl.allocate_shared_memory(dtype, [_KEYS, BLOCK_D], rows_of_k)
-    v_tile = gl.allocate_shared_memory(dtype, [_KEYS, BLOCK_DV], rows_of_k)
+    k_tile = gl.allocate_shared_memory(dtype, [WIDE, BLOCK_D], rows_of_k)
+    v_tile = gl.allocate_shared_memory(dtype, [WIDE, BLOCK_DV], rows_of_k)
     vk = gl.allocate_shared_memory(dtype, [2, _KEYS, BLOCK_D], rows_of_k)
     vv = gl.allocate_shared_memory(dtype, [2, _KEYS, BLOCK_DV], rows_of_k)
     dk_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_D], float32_rows)
     dv_sums = gl.allocate_shared_memory(gl.float32, [_KEYS, BLOCK_DV], float32_rows)
-    k_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_D], plain)
-    v_rows = gl.allocate_shared_memory(dtype, [2, 1, BLOCK_DV], plain)
+    k_rows = gl.allocate_shared_memory(dtype, [2, NARROW, BLOCK_D], plain)
+    v_rows = gl.allocate_shared_memory(dtype, [2, NARROW, BLOCK_DV], plain)
     rows_full = barriers(3 * STAGES, 1)  # for tiles of warpgroup 0, of 1, of both
     rows_empty = barriers(STAGES, 2)
     keys_full = barriers(1, 1)
@@ -124,7 +128,7 @@ def hopper_backward_keys_kernel(
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
-            APART,
+            APART, WIDE,
         )),
         (sum_keys, (
             1,
@@ -138,7 +142,7 @@ def hopper_backward_keys_kernel(
             k_wide_bias, v_wide_bias, k_narrow_bias, v_narrow_bias,
             FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, STAGES,
             HAS_BOUNDS, HAS_Q_START, HAS_BIAS, DO_ACCUMULATE, IS_CAUSAL, IS_SQUARE, INDEX,
-            APART,
+            APART, WIDE,
         )),
         (bring_keys, (
             q, dout, delta, lse2, k_wide, v_wide, spans, q_start,
@@ -146,7 +150,7 @@ def hopper_backward_keys_kernel(
             rows_full, rows_empty, keys_full, keys_empty, sizes, items, heads, splits, tiles,
     tiles_of_a_part,
             HEADS, BLOCK_D, BLOCK_DV, STAGES, HAS_BOUNDS, HAS_Q_START, IS_CAUSAL, IS_SQUARE,
-            APART,
+            APART, WIDE,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -164,7 +168,7 @@ class Config:
         columns = traits.block_d + traits.block_dv
         tiles = (self.stages + 1 + 2) * 2 * KEYS * columns  # rows, keys, virtual keys of each
         sums = 4 * KEYS * columns
-        rows = 2 * 4 * ROWS * self.stages + 4 * columns  # statistics, narrow rows
+        rows = 2 * 4 * ROWS * self.stages + 4 * 4 * columns  # statistics, narrow rows
         return tiles + sums + rows + _RESERVE
 
 
@@ -182,11 +186,7 @@ def backward_keys(
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     heads = batch * kv_heads
-    sums = [dk_wide, dv_wide]
-    if plan.splits > 1:
-        sums = [
-            torch.empty(plan.splits, *t.shape, dtype=torch.float32, device=t.device) for t in sums
-        ]
+    sums = sums_of_splits((dk_wide, dv_wide), plan.splits)
     items = parts.count * plan.splits * heads
     slots_of_rows = triton.next_power_of_2(problem.group)
     launch(
@@ -194,10 +194,13 @@ def backward_keys(
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
         _statistic(delta, slots_of_rows, 0.0),
         _statistic(lse2, slots_of_rows, math.inf),
-        *(describe(t, [1, 1, KEYS, block(t.shape[3])]) for t in (problem.k_wide, problem.v_wide)),
+        *(
+            describe(t, [1, 1, plan.keys, block(t.shape[3])])
+            for t in (problem.k_wide, problem.v_wide)
+        ),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start, factors,
-        *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, KEYS), plan.tiles,
+        *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, plan.keys), plan.tiles,
         *parts.numbers,
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],
         *(stride for t in sums for stride in t.stride()[-4:-1]),
@@ -210,12 +213,10 @@ def backward_keys(
         IS_CAUSAL=problem.wide_reach[1] == problem.narrow_reach[1] == 0,
         IS_SQUARE=problem.q_start is None and problem.q.shape[2] == wide_rows
         and wide_rows == problem.k_narrow.shape[2],
-        INDEX=problem.constants()["INDEX"], LAG=lag_of(problem),
+        INDEX=problem.constants()["INDEX"], LAG=lag_of(problem), WIDE=plan.keys,
         config=Config(),
     )  # fmt: skip
-    if plan.splits > 1:
-        for grad, total in zip((dk_wide, dv_wide), sums, strict=True):
-            grad.copy_(total.sum(0))
+    add_splits((dk_wide, dv_wide), sums, plan.splits)
 
 
 def lag_of(problem: Problem) -> int:

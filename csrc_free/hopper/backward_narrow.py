@@ -4,12 +4,17 @@ The 64 rows of a warpgroup's products are ENTRIES (position, head) entries times
 which hold the whole narrow window: so the wide window passes once, and each row is one virtual
 query. With T = sum of dS · k and U = sum of P · v over the wide keys, dq is the sum of T ∘ k2 over
 an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part of the narrow gradients.
+For determinants that is T × k2 and q × T in the threes; for strassen, with σ = sum of dS,
+T + σ k2 and T + σ q.
 
 Two entries are a pair: the rows of one key are two rows of the same thread, which adds them before
 they leave it. A part is of consecutive positions, belongs to one program, and has a copy for each
 of its two warpgroups: so the order of every sum is fixed, though the additions are atomic ones.
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +29,8 @@ from csrc_free.hopper.attend_narrow import attend_narrow
 from csrc_free.hopper.bring_narrow import bring_narrow_rows, bring_wide_tiles
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
-from csrc_free.hopper.entries import power_of_two
-from csrc_free.hopper.key_plan import memory_for_parts, shares
+from csrc_free.hopper.entries import entries_of_position, positions_of_tile, tiles_of_position
+from csrc_free.hopper.key_plan import MOST_HEADS, memory_for_parts, shares
 from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
@@ -35,11 +40,14 @@ from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
 
 ROWS = 64
-MOST_KEYS = ROWS  # of a narrow window
+WIDEST = 512  # keys of a narrow window
 _RESERVE = 1024  # bytes: barriers
 _COPIES = (
     2  # of a part: its warpgroups took 5.6 ms for 5.0 adding by turns (G = 1; H200, 2026-11-29)
 )
+_FEWEST_STEPS, _MOST_STEPS = 8, 128  # tiles of an item
+_START = 0.5  # what an item costs besides, in tiles
+_ROUNDS = 3.5  # of small items: each program has about four
 # One compiled kernel serves all sizes and strides.
 _NUMBERS = (
     *NOT_SPECIALIZED, "items", "chunks", "steps", "tiles", "kv_heads",
@@ -71,11 +79,14 @@ class Config:
 
 def choose(traits: Traits, device: Device, narrow_window: int) -> Config | None:
     """Choose the tiles for a narrow window of so many keys; None: the kernel does not serve."""
-    if not _serves(traits, device):
+    if not _serves(traits, device) or narrow_window > WIDEST:
         return None
-    for keys in (16, 32, MOST_KEYS):
-        # The entries of both warpgroups are whole positions.
-        if narrow_window <= keys and 2 * (ROWS // keys) % triton.next_power_of_2(traits.group) == 0:
+    # A wider window passes in parts. Two heads of a position add what they have for a key before it
+    # leaves them: twice 32 keys took 47.6 ms for 52.0 of 64 at once (8 heads to one, 256 x 64), and
+    # four times 68.5 for 77.1 (128 x 128; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30).
+    sizes = (16, 32) if traits.group > 1 else (16, 32, ROWS)
+    for keys in sizes:
+        if narrow_window <= keys or keys == sizes[-1]:
             block_n = 64 if traits.block_d == 128 else 128
             found = (Config(keys, block_n, slots, 16) for slots in (4, 3, 2))
             fits = (c for c in found if c.shared_bytes(traits, device) <= device.shared_limit)
@@ -88,11 +99,10 @@ def _serves(traits: Traits, device: Device) -> bool:
         device.backend == "cuda"
         and device.arch == 90
         and traits.dtype == torch.bfloat16
-        and traits.form == "trilinear"
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
-        and 1 <= traits.group <= 4
+        and 1 <= traits.group <= MOST_HEADS
     )
 
 
@@ -105,13 +115,15 @@ def hopper_backward_narrow_kernel(
     stride_q_b, stride_q_h, stride_q_n, stride_do_b, stride_do_h, stride_do_n,
     stride_kn_b, stride_kn_h, stride_kn_n, stride_vn_b, stride_vn_h, stride_vn_n,
     stride_dq_b, stride_dq_h, stride_dq_n, scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
+    FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     HAS_NARROW_BIAS: gl.constexpr, PARTS_FOLLOW_QUERIES: gl.constexpr,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     KEYS: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
-    """One program owns every num_programs-th item: `steps` tiles of P positions, and their part.
+    """One program owns every num_programs-th item: `steps` tiles, and their part.
+
+    A tile is P positions of all heads, or some heads of one of TILES_OF_POSITION tiles.
 
     k_wide and v_wide are descriptors of [B, Hkv, M, D] in blocks of BLOCK_N keys, k_narrow and
     v_narrow in blocks of KEYS keys and 64 columns, of which k_rows and v_rows are the memory. delta
@@ -119,8 +131,8 @@ def hopper_backward_narrow_kernel(
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
     ENTRIES: gl.constexpr = 64 // KEYS
-    HEADS: gl.constexpr = power_of_two(GROUP)
-    P: gl.constexpr = 2 * ENTRIES // HEADS
+    P: gl.constexpr = positions_of_tile(GROUP, ENTRIES)
+    TILES_OF_POSITION: gl.constexpr = tiles_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
     of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
@@ -179,8 +191,9 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (attend_narrow, (
                 1, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
@@ -189,17 +202,20 @@ def hopper_backward_narrow_kernel(
                 kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
                 part_sizes, items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
-                GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P, BLOCK_N, SLOTS, TAIL,
+                FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_wide_tiles, (
                 k_wide, v_wide, k_tiles, v_tiles, full, empty, kv_bounds, q_start, sizes,
-                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, SLOTS, TAIL,
+                items, chunks, steps, tiles, HAS_BOUNDS, HAS_Q_START, P,
+                TILES_OF_POSITION, BLOCK_N, SLOTS, TAIL,
             )),
             (bring_narrow_rows, (
                 k_narrow, v_narrow, k_blocks, v_blocks, rows_full, k_empty, v_empty,
                 kv_bounds, q_start, sizes, items, chunks, steps, tiles,
-                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P, BLOCK_N, TAIL,
+                GROUP, HAS_BOUNDS, HAS_Q_START, BLOCK_D, BLOCK_DV, ENTRIES, P,
+                TILES_OF_POSITION, BLOCK_N, TAIL,
             )),
         ],
         [4, 1, 1], [240, 24, 24],
@@ -213,17 +229,20 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     kv_heads, *sizes = problem.sizes()
-    heads, entries = triton.next_power_of_2(problem.group), ROWS // config.keys
+    entries = ROWS // config.keys
+    heads = entries_of_position(problem.group, entries)
     processors = problem.device.multiprocessors
     tiles = triton.cdiv(seq * heads, 2 * entries)
-    steps, chunks = _division(tiles, batch * kv_heads, processors)
+    of_position = tiles_of_position(problem.group, entries)
+    steps, chunks = _division(tiles // of_position, batch * kv_heads, processors)
+    steps *= of_position
     parts = parts_of_queries(problem, heads, steps * 2 * entries, copies=_COPIES)
     assert parts is not None, "whoever chose this kernel asked `share_of`"
     items = batch * kv_heads * chunks
     q, dout = aligned(problem.q), aligned(dout)
     narrow = [_describable(t) for t in (problem.k_narrow, problem.v_narrow)]
     names = (
-        "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
+        "FORM", "GROUP", "HAS_BOUNDS", "HAS_Q_START", "HAS_NARROW_BIAS", "HEAD_DIM", "VALUE_DIM",
         "BLOCK_D", "BLOCK_DV",
     )  # fmt: skip
     launch(
@@ -244,6 +263,57 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     return parts
 
 
+def write_query_and_narrow(
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, Tensor, Tensor], config: Config
+) -> None:
+    """Write dq and the narrow pair's gradients, for a part of the narrow window after another.
+
+    Those of several parts are summed in float32.
+    """
+    windows = _windows(problem, config)
+    if len(windows) == 1:
+        _write(problem, windows[0], statistics, grads, config)
+        return
+    dq, *sums = (torch.zeros_like(t, dtype=torch.float32) for t in grads)
+    places = [torch.empty_like(t) for t in sums]
+    for reach in windows:
+        _write(problem, reach, statistics, (dq, *places), config)
+        for total, place in zip(sums, places, strict=True):
+            total += place
+    for grad, total in zip(grads, (dq, *sums), strict=True):
+        grad.copy_(total)
+
+
+def _write(
+    problem: Problem, reach: tuple[int, int], statistics: Statistics, grads: Sequence[Tensor],
+    config: Config,
+) -> None:  # fmt: skip
+    """Write the gradients of a narrow window; a dq in float32 is added to."""
+    some = dataclasses.replace(problem, narrow_reach=reach)
+    dq, dk, dv = grads
+    backward_narrow(some, statistics, dq, config).sum_into(dk, dv, some)
+
+
+def width_of(problem: Problem) -> int:
+    """Return how many keys the narrow window has, of which a row each."""
+    return sum(_reach(problem)) + 1
+
+
+def _reach(problem: Problem) -> tuple[int, int]:
+    """Return the narrow window's reach, less what no query has keys at."""
+    left, right = problem.narrow_reach
+    if problem.q_start is not None:
+        return left, right
+    return min(left, problem.k_narrow.shape[2] - 1), min(right, problem.q.shape[2] - 1)
+
+
+def _windows(problem: Problem, config: Config) -> list[tuple[int, int]]:
+    """Return the reaches of windows of up to config.keys keys, together the narrow one."""
+    left, right = _reach(problem)
+    firsts = range(-right, left + 1, config.keys)
+    return [(min(first + config.keys - 1, left), -first) for first in firsts]
+
+
 def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """Return how many (batch rows, key-value heads) have their parts in memory at once.
 
@@ -251,29 +321,51 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
     """
     batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
     entries, seq = ROWS // config.keys, problem.q.shape[2]
-    per_position = triton.next_power_of_2(problem.group)
+    per_position = entries_of_position(problem.group, entries)
     tiles = triton.cdiv(seq * per_position, 2 * entries)
-    row_bytes = 4 * _COPIES * (head_dim + problem.v_narrow.shape[3])
+    of_position = tiles_of_position(problem.group, entries)
+    columns = head_dim + problem.v_narrow.shape[3]
+    row_bytes = 4 * _COPIES * columns
+    windows = _windows(problem, config)
+    reach = max(left + right for left, right in windows)
+    # In float32, if there are several windows: the sums, and a window's of the narrow pair.
+    of_windows = 4 * (seq * problem.group * head_dim + 2 * narrow_rows * columns)
+    of_windows = of_windows if len(windows) > 1 else 0
     limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
-        steps, chunks = _division(tiles, heads, problem.device.multiprocessors)
-        span = steps * 2 * entries // per_position + 1 + sum(problem.narrow_reach)
-        if heads * chunks * min(span, narrow_rows) * row_bytes <= limit:
+        steps, chunks = _division(tiles // of_position, heads, problem.device.multiprocessors)
+        steps *= of_position
+        span = steps * 2 * entries // per_position + 1 + reach
+        taken = chunks * min(span, narrow_rows) * row_bytes + of_windows
+        if heads * taken <= limit:
             return some_batch, some_heads
     return None
 
 
+@functools.cache
 def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
-    """Return how many tiles are an item, and how many items a head has.
+    """Return how many tiles, or positions of several, are an item, and how many items a head has.
 
-    Large items make small parts, and small ones spread the work evenly.
+    So that the program with most to do has little, and in small items where that costs nothing: in
+    two rounds of them the programs at work are spread over twice the keys that they are in four
+    (10.6 ms for 10.2; B4 N2048 H16 Hkv16, H200, 2026-11-30).
     """
-    for steps in (128, 64, 32, 16, 8):
-        chunks = triton.cdiv(tiles, steps)
-        if 2 * heads * chunks >= 7 * processors:
-            return steps, chunks
-    return steps, chunks
+
+    def work(steps: int) -> float:
+        rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
+        return rounds * (min(steps, tiles) + _START)
+
+    def is_small(steps: int) -> bool:
+        return heads * triton.cdiv(tiles, steps) >= _ROUNDS * processors
+
+    most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
+    some = range(most, _FEWEST_STEPS - 1, -1)
+    steps = min(some, key=work)
+    small = min(filter(is_small, some), key=work, default=steps)
+    if work(small) < 1.05 * work(steps):
+        steps = small
+    return steps, triton.cdiv(tiles, steps)
 
 
 def _describable(tensor: Tensor) -> Tensor:

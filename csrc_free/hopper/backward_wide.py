@@ -1,6 +1,7 @@
 """The wide pair's gradients on Hopper where groups are small, in four matrix products.
 
-With virtual queries q̃ = q ∘ k_m and virtual dout dõ = dout ∘ v_m, m = position - offset:
+With virtual queries q̃ = q ∘ k_m and virtual dout dõ = dout ∘ v_m, m = position - offset (for
+determinants k_m × q in the threes, for strassen q + k_m, which has q · k_m besides in its logits):
 
     dk_wide += scale · dS q̃      dv_wide += P dõ
 
@@ -24,18 +25,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from csrc_free.hopper.assembly import pack_bfloat16
+from csrc_free.device.forms import CODES, DETERMINANT, STRASSEN
+from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
 from csrc_free.hopper.spans import FIELDS
+from csrc_free.hopper.splits import add_splits, sums_of_splits
+from csrc_free.hopper.threes import rounded_cross
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
 KEYS = 128  # of a program: 64 for each of two warpgroups
+HEADS_OF_TILE = 4  # of a tile of rows: of more each has tiles of its own, of the same positions
 _KEYS = gl.constexpr(KEYS)
 _HALF = gl.constexpr(KEYS // 2)
 _ROWS = gl.constexpr(ROWS)
@@ -43,29 +48,38 @@ _FIELDS = gl.constexpr(FIELDS)
 _RESERVE = 1000  # bytes: barriers, and what the warps are told
 PANEL = 64
 _PANEL = gl.constexpr(PANEL)
+_BLOCK_BITS = gl.constexpr(5)  # numbers of up to 16 tiles of a position's heads
+_LAST_BLOCK = gl.constexpr(31)
 
 NOT_SPECIALIZED = (
     "kv_heads", "group", "seq", "wide_rows", "narrow_rows",
     "wide_left", "wide_right", "narrow_left", "narrow_right", "q_start_default", "items", "heads",
+    "splits",
 )  # fmt: skip
 
 
 @gluon.jit
+def _split(item, heads, splits):
+    """Return an item's tile of keys, split and key-value head of the batch."""
+    return item // heads // splits, item // heads % splits, item % heads
+
+
+@gluon.jit
 def _item(
-    item, heads, sizes, spans, q_start, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HEADS: gl.constexpr,
+    item, heads, splits, sizes, spans, q_start, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """Return where an item stands, and what its keys meet: queries, offsets, and common bounds.
 
-    Items of the last keys, which a causal window shows to few queries, come last.
+    Of the queries that see a tile of keys, an item has its split. Items of the last keys, which a
+    causal window shows to few queries, come last.
     """
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
         start,
     ) = sizes  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
-    bh = item % heads
-    tile = item // heads
+    tile, split, bh = _split(item, heads, splits)
     batch = bh // kv_heads
     if HAS_Q_START:
         start = gl.load(q_start + batch)
@@ -85,12 +99,18 @@ def _item(
         lo = 0
         hi = keys
     tiles = (gl.maximum(query_end - query_first, 0) + positions - 1) // positions
+    query_end = gl.minimum(query_end, query_first + tiles * (split + 1) // splits * positions)
+    query_first += tiles * split // splits * positions
+    tiles = tiles * (split + 1) // splits - tiles * split // splits
     first = gl.maximum(0 - narrow_right, start + query_first - keys + 1)
     last = gl.minimum(narrow_left, start + query_end - 1 - narrow_first)
     offsets = gl.maximum(last - first + 1, 0)
     if offsets == 0:
         tiles = 0
-    return batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets, lo, hi
+    return (
+        batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets,
+        lo, hi,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -98,11 +118,12 @@ def _fetch(
     q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
     q_tile, dout_tile, k_tiles, v_tiles, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty,
-    sizes, items, heads,
+    sizes, group, items, heads, splits,
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
 ):  # fmt: skip
     """The warp that brings tiles: wide keys, rows, and for each offset the rows' narrow keys."""
+    blocks = (group + HEADS - 1) // HEADS
     kv_heads, _, wide_rows, narrow_rows, _, _, _, _, _ = sizes
     positions: gl.constexpr = _ROWS // HEADS
     shape: gl.constexpr = [1, 1, _HALF, BLOCK_D]
@@ -115,7 +136,7 @@ def _fetch(
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         batch, bh, tile, start, _, query_first, _, tiles, first, offsets, _, _ = (
-            _item(item, heads, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
+            _item(item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
         )  # fmt: skip
         kv_head = bh % kv_heads
         wait_empty(k_empty, 0, items_done)
@@ -130,16 +151,17 @@ def _fetch(
                 v_wide, coords, k_full.index(0),
                 v_tiles.index(half)._reinterpret(gl.bfloat16, shape, v_wide.layout),
             )  # fmt: skip
-        for a in range(tiles):
-            i = query_first + a * positions
+        for a in range(tiles * blocks):
+            i = query_first + a // blocks * positions
+            head = a % blocks * HEADS
             wait_empty(q_empty, 0, tiles_done)
             mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q, [batch, kv_head, 0, i, 0], q_full.index(0),
+                q, [batch, kv_head, head, i, 0], q_full.index(0),
                 q_tile._reinterpret(gl.bfloat16, rows, q.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
-                dout, [batch, kv_head, 0, i, 0], q_full.index(0),
+                dout, [batch, kv_head, head, i, 0], q_full.index(0),
                 dout_tile._reinterpret(gl.bfloat16, rows, dout.layout),
             )  # fmt: skip
             tiles_done += 1
@@ -151,8 +173,8 @@ def _fetch(
                 v_slot = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
                 for panel in gl.static_range(BLOCK_D // _PANEL):
                     coords = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
-                    for head in gl.static_range(HEADS):
-                        index = panel * HEADS + head
+                    for copy in gl.static_range(HEADS):
+                        index = panel * HEADS + copy
                         tma.async_copy_global_to_shared(
                             k_narrow, coords, slot_full.index(s), k_slot.index(index)
                         )
@@ -165,8 +187,9 @@ def _fetch(
 
 @gluon.jit
 def _build(
-    step, place, offsets, tiles_done, mine, bias, ring, q_full, q_empty, slot_full, built,
-    r: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
+    step, place, offsets, tiles_done, mine, bias, ring, constants, log2_scale,
+    q_full, q_empty, slot_full, built,
+    r: gl.constexpr, FORM: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Make this warpgroup's half of the virtual rows of a step, in the narrow rows' place.
 
@@ -178,8 +201,22 @@ def _build(
     if place == 0:
         wait_full(q_full, 0, tiles_done)
     rows = ring.index(2 * s + r)
-    x = _biased(rows.load(LAYOUT), bias, HAS_BIAS)
-    rows.store((x * mine.load(LAYOUT)).to(gl.bfloat16))
+    columns: gl.constexpr = rows.shape[1]
+    IS_CROSS: gl.constexpr = FORM == DETERMINANT and r == 0
+    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    layout: gl.constexpr = accumulator(columns) if IS_CROSS else by_rows
+    x = _biased(rows.load(layout), bias, HAS_BIAS)
+    y = mine.load(layout)
+    if IS_CROSS:
+        made = rounded_cross(x, y)
+    elif FORM == STRASSEN and r == 0:
+        x, y = x.to(gl.float32), y.to(gl.float32)
+        of_rows = constants.index(s)._reinterpret(gl.float32, [_ROWS], plain(1))
+        of_rows.store(gl.sum(x * y, 1) * log2_scale)
+        made = x + y
+    else:
+        made = x * y
+    rows.store(made.to(gl.bfloat16))
     fence_async_shared()
     arrive(built, s)
     place += 1
@@ -199,15 +236,19 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 
 @gluon.jit
 def _probabilities(
-    s, lse2_tile, i, offset, full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
-    HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr,
+    s, lse2_tile, constants, i, offset, full, reach, batch, start, key_first, seq,
+    kv_bounds, log2_scale, FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i, each at its narrow key of an offset.
 
     Rows past the last query have an infinite lse.
     """
     full_first, full_last, full_narrow_first, full_narrow_last = full
-    p = gl.exp2(s * log2_scale - lse2_tile.load(LAYOUT))
+    shift = lse2_tile.load(LAYOUT)
+    if FORM == STRASSEN:
+        shift -= constants.load(LAYOUT)
+    p = gl.exp2(s * log2_scale - shift)
     is_whole = (i >= full_first) & (i <= full_last)
     is_whole = is_whole & (i - offset >= full_narrow_first) & (i - offset <= full_narrow_last)
     if is_whole == 0:
@@ -231,19 +272,18 @@ def _probabilities(
 def _sum_up(
     r: gl.constexpr,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-    mine, statistic, k_tile, v_tile, ring,
+    mine, statistic, constants, k_tile, v_tile, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-    sizes, group, items, heads, strides, scale, log2_scale, bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    sizes, group, items, heads, splits, strides, scale, log2_scale, bias,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup r of two: half the keys of an item, and half of every step's virtual rows."""
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, _, _, _ = sizes
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n = strides
     of_logits: gl.constexpr = accumulator(_ROWS)
     of_sums: gl.constexpr = accumulator(BLOCK_D)
-    by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     of_row: gl.constexpr = columns_of(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
     positions: gl.constexpr = _ROWS // HEADS
     no_logits = gl.zeros([_HALF, _ROWS], gl.float32, of_logits)
@@ -251,12 +291,16 @@ def _sum_up(
     statistics = statistic._reinterpret(gl.float32, [2, 1, _ROWS], plain(2))
     both_statistics = statistic._reinterpret(gl.float32, [1, 2 * _ROWS], plain(2))
     keys = gl.maximum(wide_rows, narrow_rows)
+    blocks = (group + HEADS - 1) // HEADS
     step = 0
     items_done = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, bh, tile, start, key_first, query_first, query_end, tiles, first, offsets, lo, hi = (
-            _item(item, heads, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS)
+        (
+            batch, bh, _tile, start, key_first, query_first, query_end, tiles, first, offsets,
+            lo, hi,
+        ) = _item(
+            item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS
         )  # fmt: skip
         is_huge = gl.load(has_huge + bh) != 0
         key_first += r * _HALF
@@ -283,9 +327,10 @@ def _sum_up(
             (gl.maximum(own_end - query_first, 0) + positions - 1) // positions, tiles
         )
         tile_end = gl.maximum(tile_end, tile_first)
-        step_end = step + tiles * offsets
-        own_step = step + tile_first * offsets
-        own_step_end = step + tile_end * offsets
+        steps = blocks * offsets  # of the rows of a tile's positions
+        step_end = step + tiles * steps
+        own_step = step + tile_first * steps
+        own_step_end = step + tile_end * steps
         x = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         y = gl.zeros([_HALF, BLOCK_D], gl.float32, of_sums)
         wait_full(k_full, 0, items_done)
@@ -293,14 +338,14 @@ def _sum_up(
         to_build = 0
         for ahead in range(step, gl.minimum(step + 2, step_end)):
             to_build, tiles_done = _build(
-                ahead, to_build, offsets, tiles_done, mine, bias, ring,
-                q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                ahead, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
             )  # fmt: skip
-        for step in range(own_step - tile_first * offsets, own_step):
+        for step in range(own_step - tile_first * steps, own_step):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                    log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -312,14 +357,16 @@ def _sum_up(
                 use_acc=False, is_async=True,
             )  # fmt: skip
             s = warpgroup_mma_wait(0, deps=(s,))
-            i = query_first + tile_first * positions
+            # The first query of a tile of rows, and which heads of its positions, in one register.
+            place = (query_first + tile_first * positions) << _BLOCK_BITS
             d = 0
             for step in range(own_step, own_step_end):
                 if d == 0:
-                    row = i + both % positions
-                    head = both % _ROWS // positions
+                    row = (place >> _BLOCK_BITS) + both % positions
+                    head = (place & _LAST_BLOCK) * HEADS + both % _ROWS // positions
                     mask = (row < seq) & (head < group)
-                    offs = (bh.to(gl.int64) * seq + row) * group + head
+                    of_head = ((item + opaque_zero()) % heads).to(gl.int64) * seq
+                    offs = (of_head + row) * group + head
                     of_lse2 = gl.load(lse2 + offs, mask=mask & (both < _ROWS), other=float("inf"))
                     of_delta = gl.load(delta + offs, mask=mask & (both >= _ROWS), other=0.0)
                     both_statistics.store(gl.where(both < _ROWS, of_lse2, of_delta)[None, :])
@@ -328,8 +375,9 @@ def _sum_up(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 p = _probabilities(
-                    s, statistics.index(0), i, first + d, full, reach, batch, start, key_first,
-                    seq, kv_bounds, log2_scale, HEADS, HAS_BOUNDS, of_logits,
+                    s, statistics.index(0), constants.index(now), place >> _BLOCK_BITS, first + d,
+                    full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
+                    FORM, HEADS, HAS_BOUNDS, of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
                     gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
@@ -342,13 +390,16 @@ def _sum_up(
                 )
                 if step + 2 < step_end:
                     to_build, tiles_done = _build(
-                        step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                        q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                        step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                        log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                     )  # fmt: skip
                 d += 1
                 if d == offsets:
                     d = 0
-                    i += positions
+                    place += 1
+                    blocks = (group + opaque_zero() + HEADS - 1) // HEADS
+                    if (place & _LAST_BLOCK) == blocks:
+                        place += (positions << _BLOCK_BITS) - blocks
                 has_more = step + 1 < own_step_end
                 later = gl.where(has_more, (step + 1) % STAGES, now)
                 if has_more:
@@ -368,8 +419,8 @@ def _sum_up(
         for step in range(own_step_end, step_end):
             if step + 2 < step_end:
                 to_build, tiles_done = _build(
-                    step + 2, to_build, offsets, tiles_done, mine, bias, ring,
-                    q_full, q_empty, slot_full, built, r, STAGES, HAS_BIAS, by_rows,
+                    step + 2, to_build, offsets, tiles_done, mine, bias, ring, constants,
+                    log2_scale, q_full, q_empty, slot_full, built, r, FORM, STAGES, HAS_BIAS,
                 )  # fmt: skip
             wait_full(built, step % STAGES, step // STAGES)
             arrive(slot_empty, step % STAGES)
@@ -377,19 +428,23 @@ def _sum_up(
         arrive(k_empty, 0)
         items_done += 1  # noqa: SIM113
 
+        # Where the item stands is made anew, so that no registers keep it.
+        tile, split, bh = _split(item + opaque_zero(), heads, splits)
         row = tile * _KEYS + r * _HALF + gl.arange(0, _HALF, layout=rows_of(of_sums))
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))
+        batch = bh // kv_heads
         kv_head = (bh % kv_heads).to(gl.int64)
-        offs = batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
+        before = split.to(gl.int64) * heads * wide_rows
+        offs = before * HEAD_DIM + batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
         gl.store(
             dk_wide + offs + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
-            (x * scale).to(gl.bfloat16),
+            (x * scale).to(dk_wide.dtype.element_ty),
             mask=(row < wide_rows)[:, None] & (column < HEAD_DIM)[None, :],
         )  # fmt: skip
-        offs = batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
+        offs = before * VALUE_DIM + batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
         gl.store(
             dv_wide + offs + (row.to(gl.int64) * stride_dv_n)[:, None] + column[None, :],
-            y.to(gl.bfloat16),
+            y.to(dv_wide.dtype.element_ty),
             mask=(row < wide_rows)[:, None] & (column < VALUE_DIM)[None, :],
         )  # fmt: skip
 
@@ -399,21 +454,23 @@ def hopper_backward_wide_kernel(
     q, dout, k_wide, v_wide, k_narrow, v_narrow,
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
-    q_start_default, group, items, heads,
+    q_start_default, group, items, heads, splits,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
     scale, log2_scale, k_narrow_bias, v_narrow_bias,
-    HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr,
+    HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """A persistent program takes items, 128 wide keys each, 64 for either of two warpgroups.
 
-    It goes through tiles of 64 rows, HEADS heads x (64 / HEADS) positions, and inside through the
-    offsets of the narrow window. A third warp brings the narrow keys of a tile's positions; the
-    first warpgroup multiplies k by q, the second v by dout, and both use both.
+    It goes through tiles of 64 rows, HEADS heads x (64 / HEADS) positions, those of all heads of
+    some positions before others, and inside through the offsets of the narrow window. A third warp
+    brings the narrow keys of a tile's positions; the first warpgroup multiplies k by q, the second
+    v by dout, and both use both.
 
     q and dout are descriptors of [B, Hkv, G, N, D], the pairs of [B, Hkv, rows, D]; delta and lse2
-    are [B, Hkv, N, G].
+    are [B, Hkv, N, G]. With several splits the gradients are float32 [splits, B, Hkv, rows, D],
+    sums over the queries of one.
     """
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mine = gl.allocate_shared_memory(gl.bfloat16, [2, _ROWS, BLOCK_D], matrix)
@@ -421,6 +478,10 @@ def hopper_backward_wide_kernel(
     v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
     ring = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, _ROWS, BLOCK_D], matrix)
     statistic = gl.allocate_shared_memory(gl.float32, [2, 2, _ROWS], plain(2))
+    # What stands besides in the logits of a step's virtual rows.
+    constants = gl.allocate_shared_memory(
+        gl.float32, [STAGES if FORM == STRASSEN else 1, 1, _ROWS], plain(2)
+    )
     k_full = barriers(1, 1)
     k_empty = barriers(1, 2)
     q_full = barriers(1, 1)
@@ -437,23 +498,23 @@ def hopper_backward_wide_kernel(
     gl.warp_specialize([
         (_sum_up, (
             0, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-            mine.index(0), statistic.index(0), k_tiles.index(0), v_tiles.index(0), ring,
+            mine.index(0), statistic.index(0), constants, k_tiles.index(0), v_tiles.index(0), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-            sizes, group, items, heads, strides, scale, log2_scale, k_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            sizes, group, items, heads, splits, strides, scale, log2_scale, k_narrow_bias,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_sum_up, (
             1, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
-            mine.index(1), statistic.index(1), k_tiles.index(1), v_tiles.index(1), ring,
+            mine.index(1), statistic.index(1), constants, k_tiles.index(1), v_tiles.index(1), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-            sizes, group, items, heads, strides, scale, log2_scale, v_narrow_bias,
-            HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            sizes, group, items, heads, splits, strides, scale, log2_scale, v_narrow_bias,
+            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
             mine.index(0), mine.index(1), k_tiles, v_tiles, ring,
-            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, items, heads,
-            HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
+            k_full, k_empty, q_full, q_empty, slot_full, slot_empty, sizes, group, items,
+            heads, splits, HEADS, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -469,39 +530,40 @@ class Config:
     def shared_bytes(self, traits: Traits, device: Device) -> int:
         """Return a bound on the shared memory that the kernel needs."""
         tiles = (self.stages + 2 + 1) * 2 * 2 * ROWS * traits.columns  # narrow rows, keys, rows
-        return tiles + 2 * 2 * 4 * ROWS + _RESERVE
+        return tiles + (2 * 2 + self.stages) * 4 * ROWS + _RESERVE
 
 
 def backward_wide(
     problem: Problem, statistics: Statistics, dk_wide: Tensor, dv_wide: Tensor,
-    spans: Tensor | None,
+    spans: Tensor | None, splits: int,
 ) -> None:  # fmt: skip
-    """Write the wide pair's gradients."""
+    """Write the wide pair's gradients; `splits` programs share the queries of a tile of keys."""
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     columns = block(head_dim)
-    heads = triton.next_power_of_2(problem.group)
-    items = batch * kv_heads * triton.cdiv(wide_rows, KEYS)
+    heads = min(triton.next_power_of_2(problem.group), HEADS_OF_TILE)
+    items = batch * kv_heads * triton.cdiv(wide_rows, KEYS) * splits
     narrow = [1, 1, ROWS // heads, PANEL]
+    sums = sums_of_splits((dk_wide, dv_wide), splits)
     launch(
         hopper_backward_wide_kernel, min(problem.device.multiprocessors, items),
-        *(_rows(t, problem.group, columns) for t in (problem.q, statistics.dout)),
+        *(_rows(t, problem.group, heads, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),
         *(describe(t, narrow) for t in (problem.k_narrow, problem.v_narrow)),
-        statistics.delta, statistics.lse2, statistics.has_huge, dk_wide, dv_wide,
+        statistics.delta, statistics.lse2, statistics.has_huge, *sums,
         problem.kv_bounds, spans, problem.q_start,
-        *problem.sizes(), problem.group, items, batch * kv_heads,
-        *dk_wide.stride()[:3], *dv_wide.stride()[:3],
+        *problem.sizes(), problem.group, items, batch * kv_heads, splits,
+        *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases()[2:],
-        HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=columns,
-        HAS_BOUNDS=problem.kv_bounds is not None, HAS_Q_START=problem.q_start is not None,
-        HAS_BIAS=any(problem.biases()[2:]),
+        FORM=CODES[problem.form], HEADS=heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim,
+        BLOCK_D=columns, HAS_BOUNDS=problem.kv_bounds is not None,
+        HAS_Q_START=problem.q_start is not None, HAS_BIAS=any(problem.biases()[2:]),
         config=Config(),
     )  # fmt: skip
+    add_splits((dk_wide, dv_wide), sums, splits)
 
 
-def _rows(tensor: Tensor, group: int, columns: int) -> TensorDescriptor:
+def _rows(tensor: Tensor, group: int, heads: int, columns: int) -> TensorDescriptor:
     """Describe q or dout [B, H, N, D] as [B, Hkv, G, N, D], in tiles of ROWS rows, head by head."""
-    heads = triton.next_power_of_2(group)
     rows: torch.Tensor = tensor.unflatten(1, (-1, group))
     return describe(rows, [1, 1, heads, ROWS // heads, columns])

@@ -10,7 +10,7 @@ from csrc_free.hopper.key_items import (
     known,
     narrow_key,
     places,
-    rows_of_pair,
+    rows_of_turn,
     span_of,
     turns_of,
 )
@@ -29,6 +29,7 @@ def bring_keys(
     HEADS: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr, APART: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """Bring the wide keys of each item, and for each turn the rows.
 
@@ -39,6 +40,7 @@ def bring_keys(
         q_start_default,
     ) = known(sizes, IS_CAUSAL, IS_SQUARE)  # fmt: skip
     positions: gl.constexpr = _ROWS // HEADS
+    NARROW: gl.constexpr = _KEYS // WIDE
     step = 0
     tiles_done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -50,25 +52,26 @@ def bring_keys(
         ):  # fmt: skip
             _key_first, query_first, query_end, narrow_first, narrow_end, _lo, _hi = span_of(
                 tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
-                wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+                wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS, WIDE,
             )  # fmt: skip
-            base, turns = turns_of(narrow_first, narrow_end, APART)
-            place, own_turns = places(base, turns, split, splits)
+            base, turns = turns_of(narrow_first, narrow_end, APART, NARROW)
+            place, own_turns = places(base, turns, split, splits, NARROW)
             wait_empty(keys_empty, 0, tiles_done)
             mbarrier.expect(keys_full.index(0), k_wide.block_type.nbytes + v_wide.block_type.nbytes)
-            coords = [batch, kv_head, tile * _KEYS, 0]
+            coords = [batch, kv_head, tile * WIDE, 0]
             tma.async_copy_global_to_shared(
                 k_wide, coords, keys_full.index(0),
-                k_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_D], k_wide.layout),
+                k_tile._reinterpret(q.dtype, [1, 1, WIDE, BLOCK_D], k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
                 v_wide, coords, keys_full.index(0),
-                v_tile._reinterpret(q.dtype, [1, 1, _KEYS, BLOCK_DV], v_wide.layout),
+                v_tile._reinterpret(q.dtype, [1, 1, WIDE, BLOCK_DV], v_wide.layout),
             )  # fmt: skip
             for _turn in range(own_turns):
-                i, count, begin_0, end_0, begin_1, end_1 = rows_of_pair(
-                    narrow_key(place, base, APART), narrow_first, narrow_end,
+                i, count, begin_0, end_0, begin_1, end_1 = rows_of_turn(
+                    narrow_key(place, base, APART, NARROW), narrow_first, narrow_end,
                     query_first, query_end, start, narrow_left, narrow_right, APART, positions,
+                    NARROW,
                 )  # fmt: skip
                 place += 1
                 place = gl.where(place == turns, 0, place)

@@ -5,15 +5,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from csrc_free.hopper.channels import wait_empty
-from csrc_free.hopper.entries import power_of_two
-from csrc_free.hopper.query_items import place
+from csrc_free.hopper.entries import entries_of_position, place_of_tile
 
 
 @gluon.jit
 def bring_wide_tiles(
     k_wide, v_wide, k_ring, v_ring, full, empty, kv_bounds, q_start, sizes,
     items, chunks, steps, tiles, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, TAIL: gl.constexpr,
+    P: gl.constexpr, TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Bring the wide tiles of every step, the newest first."""
     passed = 0
@@ -21,9 +21,9 @@ def bring_wide_tiles(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         first = item % chunks * steps
         for tile in range(first, gl.minimum(first + steps, tiles)):
-            batch, kv_head, _, _, top, count, tails, _, _, _, _ = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
+            batch, kv_head, _, _, top, count, tails, _, _, _, _ = place_of_tile(
+                item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, TILES_OF_POSITION, BLOCK_N, TAIL, 1,
             )  # fmt: skip
             for t in range(count):
                 slot = passed % SLOTS
@@ -50,7 +50,7 @@ def bring_narrow_rows(
     kv_bounds, q_start, sizes, items, chunks, steps, tiles,
     GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, ENTRIES: gl.constexpr,
-    P: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
+    P: gl.constexpr, TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Bring each warpgroup the narrow keys and values of its pairs of entries, one step ahead."""
     n = 0
@@ -58,13 +58,13 @@ def bring_narrow_rows(
     K_HALVES: gl.constexpr = BLOCK_D // 64
     V_HALVES: gl.constexpr = BLOCK_DV // 64
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
-    HEADS: gl.constexpr = power_of_two(GROUP)
+    HEADS: gl.constexpr = entries_of_position(GROUP, ENTRIES)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         first = item % chunks * steps
         for tile in range(first, gl.minimum(first + steps, tiles)):
-            batch, kv_head, _, p0, _, count, _, _, _, _, _ = place(
-                item // chunks * tiles + tiles - 1 - tile, tiles, sizes, q_start, kv_bounds,
-                HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, 1,
+            batch, kv_head, _, p0, _, count, _, _, _, _, _ = place_of_tile(
+                item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+                HAS_BOUNDS, HAS_Q_START, P, TILES_OF_POSITION, BLOCK_N, TAIL, 1,
             )  # fmt: skip
             if count > 0:
                 for r in gl.static_range(2):

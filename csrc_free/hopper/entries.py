@@ -7,15 +7,48 @@ rows of one key are two rows of the same thread.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from csrc_free.device.forms import DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
 from csrc_free.hopper.layouts import accumulator, rows_of
-from csrc_free.hopper.query_items import spread, to_float32
+from csrc_free.hopper.query_items import place, spread, to_float32
+from csrc_free.hopper.threes import cross, rounded_cross
 
 
 @gluon.constexpr_function
-def power_of_two(group):
-    """Return the entries of a position: a group's heads, and of three heads a fourth for nobody."""
-    return 1 << (group - 1).bit_length()
+def entries_of_position(group, entries):
+    """Return the entries of a position, of which those past the group's heads are nobody's.
+
+    A tile has 2 * entries: several positions, or some heads of one.
+    """
+    power = 1 << (group - 1).bit_length()
+    return power if power <= 2 * entries else -(-group // (2 * entries)) * 2 * entries
+
+
+@gluon.constexpr_function
+def positions_of_tile(group, entries):
+    """Return how many positions a tile has, each with all its heads, or 1."""
+    return max(2 * entries // entries_of_position(group, entries), 1)
+
+
+@gluon.constexpr_function
+def tiles_of_position(group, entries):
+    """Return how many tiles a position has."""
+    return max(entries_of_position(group, entries) // (2 * entries), 1)
+
+
+@gluon.jit
+def place_of_tile(
+    item, tile, chunks, tiles, sizes, q_start, kv_bounds,
+    HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, P: gl.constexpr,
+    TILES_OF_POSITION: gl.constexpr, BLOCK_N: gl.constexpr, TAIL: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Return what `place` says of a tile; tiles are counted from the first query on."""
+    places = tiles // TILES_OF_POSITION
+    return place(
+        item // chunks * places + places - 1 - tile // TILES_OF_POSITION, places, sizes, q_start,
+        kv_bounds, HAS_BOUNDS, HAS_Q_START, P, BLOCK_N, TAIL, WARPS,
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -132,17 +165,46 @@ def narrow_rows_of(
 
 @gluon.jit
 def virtual_keys(
-    raw, newest, rows, mask, bias, HAS_BIAS: gl.constexpr, KEYS: gl.constexpr,
-    ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
+    raw, newest, rows, mask, bias, FORM: gl.constexpr, HAS_BIAS: gl.constexpr,
+    KEYS: gl.constexpr, ENTRIES: gl.constexpr, IS_SHIFTED: gl.constexpr,
 ):  # fmt: skip
-    """Return narrow rows [64, columns] times the row of their entry; 0 where not seen."""
+    """Return what a form makes of narrow rows [64, columns] and the rows of their entries.
+
+    0 where not seen; and what else stands in its logits, a number for each row.
+    """
     COLUMNS: gl.constexpr = raw.shape[1]
     like = gl.zeros([64, COLUMNS], gl.bfloat16, accumulator(COLUMNS))
     x = narrow_rows_of(raw, newest, like, KEYS, ENTRIES, IS_SHIFTED)
     y = rows_of_entries(rows, like, ENTRIES)
-    made = pack_bfloat16((to_float32(x) + bias) * to_float32(y)) if HAS_BIAS else x * y
+    constant = 0.0
+    if HAS_BIAS or FORM == STRASSEN:
+        x = to_float32(x) + bias
+        y = to_float32(y)
+        if FORM == STRASSEN:
+            constant = gl.sum(x * y, 1)
+            made = pack_bfloat16(x + y)
+        else:
+            made = pack_bfloat16(cross(x, y) if FORM == DETERMINANT else x * y)
+    else:
+        made = rounded_cross(x, y) if FORM == DETERMINANT else x * y
     mask = gl.convert_layout(mask, rows_of(accumulator(COLUMNS)), assert_trivial=True)
-    return of_rows(mask, made, gl.zeros_like(made))
+    return of_rows(mask, made, gl.zeros_like(made)), constant
+
+
+@gluon.jit
+def of_query(t, sigma, narrow, FORM: gl.constexpr):
+    """Return what each row adds to dq: t are its sums of dS · k over wide keys, sigma of dS."""
+    if FORM == DETERMINANT:
+        return cross(t, narrow)
+    return t + sigma[:, None] * narrow if FORM == STRASSEN else t * narrow
+
+
+@gluon.jit
+def of_narrow_key(t, sigma, query, FORM: gl.constexpr):
+    """Return what each row adds to the gradient of its narrow key."""
+    if FORM == DETERMINANT:
+        return cross(query, t)
+    return t + sigma[:, None] * query if FORM == STRASSEN else t * query
 
 
 @gluon.jit

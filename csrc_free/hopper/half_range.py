@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_free.device.forms import load_rows
+from csrc_free.device.forms import load_rows, store_rows
+from csrc_free.device.pair import load_pair, pairs_of
+from csrc_free.device.tiles import head_offs, place, query_rows, sizes_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
 from csrc_free.steps.delta import Statistics
@@ -108,49 +110,35 @@ def largest_of_keys_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program looks at BLOCK_Q rows of both pairs of one key-value head."""
+    dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
     tiles = tl.cdiv(tl.maximum(wide_rows, narrow_rows), BLOCK_Q)
-    bh = tl.program_id(0) // tiles
-    batch = (bh // kv_heads).to(tl.int64)
-    kv_head = (bh % kv_heads).to(tl.int64)
-    row = (tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
-    is_wide = row < wide_rows
-    is_narrow = row < narrow_rows
-    k = load_rows(
-        k_wide + batch * stride_kw_b + kv_head * stride_kw_h, row, stride_kw_n, columns,
-        is_wide, HEAD_DIM,
+    tile, bh, batch, kv_head = place(tiles, kv_heads, False, False)
+    row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    wide, narrow = pairs_of(
+        (k_wide, stride_kw_b, stride_kw_h, stride_kw_n, 0.0),
+        (v_wide, stride_vw_b, stride_vw_h, stride_vw_n, 0.0),
+        (k_narrow, stride_kn_b, stride_kn_h, stride_kn_n, k_bias),
+        (v_narrow, stride_vn_b, stride_vn_h, stride_vn_n, v_bias),
+        batch, kv_head, sizes_of(0, wide_rows, narrow_rows), False,
     )  # fmt: skip
-    v = load_rows(
-        v_wide + batch * stride_vw_b + kv_head * stride_vw_h, row, stride_vw_n, value_columns,
-        is_wide, VALUE_DIM,
-    )  # fmt: skip
-    other_k = load_rows(
-        k_narrow + batch * stride_kn_b + kv_head * stride_kn_h, row, stride_kn_n, columns,
-        is_narrow, HEAD_DIM,
-    )  # fmt: skip
-    other_v = load_rows(
-        v_narrow + batch * stride_vn_b + kv_head * stride_vn_h, row, stride_vn_n, value_columns,
-        is_narrow, VALUE_DIM,
-    )  # fmt: skip
-    largest += bh.to(tl.int64) * _COUNT
+    largest += bh * _COUNT
+    k, v = load_pair(wide, row, row < wide_rows, dims)
     v = _finite(v)
     _raise_to(largest, _K_WIDE, tl.max(tl.max(_finite(k), 1), 0))
     _raise_to(largest, _V_WIDE, tl.max(tl.max(v, 1), 0))
     _raise_to(largest, _LENGTH, tl.sqrt(tl.max(tl.sum(v * v, 1), 0)))
-    _raise_to(largest, _K_NARROW, tl.max(tl.max(_finite(other_k + k_bias), 1), 0))
-    _raise_to(largest, _V_NARROW, tl.max(tl.max(_finite(other_v + v_bias), 1), 0))
+    k, v = load_pair(narrow, row, row < narrow_rows, dims)
+    _raise_to(largest, _K_NARROW, tl.max(tl.max(_finite(k + k_bias), 1), 0))
+    _raise_to(largest, _V_NARROW, tl.max(tl.max(_finite(v + v_bias), 1), 0))
 
 
 @triton.jit
 def _place_of_rows(seq, kv_heads, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Return (bh, batch, i, head, mask, place) of the program's rows (position, head)."""
-    tiles = tl.cdiv(seq * GROUP, BLOCK_Q)
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    flat = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    i = (flat // GROUP).to(tl.int64)
-    head = (bh % kv_heads) * GROUP + flat % GROUP
-    return bh, bh // kv_heads, i, head, i < seq, bh * seq * GROUP + flat
+    """Return (bh, batch, kv_head, rows, offs) of the program's rows; offs in [B, Hkv, N, G]."""
+    tile, bh, batch, kv_head = place(tl.cdiv(seq * GROUP, BLOCK_Q), kv_heads, False, False)
+    flat = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    rows = query_rows(flat, seq, GROUP, GROUP, tl.int64)
+    return bh, batch, kv_head, rows, bh * seq * GROUP + flat
 
 
 @triton.jit(do_not_specialize=["seq"])
@@ -161,22 +149,19 @@ def largest_of_rows_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program looks at BLOCK_Q rows (position, head); `largest` has those of the keys."""
-    bh, batch, i, head, mask, place = _place_of_rows(seq, kv_heads, GROUP, BLOCK_Q)
-    query = load_rows(
-        q, batch * stride_q_b + head * stride_q_h + i * stride_q_n, 1, tl.arange(0, BLOCK_D),
-        mask, HEAD_DIM,
-    )  # fmt: skip
-    do = load_rows(
-        dout, batch * stride_do_b + head * stride_do_h + i * stride_do_n, 1,
-        tl.arange(0, BLOCK_DV), mask, VALUE_DIM,
-    )  # fmt: skip
+    bh, batch, kv_head, rows, offs = _place_of_rows(seq, kv_heads, GROUP, BLOCK_Q)
+    _i, _head, mask = rows
+    q_offs = head_offs(stride_q_b, stride_q_h, stride_q_n, batch, kv_head, rows, GROUP)
+    query = load_rows(q, q_offs, 1, tl.arange(0, BLOCK_D), mask, HEAD_DIM)
+    do_offs = head_offs(stride_do_b, stride_do_h, stride_do_n, batch, kv_head, rows, GROUP)
+    do = load_rows(dout, do_offs, 1, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
     largest += bh * _COUNT
     length = tl.load(largest + _LENGTH).to(tl.float32, bitcast=True)
     v = tl.load(largest + _V_NARROW).to(tl.float32, bitcast=True)
     do = _finite(do)
-    row_delta = _finite(tl.load(delta + place, mask=mask, other=0.0))
+    row_delta = _finite(tl.load(delta + offs, mask=mask, other=0.0))
     row_bound = tl.sqrt(tl.sum(do * do, 1)) * length * v + row_delta
-    tl.store(bound + place, row_bound, mask=mask)
+    tl.store(bound + offs, row_bound, mask=mask)
     _raise_to(largest, _Q, tl.max(tl.max(_finite(query), 1), 0))
     _raise_to(largest, _DOUT, tl.max(tl.max(do, 1), 0))
     _raise_to(largest, _BOUND, tl.max(row_bound, 0))
@@ -203,32 +188,18 @@ def scaled_narrow_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies BLOCK_Q narrow keys and values; the copies are contiguous."""
-    tiles = tl.cdiv(rows, BLOCK_Q)
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
-    batch = bh // kv_heads
-    kv_head = bh % kv_heads
-    row = (tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    tile, bh, batch, kv_head = place(tl.cdiv(rows, BLOCK_Q), kv_heads, False, False)
+    row = (tile * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
     mask = row < rows
-    columns = tl.arange(0, BLOCK_D)
-    value_columns = tl.arange(0, BLOCK_DV)
     k_exponent, v_exponent = _exponents(largest + bh * _COUNT, IS_OF_KEYS)
-    x = load_rows(
-        k + batch * stride_k_b + kv_head * stride_k_h, row, stride_k_n, columns, mask, HEAD_DIM
-    )
-    tl.store(
-        scaled_k + ((bh * rows + row) * HEAD_DIM)[:, None] + columns[None, :],
-        ((x + k_bias) * _power(k_exponent)).to(tl.float16),
-        mask=mask[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
-    x = load_rows(
-        v + batch * stride_v_b + kv_head * stride_v_h, row, stride_v_n, value_columns, mask,
-        VALUE_DIM,
-    )  # fmt: skip
-    tl.store(
-        scaled_v + ((bh * rows + row) * VALUE_DIM)[:, None] + value_columns[None, :],
-        ((x + v_bias) * _power(v_exponent)).to(tl.float16),
-        mask=mask[:, None] & (value_columns < VALUE_DIM)[None, :],
-    )  # fmt: skip
+    k += batch * stride_k_b + kv_head * stride_k_h
+    x = load_rows(k, row, stride_k_n, tl.arange(0, BLOCK_D), mask, HEAD_DIM)
+    x = ((x + k_bias) * _power(k_exponent)).to(tl.float16)
+    store_rows(scaled_k, (bh * rows + row) * HEAD_DIM, x, mask, HEAD_DIM)
+    v += batch * stride_v_b + kv_head * stride_v_h
+    x = load_rows(v, row, stride_v_n, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
+    x = ((x + v_bias) * _power(v_exponent)).to(tl.float16)
+    store_rows(scaled_v, (bh * rows + row) * VALUE_DIM, x, mask, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["seq", "row_count"])
@@ -243,11 +214,12 @@ def scaled_rows_kernel(
     keys' gradient, of the wide values', the narrow keys' and the narrow values'; of the query side
     dP and dq have factors of their own in each row.
     """
-    bh, _batch, _i, _head, mask, place = _place_of_rows(seq, kv_heads, GROUP, BLOCK_Q)
+    bh, _batch, _kv_head, rows, offs = _place_of_rows(seq, kv_heads, GROUP, BLOCK_Q)
+    _i, _head, mask = rows
     largest += bh * _COUNT
     factors += bh * _COUNT
     k_exponent, v_exponent = _exponents(largest, IS_OF_KEYS)
-    row_delta = tl.load(delta + place, mask=mask, other=0.0)
+    row_delta = tl.load(delta + offs, mask=mask, other=0.0)
     tl.store(factors, log2_scale * _power(-k_exponent))
     if IS_OF_KEYS:
         # One more, for what rounding adds to the bound.
@@ -258,15 +230,15 @@ def scaled_rows_kernel(
         tl.store(factors + 3, _power(-v_exponent) * OF_P)
         tl.store(factors + 4, scale * of_sums)
         tl.store(factors + 5, OF_P)
-        tl.store(scaled_delta + place, row_delta * _power(of_ds), mask=mask)
-        row_lse2 = tl.load(lse2 + place, mask=mask, other=float("inf"))
-        tl.store(scaled_lse2 + place, row_lse2 - P_EXPONENT, mask=mask)
+        tl.store(scaled_delta + offs, row_delta * _power(of_ds), mask=mask)
+        row_lse2 = tl.load(lse2 + offs, mask=mask, other=float("inf"))
+        tl.store(scaled_lse2 + offs, row_lse2 - P_EXPONENT, mask=mask)
     else:
-        of_ds = 14 - _exponent(tl.load(bound + place, mask=mask, other=0.0))
-        tl.store(scaled_delta + place, row_delta * _power(of_ds), mask=mask)
-        tl.store(row_factors + place, _power(of_ds) * _power(-v_exponent), mask=mask)
+        of_ds = 14 - _exponent(tl.load(bound + offs, mask=mask, other=0.0))
+        tl.store(scaled_delta + offs, row_delta * _power(of_ds), mask=mask)
+        tl.store(row_factors + offs, _power(of_ds) * _power(-v_exponent), mask=mask)
         of_dq = scale * _power(-of_ds) * _power(-k_exponent)
-        tl.store(row_factors + row_count + place, of_dq, mask=mask)
+        tl.store(row_factors + row_count + offs, of_dq, mask=mask)
 
 
 def ranges_of(problem: Problem, statistics: Statistics) -> Ranges:

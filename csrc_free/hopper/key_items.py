@@ -1,19 +1,22 @@
 """What an item of the key side is, and what its wide keys meet: turns of two narrow keys.
 
-Sizes are scalars, and positions count from the first key.
+Sizes are scalars, and positions count from the first key. WIDE keys of a tile meet NARROW narrow
+keys at once in either warpgroup, WIDE · NARROW = KEYS.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from csrc_free.hopper.key_plan import KEYS
-
-_KEYS = gl.constexpr(KEYS)
-
 
 @gluon.constexpr_function
 def log2(power):
     return power.bit_length() - 1
+
+
+@gluon.constexpr_function
+def apart_of(lag, positions, narrow):
+    """Return how many narrow keys the second warpgroup's are from the first one's."""
+    return max(lag * positions, narrow)
 
 
 @gluon.jit
@@ -60,7 +63,8 @@ def item_of(
 @gluon.jit
 def span_of(
     tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
-    wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS: gl.constexpr,
+    wide_left, wide_right, narrow_left, narrow_right,
+    HAS_BOUNDS: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Return what a tile of wide keys meets, and the bounds that all its queries share.
 
@@ -68,7 +72,7 @@ def span_of(
     these see, and [lo, hi) of the keys that no bounds hide from any of them.
     """
     keys = gl.maximum(wide_rows, narrow_rows)
-    key_first = keys - wide_rows + tile * _KEYS
+    key_first = keys - wide_rows + tile * WIDE
     if HAS_BOUNDS:
         span_ptr = spans + (batch * tiles + tile) * 6
         query_first = gl.load(span_ptr)
@@ -78,7 +82,7 @@ def span_of(
         lo = gl.load(span_ptr + 4)
         hi = gl.load(span_ptr + 5)
     else:
-        key_end = gl.minimum(key_first + _KEYS, keys)
+        key_end = gl.minimum(key_first + WIDE, keys)
         query_first = gl.maximum(key_first - wide_right - start, 0)
         query_end = gl.minimum(key_end + wide_left - start, seq)
         narrow_first = gl.maximum(start + query_first - narrow_left, keys - narrow_rows)
@@ -92,54 +96,56 @@ def span_of(
 
 
 @gluon.jit
-def turns_of(narrow_first, narrow_end, APART: gl.constexpr):
-    """Return the first of the narrow keys' pairs, and their number.
+def turns_of(narrow_first, narrow_end, APART: gl.constexpr, NARROW: gl.constexpr):
+    """Return the first narrow key of the first turn, and the number of turns.
 
-    A turn is of two narrow keys, APART from one another: one for either warpgroup.
+    A turn is of NARROW narrow keys for either warpgroup, those of the second one APART further on.
     """
     log: gl.constexpr = log2(2 * APART)
     base = (narrow_first >> log) << log
-    return base, ((narrow_end - base + 2 * APART - 1) >> log) * APART
+    return base, ((narrow_end - base + 2 * APART - 1) >> log) * (APART // NARROW)
 
 
 @gluon.jit
-def places(base, turns, split, splits):
-    """Return the pair that a split begins with, and how many it has.
+def places(base, turns, split, splits, NARROW: gl.constexpr):
+    """Return the turn that a split begins with, and how many it has.
 
-    At turn t a program is at the pair congruent to t: programs whose tiles overlap then read the
-    same queries, from the cache.
+    Programs begin at congruent turns: those whose tiles overlap then read the same queries, from
+    the cache.
     """
     first = turns * split // splits
     around = gl.maximum(turns, 1)
-    place = (first + around - (base // 2) % around) % around
+    place = (first + around - (base // (2 * NARROW)) % around) % around
     return place, turns * (split + 1) // splits - first
 
 
 @gluon.jit
-def narrow_key(place, base, APART: gl.constexpr):
-    """Return the first narrow key of a pair."""
+def narrow_key(place, base, APART: gl.constexpr, NARROW: gl.constexpr):
+    """Return the first narrow key of a turn."""
     log: gl.constexpr = log2(APART)
-    return base + ((place >> log) << (log + 1)) + (place & (APART - 1))
+    first = place * NARROW
+    return base + ((first >> log) << (log + 1)) + (first & (APART - 1))
 
 
 @gluon.jit
-def rows_of_pair(
+def rows_of_turn(
     m, narrow_first, narrow_end, query_first, query_end, start, narrow_left, narrow_right,
-    APART: gl.constexpr, POSITIONS: gl.constexpr,
+    APART: gl.constexpr, POSITIONS: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Return the first query that sees m or m + APART, and how many tiles of rows do.
+    """Return the first query that sees a narrow key of a turn, and how many tiles of rows do.
 
-    And of these tiles, [begin, end) of those that see m, and of those that see m + APART.
+    And of these tiles, [begin, end) of those that see the keys of the first warpgroup, from m on,
+    and of those that see the second one's.
     """
     log: gl.constexpr = log2(POSITIONS)
     first = gl.maximum(m - narrow_right - start, query_first)
-    end = gl.minimum(m + APART + narrow_left + 1 - start, query_end)
+    end = gl.minimum(m + APART + narrow_left + NARROW - start, query_end)
     count = gl.maximum(end - first + POSITIONS - 1, 0) >> log
-    end = gl.minimum(m + narrow_left + 1 - start, query_end)
+    end = gl.minimum(m + narrow_left + NARROW - start, query_end)
     own_end = gl.maximum(end - first + POSITIONS - 1, 0) >> log
-    own_end = gl.where((m >= narrow_first) & (m < narrow_end), own_end, 0)
+    own_end = gl.where((m > narrow_first - NARROW) & (m < narrow_end), own_end, 0)
     m += APART
     begin = gl.maximum(m - narrow_right - start, query_first)
     begin = gl.minimum((begin - first) >> log, count)
-    begin = gl.where((m >= narrow_first) & (m < narrow_end), begin, count)
+    begin = gl.where((m > narrow_first - NARROW) & (m < narrow_end), begin, count)
     return first, count, 0, own_end, begin, count

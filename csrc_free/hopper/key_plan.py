@@ -11,12 +11,14 @@ from csrc_free.hopper.ordered import bytes_of, columns_of
 from csrc_free.problem import Problem, block
 from csrc_free.steps.parts import LIMIT_BYTES
 
-# A tile of wide keys, and a tile of rows (position, head): the shape of a warpgroup's product.
+# Virtual keys, and a tile of rows (position, head): the shape of a warpgroup's product.
 KEYS = 64
 ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
+# Up to here the kernels of small groups serve.
+MOST_HEADS = 64
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.
 FLOOR_BYTES = 2**27
@@ -25,6 +27,14 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 # What sums of an earlier tile cost that are read again: 26.9 ms for 23.9 (8 heads to one; H100,
 # 2026-11-25).
 _SHARED_PART = 1.12
+_SPLIT = 0.03  # what each program more that shares a tile adds to the time
+# Tiles of 16 wide keys that meet four narrow keys at once, for 64 and one: 32.5 ms for 45.7 at
+# 128 x 128, 32.3 for 37.2 at 256 x 64, 31.3 for 31.3 at 512 x 32 (B4 N4096 H64 Hkv1); 8 heads to
+# one, 128 x 128, 10.8 for 12.8 (H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-30). By the rows
+# they meet that is 0.93 to 1.06 of what it should take.
+_FEWER_KEYS = 16
+_SHARED_PRODUCT = 1.05
+_SHARED_FROM = 48  # narrow keys: not measured below
 _MOST_ITEMS = 4096  # beyond, programs are even without help
 
 
@@ -32,6 +42,7 @@ _MOST_ITEMS = 4096  # beyond, programs are even without help
 class Plan:
     """How the work of one problem is divided among programs."""
 
+    keys: int  # wide keys of a tile
     tiles: int  # of wide keys, that share one part of the narrow pair's gradients
     splits: int  # programs that share the turns of one tile
     batch: int  # rows of the batch, and key-value heads, of one launch: the next ones take the
@@ -55,27 +66,44 @@ def plan_of(problem: Problem, dout: torch.Tensor) -> Plan | str:
         batch, kv_heads, rows, problem.k_narrow.shape[2], problem.q.shape[2],
         problem.wide_reach, problem.narrow_reach, problem.keys - problem.q.shape[2],
         problem.wide_first, columns_of(problem) + problem.v_wide.shape[3],
-        _bytes_of_gradients(problem), _bytes_of_statistics(problem) + bytes_of(problem),
-        problem.device.multiprocessors,
+        _bytes_of_gradients(problem),
+        _bytes_of_statistics(problem) + _bytes_of_padded(problem) + bytes_of(problem),
+        problem.device.multiprocessors, _kinds(problem.group, problem.narrow_width),
     )  # fmt: skip
     if plan is None:
         return "the parts of the narrow pair's gradients would take more memory than they may"
     return plan
 
 
-def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
-    """Return why the kernel of the wide pair's gradients does not serve, or None."""
+def _kinds(group: int, narrow: int) -> tuple[tuple[int, float], ...]:
+    """Return how many wide keys a tile may have, and the work of each query that sees one of them.
+
+    A tile of 64 meets one narrow key at once. One of 16 meets four: fewer of its rows see only some
+    of its wide keys, and some see only some of the narrow ones.
+    """
+    positions = ROWS // triton.next_power_of_2(group)
+
+    def work(keys: int) -> float:
+        at_once = KEYS // keys
+        return triton.cdiv(narrow + at_once - 1, positions) * positions / at_once
+
+    if narrow < _SHARED_FROM:
+        return ((KEYS, work(KEYS)),)
+    return (KEYS, work(KEYS)), (_FEWER_KEYS, _SHARED_PRODUCT * work(_FEWER_KEYS))
+
+
+def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
+    """Return how many programs share a tile, or why the wide pair's kernel does not serve."""
     reason = _why_not(problem, dout)
     if reason is not None:
         return reason
     if problem.q.dtype != torch.bfloat16:
         return f"for bfloat16 alone, got {problem.q.dtype}"
-    if problem.form != "trilinear":
-        return f"for the trilinear form alone, got {problem.form}"
-    if problem.group > 4:
-        return f"for 1 to 4 query heads of a key-value head, got {problem.group}"
-    if block(problem.q.shape[3]) != block(problem.v_wide.shape[3]):
-        return f"D and Dv take other tiles: {problem.q.shape[3]}, {problem.v_wide.shape[3]}"
+    if problem.group > MOST_HEADS:
+        return f"for 1 to {MOST_HEADS} query heads of a key-value head, got {problem.group}"
+    columns, value_dim = columns_of(problem), problem.v_wide.shape[3]
+    if block(columns) != block(value_dim):
+        return f"D and Dv take other tiles: {problem.q.shape[3]}, {value_dim}"
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
     for name, tensor in (
@@ -85,9 +113,15 @@ def why_not_wide(problem: Problem, dout: torch.Tensor) -> str | None:
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
     batch, kv_heads, rows, _ = problem.k_wide.shape
     items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
-    if 2 * items < problem.device.multiprocessors:
-        return f"{items} tiles of {2 * KEYS} keys leave most of the device idle"
-    return None
+    row_bytes = 4 * batch * kv_heads * rows * (columns + value_dim)
+    limit = memory_for_parts(problem)
+
+    def time(splits: int) -> float:
+        rounds = triton.cdiv(items * splits, problem.device.multiprocessors)
+        return rounds / splits * (1 + _SPLIT * (splits - 1))
+
+    # The splits' sums, and the sum over them.
+    return min((n for n in _SPLITS if n == 1 or row_bytes * (n + 1) <= limit), key=time)
 
 
 def _why_not(problem: Problem, dout: torch.Tensor) -> str | None:
@@ -116,11 +150,16 @@ def why_not_half(problem: Problem) -> str | None:
 
 
 def _bytes_of_statistics(problem: Problem) -> int:
-    """Return the bytes of delta and lse2, and of those with a power of two of heads."""
+    """Return the bytes of delta and lse2."""
     batch, heads, seq, _ = problem.q.shape
-    group = problem.group
-    padded = triton.next_power_of_2(group)
-    return 2 * 4 * batch * seq * (heads + (heads // group * padded if padded > group else 0))
+    return 2 * 4 * batch * seq * heads
+
+
+def _bytes_of_padded(problem: Problem) -> int:
+    """Return the bytes of delta and lse2 with a power of two of heads, where G is none."""
+    batch, heads, seq, _ = problem.q.shape
+    padded = triton.next_power_of_2(problem.group)
+    return 2 * 4 * batch * seq * heads // problem.group * padded if padded > problem.group else 0
 
 
 @functools.cache
@@ -128,39 +167,45 @@ def _division(
     batch: int, kv_heads: int, rows: int, narrow_rows: int, seq: int,
     wide_reach: tuple[int, int], narrow_reach: tuple[int, int], start: int, wide_first: int,
     columns: int, gradient_bytes: int, statistics_bytes: int, processors: int,
+    kinds: tuple[tuple[int, float], ...],
 ) -> Plan | None:  # fmt: skip
     """Return the division that takes the least time, of those whose memory may be had."""
     limit = _limit(gradient_bytes) - statistics_bytes
-    count = triton.cdiv(rows, KEYS)
     left, right = wide_reach
-    weights = []  # of each tile: the queries that see it
-    for tile in range(count):
-        key = wide_first + tile * KEYS
-        weights.append(max(0, min(key + KEYS + left - start, seq) - max(key - right - start, 0)))
     best: tuple[float, Plan] | None = None
-    for some_batch, some_heads in shares(batch, kv_heads):
-        launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
-        heads = some_batch * some_heads
-        for tiles in _TILES:
-            slots = min(KEYS * tiles + left + right + sum(narrow_reach), narrow_rows)
-            parts = triton.cdiv(count, tiles)
-            for splits in _SPLITS:
-                taken = 4 * columns * heads * parts * slots
-                # The splits' sums, and the sum over them.
-                taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
-                if taken > limit:
-                    continue
-                time = launches * _time(weights, heads, tiles, splits, processors)
-                time *= (_SHARED_PART if tiles > 1 else 1.0) + 0.03 * (splits - 1)
-                time *= 1 + 0.01 * (launches - 1)
-                if best is None or time < best[0]:
-                    best = time, Plan(tiles, splits, some_batch, some_heads)
+    for keys, work in kinds:
+        count = triton.cdiv(rows, keys)
+        weights = []  # of each tile: the work of the queries that see it
+        for tile in range(count):
+            key = wide_first + tile * keys
+            seen = min(key + keys + left - start, seq) - max(key - right - start, 0)
+            weights.append(max(0, seen) * work)
+        for some_batch, some_heads in shares(batch, kv_heads):
+            launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
+            heads = some_batch * some_heads
+            for tiles in _TILES:
+                slots = min(keys * tiles + left + right + sum(narrow_reach), narrow_rows)
+                parts = triton.cdiv(count, tiles)
+                # Programs that share a tile divide its narrow keys, each tile's otherwise: two
+                # would add to one row of a part that several tiles share.
+                for splits in _SPLITS if tiles == 1 else (1,):
+                    taken = 4 * columns * heads * parts * slots
+                    # The splits' sums, and the sum over them.
+                    taken += 4 * columns * heads * rows * (splits + 1) if splits > 1 else 0
+                    if taken > limit:
+                        continue
+                    time = launches * _time(weights, heads, tiles, splits, processors)
+                    time *= (_SHARED_PART if tiles > 1 else 1.0) + _SPLIT * (splits - 1)
+                    time *= 1 + 0.01 * (launches - 1)
+                    if best is None or time < best[0]:
+                        best = time, Plan(keys, tiles, splits, some_batch, some_heads)
     return None if best is None else best[1]
 
 
 def memory_for_parts(problem: Problem) -> int:
     """Return how many bytes the narrow pair's parts may take beside the statistics."""
-    return _limit(_bytes_of_gradients(problem)) - _bytes_of_statistics(problem)
+    taken = _bytes_of_statistics(problem) + bytes_of(problem)
+    return _limit(_bytes_of_gradients(problem)) - taken
 
 
 def shares(batch: int, kv_heads: int) -> list[tuple[int, int]]:
@@ -184,8 +229,8 @@ def _halves(count: int) -> list[int]:
     return found
 
 
-def _time(weights: list[int], heads: int, tiles: int, splits: int, processors: int) -> float:
-    """Return the work of the program that has most, in queries: items go round by number."""
+def _time(weights: list[float], heads: int, tiles: int, splits: int, processors: int) -> float:
+    """Return the work of the program that has most: items go round by number."""
     parts = [sum(weights[i : i + tiles]) / splits for i in range(0, len(weights), tiles)]
     items = len(parts) * splits * heads
     if items > _MOST_ITEMS:

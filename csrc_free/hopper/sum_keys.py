@@ -17,7 +17,7 @@ from csrc_free.hopper.key_items import (
     known,
     narrow_key,
     places,
-    rows_of_pair,
+    rows_of_turn,
     span_of,
     turns_of,
 )
@@ -48,16 +48,24 @@ def _wait_for_rows(
 @gluon.jit
 def _load_rows(
     k, v, k_head, v_head, row, rows, stride_k, stride_v, columns, value_columns,
-    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, INDEX: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, INDEX: gl.constexpr, NARROW: gl.constexpr,
 ):  # fmt: skip
-    """Load a row of a head's narrow keys and values; one that is not there is never used."""
+    """Load NARROW rows of a head's narrow keys and values, from `row` on.
+
+    One that is not there is never used.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+    row += gl.arange(0, NARROW, layout=gl.SliceLayout(1, layout))
     row = gl.minimum(gl.maximum(row, 0), rows - 1).to(INDEX)
+    k_at = k_head + row * stride_k
+    v_at = v_head + row * stride_v
     return (
-        gl.load(k + (k_head + row * stride_k) + columns, mask=columns < HEAD_DIM, other=0.0),
+        gl.load(k + k_at[:, None] + columns[None, :], mask=columns[None, :] < HEAD_DIM, other=0.0),
         gl.load(
-            v + (v_head + row * stride_v) + value_columns, mask=value_columns < VALUE_DIM, other=0.0
+            v + v_at[:, None] + value_columns[None, :], mask=value_columns[None, :] < VALUE_DIM,
+            other=0.0,
         ),
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -92,8 +100,10 @@ def _halved(x, ROW_BIT: gl.constexpr, LANE_BIT: gl.constexpr):
 
 
 @gluon.jit
-def _sum_over_keys(x, buffer, LAYOUT: gl.constexpr):
-    """Sum [64, D] over the keys: two in a thread, 16 in a warp, and four warps by shared memory.
+def _sum_over_keys(x, buffer, LAYOUT: gl.constexpr, NARROW: gl.constexpr):
+    """Sum [64, D] over the wide keys of each narrow one: [NARROW, D].
+
+    Two rows are in a thread, 16 in a warp, and the warps meet in shared memory.
 
     Lanes exchange halves of their columns, so that each ends with the sums of an eighth. That
     order makes the columns of the eight rows of a warp those of one row.
@@ -103,7 +113,59 @@ def _sum_over_keys(x, buffer, LAYOUT: gl.constexpr):
     sums = _halved(_halved(_halved(gl.reshape(pairs, [32, columns]), 4, 16), 2, 8), 1, 4)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     buffer._reinterpret(gl.float32, [32, columns // 8], plain).store(sums)
-    return gl.sum(buffer._reinterpret(gl.float32, [4, columns], plain).load(LAYOUT), 0)
+    of_warps = buffer._reinterpret(gl.float32, [4, columns], plain).load(LAYOUT)
+    return _sums_of_warps(of_warps, NARROW)
+
+
+@gluon.jit
+def _sums_of_warps(x, NARROW: gl.constexpr):
+    """Add the sums of the warps [4, D] that have one narrow key: [NARROW, D]."""
+    return gl.sum(gl.reshape(x, [NARROW, 4 // NARROW, x.shape[1]]), 1)
+
+
+@gluon.jit
+def _in_part(
+    part, slot, m, narrow_first, narrow_end,
+    NARROW: gl.constexpr, DIMS: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Return where the sums of narrow keys from m on stand in their part, and which are there."""
+    sums = _sums_of_warps(gl.zeros([4, BLOCK], gl.float32, LAYOUT), NARROW)
+    layout: gl.constexpr = sums.type.layout
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))[None, :]
+    rows = m + gl.arange(0, NARROW, layout=gl.SliceLayout(1, layout))[:, None]
+    mask = (rows >= narrow_first) & (rows < narrow_end) & (columns < DIMS)
+    return part + (slot + rows) * DIMS + columns, mask
+
+
+@gluon.jit
+def _of_wide(tile, bias, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, NARROW: gl.constexpr):
+    """Load rows of wide keys [WIDE, D] for each narrow key: [64, D]."""
+    if NARROW == 1:
+        found = tile.load(LAYOUT)
+    else:
+        COLUMNS: gl.constexpr = tile.shape[1]
+        like = gl.zeros([_KEYS, COLUMNS], tile.dtype, LAYOUT)
+        x = gl.reshape(like, [NARROW, _KEYS // NARROW, COLUMNS])
+        found = gl.expand_dims(tile.load(gl.SliceLayout(0, x.type.layout)), 0)
+        found, _ = gl.broadcast(found, x)
+        found = gl.convert_layout(gl.reshape(found, like.shape), LAYOUT, assert_trivial=True)
+    return _biased(found, bias, HAS_BIAS)
+
+
+@gluon.jit
+def _of_narrow(rows, bias, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Load rows of narrow keys [NARROW, D] for each of their wide keys: [64, D], or [1, D]."""
+    NARROW: gl.constexpr = rows.shape[0]
+    if NARROW == 1:
+        found = rows.load(LAYOUT)
+    else:
+        COLUMNS: gl.constexpr = rows.shape[1]
+        like = gl.zeros([_KEYS, COLUMNS], rows.dtype, LAYOUT)
+        x = gl.reshape(like, [NARROW, _KEYS // NARROW, COLUMNS])
+        found = gl.expand_dims(rows.load(gl.SliceLayout(1, x.type.layout)), 1)
+        found, _ = gl.broadcast(found, x)
+        found = gl.convert_layout(gl.reshape(found, like.shape), LAYOUT, assert_trivial=True)
+    return _biased(found, bias, HAS_BIAS)
 
 
 @gluon.jit
@@ -145,9 +207,10 @@ def sum_keys(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
     DO_ACCUMULATE: gl.constexpr, IS_CAUSAL: gl.constexpr, IS_SQUARE: gl.constexpr,
-    INDEX: gl.constexpr, APART: gl.constexpr,
+    INDEX: gl.constexpr, APART: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup r of two: of every turn's narrow keys it takes number r."""
+    """Warpgroup r of two: of every turn's narrow keys it takes those of number r."""
+    NARROW: gl.constexpr = _KEYS // WIDE
     (
         kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
         q_start_default,
@@ -167,11 +230,10 @@ def sum_keys(
     in_partials: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     positions: gl.constexpr = _ROWS // HEADS
     IS_HALF: gl.constexpr = vk.dtype == gl.float16
+    IS_PLAIN: gl.constexpr = IS_CAUSAL and IS_SQUARE
 
     columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, one_row))
     value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, one_row))
-    part_columns = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, by_columns))
-    part_value_columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, by_columns))
     dk_partials = vk._reinterpret(gl.float32, [_KEYS // 2, BLOCK_D], in_partials)
     dv_partials = vv._reinterpret(gl.float32, [_KEYS // 2, BLOCK_DV], in_partials)
     no_logits = gl.zeros([_KEYS, _ROWS], gl.float32, of_logits)
@@ -208,14 +270,15 @@ def sum_keys(
         ):  # fmt: skip
             key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = span_of(
                 tile, batch, tiles, start, spans, seq, wide_rows, narrow_rows,
-                wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+                wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS, WIDE,
             )  # fmt: skip
-            base, turns = turns_of(narrow_first, narrow_end, APART)
-            place, own_turns = places(base, turns, split, splits)
-            m = narrow_key(place, base, APART) + APART * r
+            base, turns = turns_of(narrow_first, narrow_end, APART, NARROW)
+            place, own_turns = places(base, turns, split, splits, NARROW)
+            m = narrow_key(place, base, APART, NARROW) + APART * r
             k_next, v_next = _load_rows(
                 k_narrow, v_narrow, k_head, v_head, m - narrow_row_0, narrow_rows,
-                stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
+                stride_kn_n, stride_vn_n, columns, value_columns,
+                HEAD_DIM, VALUE_DIM, INDEX, NARROW,
             )  # fmt: skip
             wait_full(keys_full, 0, tiles_done)
             for _turn in range(own_turns):
@@ -225,13 +288,14 @@ def sum_keys(
                     key_first, query_first, query_end, narrow_first, narrow_end, lo, hi = span_of(
                         tile + opaque_zero(), batch, tiles, start, spans, seq, wide_rows,
                         narrow_rows, wide_left, wide_right, narrow_left, narrow_right, HAS_BOUNDS,
+                        WIDE,
                     )  # fmt: skip
-                    base, turns = turns_of(narrow_first, narrow_end, APART)
-                m = narrow_key(place, base, APART)
+                    base, turns = turns_of(narrow_first, narrow_end, APART, NARROW)
+                m = narrow_key(place, base, APART, NARROW)
                 # The tiles of rows that see this warpgroup's key, among those of the turn.
-                first, count, begin_0, end_0, begin_1, end_1 = rows_of_pair(
+                first, count, begin_0, end_0, begin_1, end_1 = rows_of_turn(
                     m, narrow_first, narrow_end, query_first, query_end, start,
-                    narrow_left, narrow_right, APART, positions,
+                    narrow_left, narrow_right, APART, positions, NARROW,
                 )  # fmt: skip
                 next_step = step + count
                 own_step = step + (begin_0 if r == 0 else begin_1)
@@ -241,31 +305,28 @@ def sum_keys(
                 m += APART * r
                 see_first = m - narrow_right - start
                 see_last = m + narrow_left - start
-                is_narrow = (m >= narrow_first) & (m < narrow_end)
                 shift = first - step * positions  # of a tile's first query from its step's
 
                 place += 1
                 place = gl.where(place == turns, 0, place)
-                k_row.store(k_next[None, :])
-                v_row.store(v_next[None, :])
-                k_next, v_next = _load_rows(
-                    k_narrow, v_narrow, k_head, v_head,
-                    narrow_key(place, base, APART) + APART * r - narrow_row_0, narrow_rows,
-                    stride_kn_n, stride_vn_n, columns, value_columns, HEAD_DIM, VALUE_DIM, INDEX,
-                )  # fmt: skip
+                k_row.store(k_next)
+                v_row.store(v_next)
+                later_m = narrow_key(place, base, APART, NARROW) + APART * r
                 if DO_ACCUMULATE:  # what earlier tiles of this part left there
-                    dk_before = gl.load(
-                        dk_parts + (slot + m) * HEAD_DIM + part_columns,
-                        mask=is_narrow & (part_columns < HEAD_DIM), other=0.0,
+                    k_ptrs, k_mask = _in_part(
+                        dk_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, HEAD_DIM, BLOCK_D, by_columns,
                     )  # fmt: skip
-                    dv_before = gl.load(
-                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns,
-                        mask=is_narrow & (part_value_columns < VALUE_DIM), other=0.0,
+                    dk_before = gl.load(k_ptrs, mask=k_mask, other=0.0)
+                    v_ptrs, v_mask = _in_part(
+                        dv_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, VALUE_DIM, BLOCK_DV, by_columns,
                     )  # fmt: skip
+                    dv_before = gl.load(v_ptrs, mask=v_mask, other=0.0)
                 if own_step_end > own_step:
                     of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
-                    wide = _biased(k_tile.load(of_made), k_wide_bias, HAS_BIAS)
-                    narrow = _biased(k_row.load(of_made), k_narrow_bias, HAS_BIAS)
+                    wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_made, NARROW)
+                    narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_made)
                     if FORM == DETERMINANT:
                         narrow, _like = gl.broadcast(narrow, wide)
                         made = rounded_cross(wide, narrow)
@@ -274,24 +335,29 @@ def sum_keys(
                     vk.store(made.to(vk.dtype))
                     vv.store(
                         (
-                            _biased(v_tile.load(by_rows), v_wide_bias, HAS_BIAS)
-                            * _biased(v_row.load(by_rows), v_narrow_bias, HAS_BIAS)
+                            _of_wide(v_tile, v_wide_bias, HAS_BIAS, by_rows, NARROW)
+                            * _of_narrow(v_row, v_narrow_bias, HAS_BIAS, by_rows)
                         ).to(vv.dtype)
                     )
                     fence_async_shared()
-                    # Tiles of rows from `begin` to `last` see all of these keys, and m.
-                    begin = gl.maximum(key_first + _KEYS - 1 - wide_right - start, see_first)
+                    # Tiles of rows from `begin` to `last` see all of these keys.
+                    begin = gl.maximum(
+                        key_first + WIDE - 1 - wide_right - start, see_first + (NARROW - 1)
+                    )
                     last = gl.minimum(key_first + wide_left - start, see_last) - positions + 1
-                    is_whole = (key_first + _KEYS <= hi) & (is_huge == 0)
+                    is_whole = (key_first + WIDE <= hi) & (is_huge == 0)
+                    if NARROW > 1:
+                        is_whole = is_whole & (m >= narrow_first) & (m + NARROW <= narrow_end)
                     if HAS_BOUNDS:  # what `lo` and `hi` say is said of these queries alone
                         last = gl.minimum(last, query_end - positions)
-                        is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m < hi)
+                        is_whole = is_whole & (key_first >= lo) & (m >= lo) & (m + NARROW <= hi)
                     of_keys = gl.zeros([_KEYS], gl.float32, gl.SliceLayout(1, of_logits))
                     sigma = of_keys
                     if FORM == STRASSEN:
                         last = gl.minimum(last, seq - positions)
-                        wide = _biased(k_tile.load(of_x).to(gl.float32), k_wide_bias, HAS_BIAS)
-                        narrow = _biased(k_row.load(of_x).to(gl.float32), k_narrow_bias, HAS_BIAS)
+                        wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_x, NARROW)
+                        wide = wide.to(gl.float32)
+                        narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_x).to(gl.float32)
                         of_keys = gl.convert_layout(
                             gl.sum(wide * narrow, 1) * log2_scale, of_keys.type.layout,
                             assert_trivial=True,
@@ -306,6 +372,8 @@ def sum_keys(
                         wide_right,
                         narrow_left,
                         narrow_right,
+                        narrow_first,
+                        narrow_end,
                     )
                     x = gl.zeros([_KEYS, BLOCK_D], gl.float32, of_x)
                     y = gl.zeros([_KEYS, BLOCK_DV], gl.float32, of_y)
@@ -325,7 +393,7 @@ def sum_keys(
                             s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                             lse2_tiles.index(now), (row_step - 1) * positions + shift, whole, m,
                             window, batch, seq, kv_bounds, log2_scale, of_dp,
-                            FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                            FORM, HEADS, HAS_BOUNDS, IS_PLAIN, of_logits, a_of_y, WIDE,
                         )  # fmt: skip
                         later = row_step % STAGES
                         state = _wait_for_rows(
@@ -346,15 +414,21 @@ def sum_keys(
                         s, y, sigma, of_keys, vv, dout_tiles.index(now), delta_tiles.index(now),
                         lse2_tiles.index(now), (own_step_end - 1) * positions + shift, whole, m,
                         window, batch, seq, kv_bounds, log2_scale, of_dp,
-                        FORM, HEADS, HAS_BOUNDS, of_logits, a_of_y,
+                        FORM, HEADS, HAS_BOUNDS, IS_PLAIN, of_logits, a_of_y, WIDE,
                     )  # fmt: skip
                     x = warpgroup_mma(
                         gl.convert_layout(ds, a_of_x), q_tiles.index(now), x, is_async=True
                     )
+                    # Only now: kept through the loop, they would be spilled.
+                    k_next, v_next = _load_rows(
+                        k_narrow, v_narrow, k_head, v_head, later_m - narrow_row_0, narrow_rows,
+                        stride_kn_n, stride_vn_n, columns, value_columns,
+                        HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                    )  # fmt: skip
                     y = warpgroup_mma_wait(1, deps=(y,))
                     dv_row = _sum_over_keys(
-                        y * _biased(v_tile.load(of_y).to(gl.float32), v_wide_bias, HAS_BIAS),
-                        dv_partials, by_columns,
+                        y * _of_wide(v_tile, v_wide_bias, HAS_BIAS, of_y, NARROW).to(gl.float32),
+                        dv_partials, by_columns, NARROW,
                     )  # fmt: skip
                     x = warpgroup_mma_wait(0, deps=(x,))
                     arrive(rows_empty, now)
@@ -364,33 +438,40 @@ def sum_keys(
                         )
                     dk_row = _sum_over_keys(
                         _of_narrow_key(
-                            x, sigma, _biased(k_tile.load(of_x), k_wide_bias, HAS_BIAS), FORM
+                            x, sigma, _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_x, NARROW), FORM
                         ),
-                        dk_partials, by_columns,
+                        dk_partials, by_columns, NARROW,
                     )  # fmt: skip
                     if not IS_HALF:  # else the sum of the parts sees to it
                         dk_row *= scale
                     if DO_ACCUMULATE:
                         dv_row += dv_before
                         dk_row += dk_before
-                    gl.store(
-                        dv_parts + (slot + m) * VALUE_DIM + part_value_columns, dv_row,
-                        mask=part_value_columns < VALUE_DIM,
+                    v_ptrs, v_mask = _in_part(
+                        dv_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, VALUE_DIM, BLOCK_DV, by_columns,
                     )  # fmt: skip
-                    gl.store(
-                        dk_parts + (slot + m) * HEAD_DIM + part_columns, dk_row,
-                        mask=part_columns < HEAD_DIM,
+                    gl.store(v_ptrs, dv_row, mask=v_mask)
+                    k_ptrs, k_mask = _in_part(
+                        dk_parts, slot, m, narrow_first, narrow_end,
+                        NARROW, HEAD_DIM, BLOCK_D, by_columns,
                     )  # fmt: skip
+                    gl.store(k_ptrs, dk_row, mask=k_mask)
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
-                    narrow = _biased(v_row.load(of_y).to(gl.float32), v_narrow_bias, HAS_BIAS)
+                    narrow = _of_narrow(v_row, v_narrow_bias, HAS_BIAS, of_y).to(gl.float32)
                     _wait_for_turn(dv_turn, r, turns_done)
                     dv_sums.store(dv_sums.load(of_y) + y * narrow)
                     arrive(dv_turn, r)
-                    narrow = _biased(k_row.load(of_x), k_narrow_bias, HAS_BIAS)
+                    narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_x)
                     _wait_for_turn(dk_turn, r, turns_done)
                     dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, narrow, FORM))
                     arrive(dk_turn, r)
                 else:
+                    k_next, v_next = _load_rows(
+                        k_narrow, v_narrow, k_head, v_head, later_m - narrow_row_0, narrow_rows,
+                        stride_kn_n, stride_vn_n, columns, value_columns,
+                        HEAD_DIM, VALUE_DIM, INDEX, NARROW,
+                    )  # fmt: skip
                     _wait_for_turn(dv_turn, r, turns_done)
                     arrive(dv_turn, r)
                     _wait_for_turn(dk_turn, r, turns_done)
@@ -401,14 +482,16 @@ def sum_keys(
             if r == 0:
                 _hand_over(
                     dv_sums, dv_wide + split_offset * VALUE_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dv_b, stride_dv_h, stride_dv_n, of_dv, VALUE_DIM, BLOCK_DV, by_rows,
+                    stride_dv_b, stride_dv_h, stride_dv_n, of_dv,
+                    VALUE_DIM, BLOCK_DV, WIDE, by_rows,
                 )  # fmt: skip
             arrive(dv_turn, r)
             _wait_for_turn(dk_turn, r, turns_done)
             if r == 1:
                 _hand_over(
                     dk_sums, dk_wide + split_offset * HEAD_DIM, batch, kv_head, tile, wide_rows,
-                    stride_dk_b, stride_dk_h, stride_dk_n, of_dk, HEAD_DIM, BLOCK_D, by_rows,
+                    stride_dk_b, stride_dk_h, stride_dk_n, of_dk,
+                    HEAD_DIM, BLOCK_D, WIDE, by_rows,
                 )  # fmt: skip
             arrive(dk_turn, r)
             turns_done += 1
@@ -419,15 +502,16 @@ def sum_keys(
 @gluon.jit
 def _hand_over(
     sums, grad, batch, kv_head, tile, rows, stride_b, stride_h, stride_n, scale,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, WIDE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Write a tile's sums to its gradient, and begin anew."""
-    row = tile * _KEYS + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
+    """Write a tile's sums to its gradient, over all its narrow keys, and begin anew."""
+    total = gl.sum(gl.reshape(sums.load(LAYOUT), [_KEYS // WIDE, WIDE, BLOCK_D]), 0)
+    row = tile * WIDE + gl.arange(0, WIDE, layout=gl.SliceLayout(1, total.type.layout))
+    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, total.type.layout))
     grad += batch.to(gl.int64) * stride_b + kv_head.to(gl.int64) * stride_h
     gl.store(
         grad + (row.to(gl.int64) * stride_n)[:, None] + column[None, :],
-        (sums.load(LAYOUT) * scale).to(grad.dtype.element_ty),
+        (total * scale).to(grad.dtype.element_ty),
         mask=(row < rows)[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip
     sums.store(gl.zeros([_KEYS, BLOCK_D], gl.float32, LAYOUT))

@@ -1,6 +1,7 @@
 """The tiles of `forward_tiles`, told without Gluon: positions, wide keys, shared memory."""
 
 import dataclasses
+import functools
 
 import triton
 
@@ -52,6 +53,7 @@ class Config:
 _SHARED = 232_448
 
 
+@functools.cache
 def choose(group: int, width: int, block_d: int, block_dv: int) -> Config:
     """Choose the tiles for a wide window of so many keys: the fewest keys that cover it."""
     p = 64 // triton.next_power_of_2(group)

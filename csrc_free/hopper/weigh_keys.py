@@ -17,14 +17,15 @@ _LARGEST_HALF = gl.constexpr(2.0**P_EXPONENT.value)
 @gluon.jit
 def _probabilities(
     s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
-    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, LARGEST: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr, IS_PLAIN: gl.constexpr,
+    LARGEST: gl.constexpr, LAYOUT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i.
 
     `of_keys` is what stands in a key's logits besides, in log2 units. Tiles from `first` to `last`
-    need no mask, and no cap at LARGEST. Rows past the last query are zero in q and dout, and add
-    nothing, whatever their P is, so long as it is finite.
+    need no mask, and no cap at LARGEST. In a plain problem, causal and square, a key that a window
+    reaches is there. Rows past the last query are zero in q and dout, and add nothing, whatever
+    their P is, so long as it is finite.
     """
     first, last = whole
     shift = lse2_tile.load(LAYOUT)
@@ -32,27 +33,38 @@ def _probabilities(
         shift -= of_keys[:, None]
     p = gl.exp2(s * log2_scale - shift)
     if (i < first) | (i > last):
-        key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right = window
+        (
+            key_first, keys, start, wide_left, wide_right, narrow_left, narrow_right,
+            narrow_first, narrow_end,
+        ) = window  # fmt: skip
         lowest = start - wide_left - key_first
         highest = start + wide_right - key_first
-        see_first = m - narrow_right - start
-        see_last = m + narrow_left - start
         key = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
+        number = key // WIDE  # of its narrow key: m is number 0
+        key = key % WIDE
         if HEADS == _ROWS:
             row = i
         else:
             key = key[:, None]
+            number = number[:, None]
             row = i + (gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT)) // HEADS)[None, :]
         offset = key - row
-        visible = (offset >= lowest) & (offset <= highest) & (key < keys - key_first)
+        see_first = m - narrow_right - start
+        see_last = m + narrow_left - start
+        visible = (offset >= lowest) & (offset <= highest)
+        if not IS_PLAIN:
+            visible = visible & (key < keys - key_first)
         # Said of keys, not of rows: as scalars these cost uniform registers and spills.
-        visible = visible & (offset <= key - see_first) & (offset >= key - see_last)
+        of_narrow = key - number
+        visible = visible & (offset <= of_narrow - see_first) & (offset >= of_narrow - see_last)
+        if (WIDE < _KEYS) and not IS_PLAIN:
+            visible = visible & (number >= narrow_first - m) & (number < narrow_end - m)
         if HAS_BOUNDS:
             bound_ptrs = kv_bounds + (batch.to(gl.int64) * seq + gl.minimum(row, seq - 1)) * 2
             lo = gl.maximum(gl.load(bound_ptrs), 0)
             hi = gl.maximum(gl.load(bound_ptrs + 1), 0)
             visible = visible & (key >= lo - key_first) & (key < hi - key_first)
-            visible = visible & (m >= lo) & (m < hi)
+            visible = visible & (number >= lo - m) & (number < hi - m)
         if FORM == STRASSEN:
             visible = visible & (row < seq)
         if HEADS == _ROWS:
@@ -65,7 +77,8 @@ def _probabilities(
 def weigh(
     s, y, sigma, of_keys, vv, dout_tile, delta_tile, lse2_tile, i, whole, m, window, batch, seq,
     kv_bounds, log2_scale, of_dp, FORM: gl.constexpr, HEADS: gl.constexpr,
-    HAS_BOUNDS: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
+    HAS_BOUNDS: gl.constexpr, IS_PLAIN: gl.constexpr, LAYOUT: gl.constexpr, A_OF_Y: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """Return dS of a tile [keys, rows] as an operand, y with its product under way, and sigma.
 
@@ -79,7 +92,7 @@ def weigh(
     )  # fmt: skip
     p = _probabilities(
         s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
-        FORM, HEADS, HAS_BOUNDS, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT,
+        FORM, HEADS, HAS_BOUNDS, IS_PLAIN, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT, WIDE,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_as(p, dtype), A_OF_Y), dout_tile, y, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))

@@ -13,15 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_free import measured
-from csrc_free.device.forms import STRASSEN, load_for_form, store_rows, virtual_query
-from csrc_free.device.pair import (
-    biases_of,
-    load_keys,
-    load_narrow_keys,
-    load_narrow_values,
-    load_values,
-    pairs_of,
-)
+from csrc_free.device.forms import store_rows
+from csrc_free.device.pair import load_keys, load_narrow_values, load_values, pairs_of
 from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     head_offs,
@@ -34,7 +27,8 @@ from csrc_free.device.tiles import (
     sizes_of,
     windows_of,
 )
-from csrc_free.launch import is_small, launch
+from csrc_free.portable.arguments import launch_tiles
+from csrc_free.portable.rows import virtual_queries
 from csrc_free.portable.shared_memory import forward_bytes
 from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
@@ -140,30 +134,6 @@ def _attend(
     return t, total + tl.sum(totals, 1), top
 
 
-@triton.jit
-def _virtual_queries(
-    q, query_offs, mask, narrow, wide, key_row, sees_key, log2_scale,
-    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
-):  # fmt: skip
-    """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M]."""
-    k_wide_bias, _v_wide_bias = biases_of(wide)
-    FORM: tl.constexpr = form[0]
-    SIGN: tl.constexpr = form[1]
-    HAS_WIDE_BIAS: tl.constexpr = form[2]
-    HEAD_DIM: tl.constexpr = dims[0]
-    BLOCK_D: tl.constexpr = dims[2]
-    columns = tl.arange(0, BLOCK_D)
-    query, query_prev = load_for_form(q, query_offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
-    k, k_prev = load_narrow_keys(narrow, key_row, sees_key, form, dims)
-    vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
-    row_constant = tl.zeros([vq.shape[0]], tl.float32)
-    if FORM == STRASSEN:
-        row_constant += tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
-    if HAS_WIDE_BIAS:
-        row_constant += tl.sum(vq.to(tl.float32), 1) * (k_wide_bias * log2_scale)
-    return operand(vq, dot[0], dot[1]), row_constant
-
-
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     q, k_wide, v_wide, k_narrow, v_narrow, out, lse, kv_bounds, q_start,
@@ -225,7 +195,7 @@ def forward_kernel(
     sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
     # The virtual queries are made one offset ahead: a loop-carried operand is multiplied from
     # shared memory, one made in the same iteration is reloaded into registers for every product.
-    vq, row_constant = _virtual_queries(
+    vq, row_constant = virtual_queries(
         q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
         dims, dot,
     )  # fmt: skip
@@ -263,7 +233,7 @@ def forward_kernel(
 
         key -= REPLICAS
         sees_key = sees & (key >= narrow_lo) & (key < narrow_hi)
-        vq, row_constant = _virtual_queries(
+        vq, row_constant = virtual_queries(
             q, query_offs, mask, narrow, wide, key - narrow_first, sees_key, log2_scale, form,
             dims, dot,
         )  # fmt: skip
@@ -291,11 +261,8 @@ def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     config = choose(problem.traits(), problem.device)
     problem = with_wide_parts(problem)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
-    batch, kv_heads = problem.k_wide.shape[:2]
-    programs = triton.cdiv(out.shape[2] * problem.group, config.block_q) * batch * kv_heads
-    launch(
-        forward_kernel, programs,
-        *sources, out, lse, problem.kv_bounds, problem.q_start, *problem.numbers(),
-        *problem.strides(), *out.stride()[:3], problem.log2_scale, *problem.biases(),
-        **problem.constants(out), IS_SMALL_GRID=is_small(programs), config=config,
+    launch_tiles(
+        forward_kernel, triton.cdiv(out.shape[2] * problem.group, config.block_q),
+        problem, sources, (out, lse), strides=out.stride()[:3], scales=(problem.log2_scale,),
+        config=config,
     )  # fmt: skip

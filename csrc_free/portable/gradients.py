@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_free.launch import is_small, launch
+from csrc_free.portable.arguments import launch_tiles
 from csrc_free.problem import Problem
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts
@@ -17,7 +17,7 @@ PairGradients = tuple[Tensor | None, Tensor | None]
 def launch_backward(
     kernel: triton.JITFunction, tiles: int,
     problem: Problem, statistics: Statistics,
-    inputs: list[Tensor | TensorDescriptor], outputs: list[Tensor | None],
+    inputs: tuple[Tensor | TensorDescriptor, ...], outputs: tuple[Tensor | None, ...],
     numbers: tuple[int, ...] = (), strides: tuple[int, ...] = (),
     *, config: Config, **constants: object,
 ) -> None:  # fmt: skip
@@ -26,24 +26,19 @@ def launch_backward(
     `inputs` are the problem's tensors and the statistics, or descriptors of them.
     """
     dout = statistics.dout
-    programs = tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1]
-    launch(
-        kernel, programs,
-        *inputs, *outputs,
-        problem.kv_bounds, problem.q_start, *problem.numbers(), *numbers,
-        *problem.strides(), *dout.stride()[:3], *strides,
-        problem.scale, problem.log2_scale, *problem.biases(),
-        **problem.constants(dout, *outputs), **constants, IS_SMALL_GRID=is_small(programs),
-        config=config,
+    launch_tiles(
+        kernel, tiles, problem, inputs, outputs, others=(dout,), numbers=numbers,
+        strides=(*dout.stride()[:3], *strides), scales=(problem.scale, problem.log2_scale),
+        config=config, **constants,
     )  # fmt: skip
 
 
 def inputs_of(
     problem: Problem, statistics: Statistics, described_rows: int | None = None
-) -> list[Tensor | TensorDescriptor]:
+) -> tuple[Tensor | TensorDescriptor, ...]:
     """Return a kernel's inputs; the wide pair through descriptors of so many rows, if any."""
     tensors = problem.tensors if described_rows is None else problem.described(described_rows)
-    return [*tensors, *statistics]
+    return *tensors, *statistics
 
 
 def complete(pair: PairGradients, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

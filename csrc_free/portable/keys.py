@@ -208,7 +208,7 @@ def write_query_and_narrow(
         backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
         problem, statistics,
         inputs_of(problem, statistics, config.block_n if config.descriptors else None),
-        [dq, parts.dk, parts.dv],
+        (dq, parts.dk, parts.dv),
         (*parts.numbers, tiles_of_a_part), dq.stride()[:3],
         PARTS_FOLLOW_QUERIES=parts.do_follow_queries, config=config,
     )  # fmt: skip

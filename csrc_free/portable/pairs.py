@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
-from csrc_free.device.pair import biases_of, load_wide, pairs_of
+from csrc_free.device.pair import biases_of, load_pair, pairs_of
 from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import heads_of, key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
@@ -122,7 +122,7 @@ def _wide_tile(
 ):  # fmt: skip
     """Return the program's wide keys [BLOCK_N, BLOCK_D] and values, with their biases."""
     k_bias, v_bias = biases_of(wide)
-    k, v = load_wide(wide, row, key_mask, dims)
+    k, v = load_pair(wide, row, key_mask, dims)
     return k.to(tl.float32) + k_bias, v.to(tl.float32) + v_bias
 
 
@@ -309,7 +309,7 @@ def write_pairs(
     launch_backward(
         backward_pairs_kernel, tiles * splits,
         problem, statistics, _inputs(problem, statistics, config),
-        [*sums, parts.dk, parts.dv], parts.numbers, config=config, SPLITS=splits,
+        (*sums, parts.dk, parts.dv), parts.numbers, config=config, SPLITS=splits,
     )  # fmt: skip
     for grad, total in zip(wide, sums, strict=True):
         if grad is not None:
@@ -320,7 +320,7 @@ def write_pairs(
 
 def _inputs(
     problem: Problem, statistics: Statistics, config: Config
-) -> list[Tensor | TensorDescriptor]:
+) -> tuple[Tensor | TensorDescriptor, ...]:
     """Return the inputs, what is read by rows through descriptors where the config says so."""
     if not config.descriptors:
         return inputs_of(problem, statistics)
@@ -330,4 +330,4 @@ def _inputs(
         describe(t.transpose(1, 2), config.block_q, block(t.shape[3])) for t in (q, dout)
     )
     of_rows = (describe(t, 1, config.block_q) for t in (delta, lse2))
-    return [q_tile, *kept, dout_tile, *of_rows, has_huge]
+    return q_tile, *kept, dout_tile, *of_rows, has_huge

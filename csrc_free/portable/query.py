@@ -258,7 +258,7 @@ def _launch(
         backward_query_kernel, triton.cdiv(problem.q.shape[2] * heads, config.block_q),
         problem, statistics,
         inputs_of(problem, statistics, config.block_n if config.descriptors else None),
-        [dq, *((None, None) if parts is None else (parts.dk, parts.dv))],
+        (dq, *((None, None) if parts is None else (parts.dk, parts.dv))),
         (0, 0, 0) if parts is None else parts.numbers, dq.stride()[:3],
         HEADS=heads, PARTS_FOLLOW_QUERIES=parts is not None and parts.do_follow_queries,
         config=config, **wanted,

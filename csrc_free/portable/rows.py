@@ -60,17 +60,53 @@ def load_stats(lse2, delta, offs, mask):
 
 
 @triton.jit
-def row_constants(query, k, vq, vdo, shift, row_dp, wide, log2_scale, form: tl.constexpr):
-    """Return (shift, row_dp) with a form's row constant and the wide pair's biases in them."""
+def row_constant(query, k, vq, wide, log2_scale, form: tl.constexpr):
+    """Return what a form and the wide keys' bias add to all logits of a row, in log2 units."""
     FORM: tl.constexpr = form[0]
     HAS_WIDE_BIAS: tl.constexpr = form[2]
-    k_bias, v_bias = biases_of(wide)
+    k_bias, _v_bias = biases_of(wide)
+    # An addition to zeros stays in the program, and costs registers: hence `else`.
     if FORM == STRASSEN:
-        shift -= tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+        constant = tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * log2_scale
+        if HAS_WIDE_BIAS:
+            constant += tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
+    elif HAS_WIDE_BIAS:
+        constant = tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
+    else:
+        constant = tl.zeros([vq.shape[0]], tl.float32)
+    return constant
+
+
+@triton.jit
+def row_dp_of(vdo, delta, wide, form: tl.constexpr):
+    """Return what is added to all dP of a row: -delta, and what the wide values' bias adds."""
+    HAS_WIDE_BIAS: tl.constexpr = form[2]
+    _k_bias, v_bias = biases_of(wide)
+    row_dp = -delta
     if HAS_WIDE_BIAS:
-        shift -= tl.sum(vq.to(tl.float32), 1) * (k_bias * log2_scale)
         row_dp += tl.sum(vdo.to(tl.float32), 1) * v_bias
-    return shift, row_dp
+    return row_dp
+
+
+@triton.jit
+def virtual_queries(
+    q, offs, mask, narrow, wide, key_row, key_mask, log2_scale,
+    form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
+):  # fmt: skip
+    """Return virtual queries [M, BLOCK_D] of one narrow key a row, and their row constants [M].
+
+    key_row and key_mask are [M], or [1] where all rows meet the same key.
+    """
+    FORM: tl.constexpr = form[0]
+    SIGN: tl.constexpr = form[1]
+    HEAD_DIM: tl.constexpr = dims[0]
+    BLOCK_D: tl.constexpr = dims[2]
+    columns = tl.arange(0, BLOCK_D)
+    query, query_prev = load_for_form(q, offs, 1, columns, mask, 0.0, FORM, False, HEAD_DIM)
+    k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
+    vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+    constant = row_constant(query, k, vq, wide, log2_scale, form)
+    return operand(vq, dot[0], dot[1]), constant
 
 
 @triton.jit
@@ -78,22 +114,16 @@ def virtual_rows(
     queries, stats, narrow, wide, key_row, key_mask, sees_key, log2_scale,
     form: tl.constexpr, dims: tl.constexpr, dot: tl.constexpr,
 ):  # fmt: skip
-    """Return `virtual`; key_row and key_mask are [M], or [1] where all rows meet the same key."""
+    """Return `virtual`, of narrow keys as `virtual_queries` takes them."""
     lse2, delta = stats
-    FORM: tl.constexpr = form[0]
-    SIGN: tl.constexpr = form[1]
-    HEAD_DIM: tl.constexpr = dims[0]
-    BLOCK_D: tl.constexpr = dims[2]
-    query, query_prev = load_queries(queries, form, dims)
-    k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
-    columns = tl.arange(0, BLOCK_D)
-    vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
+    q, query_offs, _dout, _dout_offs, mask = queries
+    vq, constant = virtual_queries(
+        q, query_offs, mask, narrow, wide, key_row, key_mask, log2_scale, form, dims, dot
+    )
     do = load_dout(queries, dims)
     vdo = do * load_narrow_values(narrow, key_row, key_mask, form, dims)
-    shift, row_dp = row_constants(
-        query, k, vq, vdo, tl.where(sees_key, lse2, float("inf")), -delta, wide, log2_scale, form
-    )
-    vq = operand(vq, dot[0], dot[1])
+    shift = tl.where(sees_key, lse2, float("inf")) - constant
+    row_dp = row_dp_of(vdo, delta, wide, form)
     vdo = operand(vdo, dot[0], dot[1])
     return vq, vdo, shift, row_dp
 

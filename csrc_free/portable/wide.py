@@ -8,7 +8,7 @@ import triton.language as tl
 
 from csrc_free import measured
 from csrc_free.device.forms import store_rows, virtual_query
-from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_wide, pairs_of
+from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_pair, pairs_of
 from csrc_free.device.products import operand, product, transposed
 from csrc_free.device.tiles import (
     heads_of,
@@ -20,7 +20,14 @@ from csrc_free.device.tiles import (
     windows_of,
 )
 from csrc_free.portable.gradients import PairGradients, complete, inputs_of, launch_backward
-from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of, row_constants
+from csrc_free.portable.rows import (
+    load_dout,
+    load_queries,
+    load_stats,
+    queries_of,
+    row_constant,
+    row_dp_of,
+)
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem
 from csrc_free.steps.delta import Statistics
@@ -104,7 +111,7 @@ def backward_wide_kernel(
     """
     form: tl.constexpr = (FORM, SIGN, HAS_WIDE_BIAS, HAS_NARROW_BIAS)
     dims: tl.constexpr = (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV)
-    # Before the product with P or after it, whichever spills less: up to 140 bytes (sm_120).
+    # Before the product with P or after it: what spills less as a rule, up to 140 bytes (sm_120).
     MAKES_DS_FIRST: tl.constexpr = PRECISION == "tf32" or PRECISION == "bf16x6"
     tiles = tl.cdiv(wide_rows, BLOCK_N)
     tile, bh, batch, kv_head = place(tiles, kv_heads, IS_SMALL_GRID, False)
@@ -133,7 +140,7 @@ def backward_wide_kernel(
     key_first = wide_first + tile * BLOCK_N
     key_last = tl.minimum(key_first + BLOCK_N, key_count) - 1
     # Unbiased: a wide pair's biases are row constants.
-    k, v = load_wide(wide, wide_row, key_mask, dims)
+    k, v = load_pair(wide, wide_row, key_mask, dims)
     k = operand(k, DOT_DTYPE, PRECISION)
     v = operand(v, DOT_DTYPE, PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -164,10 +171,9 @@ def backward_wide_kernel(
             vn = load_narrow_values(narrow, narrow_row, sees_key, form, dims)
             vq = virtual_query(query, query_prev, kn, kn_prev, columns, FORM, SIGN, HEAD_DIM)
             vdo = do * vn
-            shift, row_dp = row_constants(
-                query, kn, vq, vdo, tl.where(sees_key, row_lse2, float("inf")), -row_delta,
-                wide, log2_scale, form,
-            )  # fmt: skip
+            shift = tl.where(sees_key, row_lse2, float("inf"))
+            shift -= row_constant(query, kn, vq, wide, log2_scale, form)
+            row_dp = row_dp_of(vdo, row_delta, wide, form)
             vq = operand(vq, DOT_DTYPE, PRECISION)
             vdo = operand(vdo, DOT_DTYPE, PRECISION)
             s = product(k, transposed(vq, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
@@ -196,6 +202,6 @@ def write_wide(
     dk, dv = complete(wide, problem.k_wide, problem.v_wide)
     launch_backward(
         backward_wide_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
-        problem, statistics, inputs_of(problem, statistics), [dk, dv],
+        problem, statistics, inputs_of(problem, statistics), (dk, dv),
         strides=(*dk.stride()[:3], *dv.stride()[:3]), config=config,
     )  # fmt: skip

@@ -97,4 +97,4 @@ def _space_for(x: Tensor) -> Tensor:
     batch, kv_heads, rows, dim = x.shape
     columns = triton.cdiv(dim, _ALIGNMENT) * _ALIGNMENT
     space = torch.empty(batch, kv_heads, 3 * rows, columns, dtype=torch.bfloat16, device=x.device)
-    return space[..., :dim]
+    return space.narrow(-1, 0, dim)

@@ -57,8 +57,8 @@ class Parts:
             self.dk, self.dv, dk, dv, factors, problem.q_start, kv_heads, rows, self.count,
             *self.numbers, narrow_left, seq, problem.keys, start,
             *dk.stride()[:3], *dv.stride()[:3],
-            COPIES=self.copies, PER_POSITION=self.per_position, PARTS_MOVE=self.do_move,
-            PARTS_FOLLOW_QUERIES=self.do_follow_queries,
+            COPIES=self.copies, PER_POSITION=self.per_position if self.do_move else 1,
+            PARTS_MOVE=self.do_move, PARTS_FOLLOW_QUERIES=self.do_follow_queries,
             **{name: constants[name] for name in names},
             config=parts_sum.Config(),
         )  # fmt: skip

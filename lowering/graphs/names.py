@@ -76,9 +76,13 @@ def _name(wanted: int, held: dict[int, tuple[int, str]]) -> str:
 
 
 def _innermost(node: fx.Node) -> int:
-    """Return the id of the module that a node was traced in; 0 where Dynamo noted none."""
-    key = next(reversed(compat.modules_of(node)), "0")
-    return int(key.partition("@")[0])  # a region's second call has the key of the first and @1
+    """Return the id of the module that a node was traced in; 0 where none was noted.
+
+    In a program that torch.export made, a module's key is its name.
+    """
+    key = next(reversed(compat.modules_of(node)), "")
+    number = key.partition("@")[0]  # a region's second call has the key of the first and @1
+    return int(number) if number.isdecimal() else 0
 
 
 def _holders() -> dict[int, tuple[int, str]]:

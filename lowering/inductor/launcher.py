@@ -38,11 +38,25 @@ def lower(
 ) -> Any:
     """Lower the current node, a call of `op` on tensors and numbers of Inductor's.
 
-    Where no kernel serves it, or one that Inductor cannot write out, it stays a call. So it does
-    where this torch is none that was tested, and has no longer what a lowering needs.
+    Where no kernel serves it, or one that Inductor cannot write out, it stays a call.
+    """
+    return or_call(lower_to_kernels, op, implementation, args, kwargs)
+
+
+def or_call(
+    attempt: Callable[..., Any],
+    op: torch._ops.OpOverload,
+    implementation: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Lower the current node by an attempt, or to a call of its operator where that gives None.
+
+    It stays a call, too, where this torch is none that was tested, and has no longer what a
+    lowering needs.
     """
     try:
-        found = lower_to_kernels(op, implementation, compat.by_name(op, args, kwargs))
+        found = attempt(op, implementation, compat.by_name(op, args, kwargs))
     except Exception as error:
         if compat.is_tested():
             raise
@@ -76,6 +90,23 @@ def lower_to_kernels(
             values[name] = compat.number(fake)
     traced = _trace_once(op, implementation, values, tuple(boxes))
     return None if traced is None else compat.inline(traced, list(boxes.values()))
+
+
+def lower_to_operations(
+    op: torch._ops.OpOverload, implementation: Callable[..., Any], given: dict[str, Any]
+) -> Any:
+    """Lower the current node to the operations that it consists of, or return None on a CPU."""
+    fakes = compat.arguments_of_current_node(op)
+    if next(fake for fake in fakes.values() if isinstance(fake, Tensor)).device.type == "cpu":
+        return None
+    values = {name: compat.number(fake) for name, fake in fakes.items()}
+    inputs = [
+        name
+        for name, value in values.items()
+        if isinstance(value, Tensor) or compat.is_symbolic(value)
+    ]
+    traced = _trace_once(op, implementation, values, tuple(inputs))
+    return None if traced is None else compat.inline(traced, [given[name] for name in inputs])
 
 
 def _trace_once(

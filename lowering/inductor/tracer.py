@@ -56,6 +56,10 @@ class InductorTracer(Tracer):
         """Tell whether AOTInductor compiles the graph, for a process that imports torch alone."""
         return compat.is_for_package()
 
+    def keeps_precision(self) -> bool:
+        """Guard the setting; a package has that of its build."""
+        return self.is_for_package() or compat.guard_precision()
+
     def holds(self, claim: Any) -> bool:
         """Guard the claim, or leave it where this graph's guards are not kept."""
         return compat.known(claim) or (not self.is_for_package() and compat.guarded(claim))

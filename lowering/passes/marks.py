@@ -35,11 +35,12 @@ from lowering.graphs.causal_proof import CausalProofs
 from lowering.graphs.names import Names
 from lowering.graphs.pairing import calls_in, marks_behind, marks_in, spelled_out_outputs, within
 from lowering.graphs.subgraphs import Subgraphs
-from lowering.passes.no_attention import why_no_attention
+from lowering.passes.no_attention import attends_again, why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
 from simplex_ops.marking.call import Expected, SdpaCall, refusal, with_mask
 from simplex_ops.marking.ranges import RANGES_OP
+from simplex_ops.rules import lowered
 
 _OPTIONS = ("is_causal", "form", "k2_bias", "v2_bias")
 
@@ -124,6 +125,7 @@ def _serve(
     )
     if q_start is not None:
         options["q_start"] = q_start
+    lowered.guard_precision(seen.query)
     bounds = _bounds(given, call, is_causal, q_start, seen, proofs)
     if bounds is not None:
         options["kv_bounds"] = bounds
@@ -161,6 +163,12 @@ def _only_call(mark: fx.Node, pairs: _Pairs, subgraphs: Subgraphs) -> fx.Node:
             "its module calls scaled_dot_product_attention again, with a query that does not come "
             "from the module's input, and a mark takes over exactly one call: mark a module that "
             "calls it once"
+        )
+    again = attends_again(mark)
+    if again is not None:
+        raise _Unserved(
+            f"its module attends by {again} too, and a mark takes over exactly one attention: mark "
+            "a module that attends once"
         )
     return calls[0]
 

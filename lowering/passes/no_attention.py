@@ -1,14 +1,18 @@
-"""Why no scaled_dot_product_attention takes its query from a mark, and what helps."""
+"""By what else a marked module attends: why no call pairs with its mark, or what is beside one."""
+
+from typing import Any
 
 from torch import fx
 
 from lowering import compat
-from lowering.graphs.pairing import is_softmax
+from lowering.graphs.pairing import is_softmax, marks_behind, spelled_out_outputs
+from lowering.graphs.spelled import scores_of
 from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.spelled_out import why_not
 from simplex_ops.marking.call import SDPA
 
-_OTHER_WAYS = ("softmax", "multi_head_attention_forward", "flex_attention")
+_FUSED = ("multi_head_attention_forward", "flex_attention")
+_OTHER_WAYS = ("softmax", *_FUSED)
 
 
 def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
@@ -24,11 +28,17 @@ def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
             reason = why_not(node, mark)
             if reason is not None:
                 return reason
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = _name(node)
         if name in _OTHER_WAYS:
             return (
                 f"no scaled_dot_product_attention takes its query from the marked input: it "
                 f'attends by {name} (attn_implementation="sdpa" sets it right in transformers)'
+            )
+        if _is_exported(node):
+            return (
+                "it attends by torch.ops.aten.scaled_dot_product_attention, as a program of "
+                "torch.export does: call F.scaled_dot_product_attention, or export the model under "
+                "simplex_ops.enable()"
             )
     return (
         "no scaled_dot_product_attention in its graph takes its query from the marked input. "
@@ -37,6 +47,31 @@ def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
         "or the model attends by other means "
         '(attn_implementation="sdpa" sets it right in transformers)'
     )
+
+
+def attends_again(mark: fx.Node) -> str | None:
+    """Return by what a mark's module attends beside its call; None where by nothing."""
+    stops = spelled_out_outputs(mark.graph)
+    for node in _made_from(mark):
+        if _name(node) in _FUSED or _is_exported(node):
+            source = node
+        else:
+            source = scores_of(node) if is_softmax(node) else None
+        if source is not None and all(
+            mark in marks_behind(operand, node, stops) for operand in source.all_input_nodes[:2]
+        ):
+            return _name(node)
+    return None
+
+
+def _is_exported(node: fx.Node) -> bool:
+    return _name(node) == SDPA.__name__ and node.target is not SDPA
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.partition(".")[0]  # of an operator: its overload
 
 
 def _made_from(mark: fx.Node) -> list[fx.Node]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Marks that were saved hold a form's place among these: add at the end.
 FORMS = ("trilinear", "determinant", "strassen")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

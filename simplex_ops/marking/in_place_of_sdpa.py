@@ -32,6 +32,22 @@ class InPlaceOfSdpa(TorchFunctionMode):
         self.entry = Surroundings.here()
         self.unrepeated = Unrepeated()
         self.calls = 0
+        self.sizes: tuple[int, ...] = ()  # of the scores, had it any
+        self.weights: set[tuple[int, ...]] = set()  # sizes of what came out of a softmax
+
+    def refuse_another(self) -> None:
+        """Raise where the module attended otherwise than by the one call that was taken over."""
+        if self.calls != 1:
+            raise UnservedMarkError(
+                f"a marked module, {running_as(self.module)}, called scaled_dot_product_attention "
+                f"{self.calls} times in one forward, and a mark takes over exactly one call: "
+                'load the model with attn_implementation="sdpa", or compile it'
+            )
+        if _are_numbers(self.sizes) and self.sizes in self.weights and self.sizes[2] > 1:
+            raise UnservedMarkError(
+                f"a marked module, {running_as(self.module)}, cannot run: it attends by softmax "
+                "too, and a mark takes over exactly one attention: mark a module that attends once"
+            )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -43,6 +59,8 @@ class InPlaceOfSdpa(TorchFunctionMode):
         if func is not SDPA:
             out = func(*args, **(kwargs or {}))
             self.unrepeated.note(func, args, kwargs or {}, out)
+            if getattr(func, "__name__", "") == "softmax" and _are_numbers(out.shape):
+                self.weights.add(tuple(out.shape))
             return out
         self.calls += 1
         setting, pair = self.setting, self.pair
@@ -57,6 +75,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {reason}"
             )
+        self.sizes = (*call.query.shape[:3], call.key.shape[2])
         out, _ = torch.ops.simplex.attn(
             call.query, call.key, pair.k2, call.value, pair.v2, setting.w1, setting.w2,
             scale=call.scale, is_causal=setting.is_causal, form=setting.form,
@@ -78,3 +97,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {error}"
             ) from None
+
+
+def _are_numbers(sizes: tuple[int, ...]) -> bool:
+    return all(isinstance(size, int) for size in sizes)  # traced, they may be symbols

@@ -1,12 +1,12 @@
-"""A `forward` that stands on the instance, where it hides the class's.
+"""A `forward` that stands on the instance, or in a class derived later, and hides the marked one.
 
 Hooks of accelerate (device_map, dispatch_model) put one there, and so does whoever patches one
 module alone. A mark lives in the class: nothing may pass it by.
 
 - When marking: accelerate's forward calls the bound method that it keeps as `_old_forward`, so the
   marked one is put in its place, and hooks run around it as ever. Another is refused.
-- Put on afterwards: it may call the marked forward that it found, or not. Each call of the module
-  watches that the marked one has run.
+- Put on afterwards, there or by another class: it may call the marked forward, or not. Each call of
+  the module watches that the marked one has run.
 """
 
 import functools
@@ -58,13 +58,23 @@ def call_watched(
         result = call(*args, **kwargs)
         if _awaiting.module is module:
             raise UnservedMarkError(
-                f"a marked module, {running_as(module)}, has a forward on the instance that "
-                "passes the mark by. Take it away (`del module.forward`), or put there one that "
-                "calls the marked forward"
+                f"a marked module, {running_as(module)}, has a forward {_where(module)}"
             )
     finally:
         _awaiting.module = outer
     return result
+
+
+def _where(module: nn.Module) -> str:
+    if "forward" in vars(module):
+        return (
+            "on the instance that passes the mark by. Take it away (`del module.forward`), or put "
+            "there one that calls the marked forward"
+        )
+    return (
+        f"of its own, as a {type(module).__name__}, that passes the mark by: let that class call "
+        "super().forward, or unmark() the module before it becomes one, and mark it then"
+    )
 
 
 def marked_forward_runs(module: nn.Module) -> None:

@@ -46,7 +46,7 @@ def mark(
         simplex::attn(q, k, k2, v, v2, w1, w2, scale=..., form=..., k2_bias=..., v2_bias=...)
 
     runs instead, eager and compiled alike; compiled, by the pass of backend="simplex" or
-    `lowering.enable()`. Eager code serves modules that call that function, or
+    `simplex_ops.enable()`. Eager code serves modules that call that function, or
     `F.multi_head_attention_forward`; any other raises there. Mark a model before an optimizer takes
     its parameters, and before a state dict with k2 and v2 is loaded.
 

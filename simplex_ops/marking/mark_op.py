@@ -20,11 +20,11 @@ MARK_OP = torch.ops.simplex.mark.default
 
 _REMEDY = (
     "a module marked for 2-simplicial attention was compiled without the pass that rewrites it: "
-    'compile with torch.compile(model, backend="simplex"); or let lowering.enable() stand whenever '
-    "the model is called, since code is compiled when the model is called, and not by "
+    'compile with torch.compile(model, backend="simplex"); or let simplex_ops.enable() stand '
+    "whenever the model is called, since code is compiled when the model is called, and not by "
     "torch.compile(model), and again for other shapes (torch.compiler.reset() forgets what was "
-    "compiled without the pass); or take the marks away with simplex_ops.unmark(module), as "
-    "torch.export needs"
+    "compiled without the pass); or, for torch.export, let it stand around the export; or take the "
+    "marks away with simplex_ops.unmark(module)"
 )
 
 

@@ -15,7 +15,7 @@ from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
 from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
 from simplex_ops.marking.mark_op import MARK_OP
-from simplex_ops.marking.naming import described, running_as
+from simplex_ops.marking.naming import described
 from simplex_ops.marking.saved import SavedMark
 from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark
@@ -40,8 +40,9 @@ class Marked(nn.Module):
         if not isinstance(self, Marked):  # torch.compile(module) holds this method beyond unmark()
             return self(*args, **kwargs)
         # Compiled, a watch is a side effect, which a checkpoint around the module does not allow.
-        if "forward" in self.__dict__ and (
-            not torch.compiler.is_compiling() or hides(self, Marked.forward)
+        if type(self).forward is not Marked.forward or (
+            "forward" in self.__dict__
+            and (not torch.compiler.is_compiling() or hides(self, Marked.forward))
         ):
             return call_watched(self, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
@@ -75,12 +76,7 @@ class Marked(nn.Module):
         self.simplex_ops.notice()
         with InPlaceOfSdpa(self, setting, pair, mask) as taken:
             result = run(self, super().forward, given)
-        if taken.calls != 1:
-            raise UnservedMarkError(
-                f"a marked module, {running_as(self)}, called scaled_dot_product_attention "
-                f"{taken.calls} times in one forward, and a mark takes over exactly one call: "
-                'load the model with attn_implementation="sdpa", or compile it'
-            )
+        taken.refuse_another()
         return result
 
     def simplex_second_pair(self, x: Tensor) -> tuple[Tensor, Tensor]:

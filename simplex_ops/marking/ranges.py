@@ -18,9 +18,10 @@ from simplex_ops.contract.schema import LIBRARY
 from simplex_ops.marking.call import RANGES_REMEDY, UnservedMarkError
 
 RANGES_OP = torch.ops.simplex.ranges_of_mask.default
+_LAST = torch.iinfo(torch.int32).max
 
 
-def _ranges(
+def ranges(
     attn_mask: Tensor,
     batch: int,
     queries: int,
@@ -34,58 +35,56 @@ def _ranges(
     """
     mask = attn_mask.detach()
     while mask.dim() < 4:
-        mask = mask[None]
+        mask = mask.unsqueeze(0)
     mask = mask.expand(-1, -1, queries, keys)
     seen = mask if mask.dtype == torch.bool else mask == 0
-    plain = torch.ones((), dtype=torch.bool, device=mask.device)
+    claims: dict[str, Tensor] = {}  # what must hold, by the reason if not
     if mask.dtype != torch.bool:
-        plain = (seen | (mask <= torch.finfo(mask.dtype).min)).all()
-    alike = plain
+        claims[_ADDS] = (seen | (mask <= torch.finfo(mask.dtype).min)).all()
     if seen.shape[1] > 1:
-        alike = (seen == seen[:, :1]).all()
-    seen = seen[:, 0]
+        claims[_HEADS] = (seen == seen.narrow(1, 0, 1)).all()
+    seen = seen.select(1, 0)
     place = torch.arange(keys, dtype=torch.int32, device=mask.device)
     count = seen.sum(-1, dtype=torch.int32)
     if keys:
-        start = torch.where(seen, place, keys).amin(-1)
+        start = torch.where(seen, place, _LAST).amin(-1)
         end = torch.where(seen, place + 1, 0).amax(-1)
     else:
         start = end = count
     empty = count == 0
     start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
-    whole = (end - start == count).all()
-    behind = plain
+    claims[_HOLES] = (end - start == count).all()
     if is_causal:
-        first = keys - queries if q_start is None else q_start[:, None]
+        first = keys - queries if q_start is None else q_start.unsqueeze(1)
         after = torch.arange(1, queries + 1, dtype=torch.int32, device=mask.device) + first
-        behind = (end <= after).all()
-    _hold(mask.device, plain, alike, whole, behind)
+        claims[_AFTER] = (end <= after).all()
+    _hold(mask.device, claims)
     return torch.stack((start, end), -1).to(torch.int32).expand(batch, -1, -1).contiguous()
 
 
+_ADDS = "its attention mask adds numbers other than 0 and the smallest, as biases do"
+_HEADS = "its attention mask differs from head to head"
+_HOLES = "its attention mask shows a query keys that are not one range"
 _AFTER = (
     "its attention mask shows a query keys after it, and the module was marked with is_causal=True "
     "(mark it with is_causal=False)"
 )
-_REASONS = (
-    "its attention mask adds numbers other than 0 and the smallest, as biases do",
-    "its attention mask differs from head to head",
-    "its attention mask shows a query keys that are not one range",
-    _AFTER,
-)
 
 
-def _hold(device: torch.device, *claims: Tensor) -> None:
+# A device's message ends before its 255th character.
+_SHORT_REMEDY = "give each query one range of keys, the same to all heads, or unmark() the module"
+
+
+def _hold(device: torch.device, claims: dict[str, Tensor]) -> None:
     if device.type == "meta":
         return
-    if device.type != "cpu":
-        torch._assert_async(
-            torch.stack(claims).all(),
-            f"simplex: an attention mask of a marked module is not served: {RANGES_REMEDY}",
-        )
-        return
-    for reason, claim in zip(_REASONS, claims, strict=True):
-        if not claim:
+    for reason, claim in claims.items():
+        if device.type != "cpu":
+            torch._assert_async(
+                claim,
+                f"simplex: a mark is not served: {reason}: {_SHORT_REMEDY}",
+            )
+        elif not claim:
             raise UnservedMarkError(f"{reason}: {RANGES_REMEDY}")
 
 
@@ -94,4 +93,4 @@ def _fake(attn_mask: Tensor, batch: Any, queries: Any, keys: Any, *_: Any, **__:
     return attn_mask.new_empty((batch, queries, 2), dtype=torch.int32)
 
 
-LIBRARY.impl("ranges_of_mask", _ranges, "CompositeExplicitAutograd")
+LIBRARY.impl("ranges_of_mask", ranges, "CompositeExplicitAutograd")

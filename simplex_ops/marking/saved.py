@@ -6,19 +6,20 @@ loads it into a model without that mark is told by PyTorch and by transformers o
 expect, and the key says which call to make.
 """
 
+import contextlib
 import struct
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.marking.setting import INITS, Mark
 
 CHILD = "simplex_ops"
 KEY = "mark_like"
 SUFFIX = f".{CHILD}.{KEY}"
 
-_FORMS = ("trilinear", "determinant", "strassen")  # their order is stored: add at the end
 _VERSION = 1
 _BASE = 2**20  # a digit is exact in float32 too, in which some average integers
 _LENGTH = 20
@@ -50,7 +51,8 @@ class SavedMark(nn.Module):
             return
         if now is None or now is self.__dict__.get("_compared") or now.is_meta:
             return
-        self._compare(now)
+        with contextlib.suppress(RuntimeError):  # vmap's holds those of several models
+            self._compare(now)
 
     def extra_repr(self) -> str:
         """Return the settings."""
@@ -109,7 +111,7 @@ def encoded(mark: Mark, device: torch.device) -> Tensor:
     numbers = [
         _VERSION,
         INITS.index(mark.init),
-        _FORMS.index(mark.form),
+        FORMS.index(mark.form),
         int(mark.is_causal),
         int(mark.without_dropout),
         mark.head_dim,
@@ -144,7 +146,7 @@ def decoded(saved: Tensor) -> Mark:
         struct.unpack("<d", struct.pack("<4H", *digits))[0] for digits in (rest[4:8], rest[8:12])
     )
     return Mark(
-        w1, w2, _FORMS[form], k2_bias, v2_bias, bool(is_causal), head_dim, v_head_dim,
+        w1, w2, FORMS[form], k2_bias, v2_bias, bool(is_causal), head_dim, v_head_dim,
         bool(without_dropout), INITS[init], kv_heads,
     )  # fmt: skip
 

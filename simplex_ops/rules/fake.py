@@ -27,6 +27,7 @@ def attn(
     """Return empty out [B, H, N, Dv] in q's memory order, and lse [B, H, N]."""
     cache_key.extend()
     lowered.register()
+    lowered.guard_precision(q)
     check_attn(q, k1, k2, v1, v2, w1, w2, **options)
     return empty_outputs(q, v1)
 

@@ -49,11 +49,7 @@ def cases(
     for _ in range(2):
         sizes.append(draw(_mostly(st.just(sizes[0]), st.integers(0, max_seq), often=2)))
     widest = max(head_dim, value_dim or 0)
-    while batch * group * kv_heads * sizes[0] * sizes[1] * (sizes[2] + widest) > max_work:
-        sizes = [max(1, size * 2 // 3) if size else 0 for size in sizes]
-        if max(sizes) <= 1:
-            break
-    seq, keys1, keys2 = sizes
+    seq, keys1, keys2 = sizes_within(max_work, batch * group * kv_heads, widest, sizes)
     return Case(
         batch=batch,
         kv_heads=kv_heads,
@@ -81,6 +77,24 @@ def cases(
         layout_of_gradients=draw(st.sampled_from(LAYOUTS_OF_ONE)),
         layout_of_positions=draw(st.sampled_from(LAYOUTS_OF_ONE)),
     )
+
+
+def sizes_within(
+    max_work: int, rows: int, columns: int, sizes: Sequence[int], fewest: Sequence[int] = (1, 1, 1)
+) -> tuple[int, ...]:
+    """Cut (N, M1, M2) by thirds until the reference stores at most `max_work` elements.
+
+    It stores rows · N · M1 · (M2 + columns), for B · H rows. No size goes below its `fewest`.
+    """
+    seq, keys1, keys2 = sizes
+    while rows * seq * keys1 * (keys2 + columns) > max_work:
+        before = seq, keys1, keys2
+        seq, keys1, keys2 = (
+            min(size, max(least, size * 2 // 3)) for size, least in zip(before, fewest, strict=True)
+        )
+        if (seq, keys1, keys2) == before:
+            break
+    return seq, keys1, keys2
 
 
 def _mostly(usual: st.SearchStrategy, rare: st.SearchStrategy, often: int = 5) -> st.SearchStrategy:

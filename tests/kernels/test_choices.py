@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from csrc_free import measured
+from csrc_free.device.forms import CODES
 from csrc_free.hopper import (
     backward_keys,
     backward_narrow,
@@ -25,11 +26,11 @@ from csrc_free.hopper import forward as hopper_forward
 from csrc_free.portable import backward, forward, keys, pairs, query, wide, wide_parts
 from csrc_free.steps import delta, parts_sum
 from csrc_free.traits import DEVICES, INTERPRETER, Device, Traits, first_that_fits
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.rules import cache_key
 from tools.compiled import registers
 from tools.compiled.launches import Launch
 
-FORMS = ("trilinear", "determinant", "strassen")
 PRECISIONS = (
     (torch.bfloat16, None), (torch.float16, "tf32"), (torch.float32, "ieee"),
     (torch.float32, "bf16x6"),
@@ -66,6 +67,11 @@ def test_every_choice_lies_in_its_tuning_space(name):
         for field in dataclasses.fields(config):
             if field.name != "descriptors":
                 assert getattr(config, field.name) in space[field.name], config
+
+
+def test_every_form_has_a_code():
+    assert tuple(CODES) == FORMS
+    assert sorted(CODES.values()) == list(range(len(FORMS)))
 
 
 def test_what_a_device_may_not_have_is_refused_by_name():

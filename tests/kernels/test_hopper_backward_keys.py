@@ -1,15 +1,17 @@
 """The key-value gradients on Hopper: when they are chosen, what they compile to, what they give."""
 
 import dataclasses
+import functools
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
 
+from csrc_free.attn import portable_alone
 from csrc_free.hopper import backward, backward_keys, key_plan
 from csrc_free.hopper.key_plan import KEYS, Plan, plan_of
 from csrc_free.problem import problem_of
@@ -61,9 +63,11 @@ def test_what_is_not_served_is_said(change, reason):
     assert reason in str(_plan(dataclasses.replace(GROUP8, **change)))
 
 
-def test_a_narrow_window_without_a_bound_is_not_held_in_rows():
+def test_a_narrow_window_without_a_bound_has_as_many_rows_as_there_are_keys():
     few = dataclasses.replace(GROUP8, heads=8, seq=50, w1=None, w2=None)
-    assert "a narrow window of up to 64 keys" in backward.choose(*_problem(few)).reasons["query"]
+    assert backward.choose(*_problem(few)).served_by == "hopper (wide, narrow)"
+    long = dataclasses.replace(few, seq=1000)
+    assert "a narrow window of up to 512 keys" in backward.choose(*_problem(long)).reasons["query"]
 
 
 def test_another_device_is_not_served():
@@ -78,31 +82,51 @@ def test_an_expanded_dout_is_not_served():
 def test_both_halves_say_why_they_do_not_run():
     choice = backward.choose(*_problem(dataclasses.replace(GROUP8, head_dim=256)))
     assert set(choice.reasons) == {"keys", "wide", "query"}
-    assert backward.choose(*_problem(GROUP8)).reasons == {}
+    assert backward.choose(*_problem(dataclasses.replace(GROUP8, heads=512))).reasons == {}
 
 
 def test_a_slower_kernel_is_not_chosen():
-    choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=32, form="strassen")))
-    assert isinstance(choice.keys, Plan)
-    assert "the portable kernel is faster" in choice.reasons["query"]
-    for heads in (8, 16, 24, 32):
-        choice = backward.choose(*_problem(dataclasses.replace(GROUP8, heads=heads)))
-        assert choice.served_by == "hopper (wide, narrow)"
-    choice = backward.choose(
-        *_problem(dataclasses.replace(GROUP8, heads=32, batch=1, kv_heads=8, seq=300))
-    )
-    assert isinstance(choice.keys, Plan), "few tiles of 128 keys leave the device idle"
+    """The dq of 4 heads, where a bias of the wide pair leaves it to others."""
+    some = dataclasses.replace(GROUP8, heads=32, w1=32, w2=512)
+    problem, dout = _problem(some)
+    problem = dataclasses.replace(problem, k2_bias=1.0)
+    assert "the portable kernel is faster" in backward.choose(problem, dout).reasons["query"]
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 12, 16, 31, 32, 64])
+@pytest.mark.parametrize("form", ["trilinear", "strassen", "determinant"])
+def test_pairs_are_weighed_as_the_forward_did(group, form):
+    """As the portable kernels do, but of 32 heads and more in the trilinear form."""
+    some = dataclasses.replace(GROUP8, batch=1, heads=8 * group, form=form)
+    for change in ({}, {"w2": 64}, {"w1": 128, "w2": 128}, {"seq": 300}):
+        choice = backward.choose(*_problem(dataclasses.replace(some, **change)))
+        if form == "trilinear" and group >= 32:
+            assert isinstance(choice.keys, Plan)
+        else:
+            assert choice.served_by == "hopper (wide, narrow)"
+
+
+def test_few_tiles_are_shared():
+    def splits(**change):
+        return backward.choose(*_problem(dataclasses.replace(GROUP8, **change))).wide
+
+    assert splits() == 1
+    assert splits(batch=1) == 1  # 128 tiles
+    assert splits(batch=1, seq=1024) == 2
+    assert splits(batch=1, seq=300) == 4
+    assert splits(batch=1, kv_heads=1, heads=8, seq=128) == 8
 
 
 @pytest.mark.parametrize("seq", [4096, 32768, 131072])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(64, 1), (64, 8), (32, 8), (8, 2)])
-def test_private_sums_stay_within_their_memory(seq, heads, kv_heads):
+@pytest.mark.parametrize(("w1", "w2"), [(512, 32), (128, 128)])
+def test_private_sums_stay_within_their_memory(seq, heads, kv_heads, w1, w2):
     batch = 131072 // seq
-    workload = Workload("x", batch, heads, kv_heads, seq, 128, 512, 32)
+    workload = Workload("x", batch, heads, kv_heads, seq, 128, w1, w2)
     plan = _plan(workload)
     assert isinstance(plan, Plan)
-    parts = -(-seq // (KEYS * plan.tiles))
-    slots = KEYS * plan.tiles + 511 + 31
+    parts = -(-seq // (plan.keys * plan.tiles))
+    slots = plan.keys * plan.tiles + w1 - 1 + w2 - 1
     some = plan.batch * plan.kv_heads
     taken = 4 * 256 * some * (parts * slots + (seq * (plan.splits + 1) if plan.splits > 1 else 0))
     taken += 8 * batch * heads * seq  # delta and lse2
@@ -130,6 +154,30 @@ def test_a_division_uses_the_device(batch, kv_heads, seq, w1, group):
         assert chosen <= one_each * 1.001
 
 
+@given(
+    st.integers(1, 2), st.integers(1, 4), st.integers(32, 9000), st.integers(1, 3000),
+    st.sampled_from([16, 128]), st.sampled_from([4, 64]),
+)  # fmt: skip
+@example(1, 1, 4096, 2048, 32, 8)
+def test_nobody_else_adds_to_a_part_of_several_tiles(batch, kv_heads, seq, w1, w2, group):
+    """Programs that share a tile divide its narrow keys otherwise than the next one's."""
+    plan = _plan(Workload("x", batch, group * kv_heads, kv_heads, seq, 128, w1, w2))
+    assert isinstance(plan, str) or plan.tiles == 1 or plan.splits == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "w1", "w2", "keys"), [
+        (64, 512, 32, 64), (64, 1024, 32, 64), (64, 128, 128, 16), (64, 256, 64, 16),
+        (64, 128, 32, 64), (40, 128, 128, 16), (8, 128, 128, 16), (8, 2048, 128, 64),
+        (4, 64, 49, 16), (4, 512, 64, 64),
+    ],
+)  # fmt: skip
+def test_fewer_wide_keys_are_a_tile_where_many_rows_see_only_some(group, w1, w2, keys):
+    plan = _plan(dataclasses.replace(GROUP8, batch=1, heads=8 * group, w1=w1, w2=w2))
+    assert isinstance(plan, Plan)
+    assert plan.keys == keys
+
+
 def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     """Programs that share a tile are for devices that would be idle without."""
     small = dataclasses.replace(GROUP8, batch=1, heads=16, kv_heads=2)
@@ -139,15 +187,23 @@ def test_a_device_of_fewer_multiprocessors_is_filled_by_fewer_programs():
     assert few.splits < many.splits
 
 
+# The register table holds these too, and test_registers.py that it was compiled from these sources.
+IN_THE_TABLE = functools.partial(pytest.param, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "most_spills"), [
         (GROUP8, 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1), 450),
+        (dataclasses.replace(GROUP8, heads=64, kv_heads=1, w1=128, w2=128), 450),
         (dataclasses.replace(GROUP8, heads=64, kv_heads=1, head_dim=64), 120),
-        (dataclasses.replace(GROUP8, form="strassen"), 450),
-        (dataclasses.replace(GROUP8, form="determinant"), 450),
-    ], ids=["group 8, D 128", "group 64, D 128", "group 64, D 64", "strassen", "determinant"],
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="strassen"), 450),
+        IN_THE_TABLE(dataclasses.replace(GROUP8, form="determinant"), 450),
+    ], ids=[
+        "group 8, D 128", "group 64, D 128", "16 wide keys", "group 64, D 64", "strassen",
+        "determinant",
+    ],
 )  # fmt: skip
 def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
     """Spill stores of the whole kernel: what stands in its inner loop is next to nothing."""
@@ -159,7 +215,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
             torch.empty(shape[:2], dtype=torch.int32, device="meta"),
         )  # fmt: skip
         backward.write_gradients(
-            problem, given, dataclasses.replace(backward.choose(problem, dout), query=""),
+            problem, given, backward.Choice(keys=plan_of(problem, dout), wide=None, query=""),
             None, (None, None), (torch.empty_like(problem.k_narrow), None),
         )  # fmt: skip
     names = [launch.kernel.__name__ for launch in launches]
@@ -172,7 +228,7 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
     with recorded(HOPPER) as launches:
         problem, dout = _problem(dataclasses.replace(GROUP8, heads=8 * group))
@@ -182,7 +238,7 @@ def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
             torch.empty(shape[:2], dtype=torch.int32, device="meta"),
         )  # fmt: skip
         choice = backward.choose(problem, dout)
-        assert choice.wide is None
+        assert choice.wide == 1
         wide = torch.empty_like(problem.k_wide), torch.empty_like(problem.v_wide)
         backward.write_gradients(problem, given, choice, None, wide, (None, None))
     (launch,) = launches
@@ -202,6 +258,7 @@ def _change(**fields):
     return dataclasses.replace(CASE, **fields)
 
 
+# By `keys`, which serves all groups from 3 to 64: of those below 32 what others leave.
 CASES = {
     "whole tiles and a tail": CASE,
     "64 heads, a position to a tile": _change(kv_heads=1, group=64, seq=100),
@@ -265,6 +322,7 @@ CASES = {
 }
 
 
+# By `wide` and `narrow`.
 SMALL = {
     "1 head": _change(group=1),
     "2 heads": _change(group=2),
@@ -285,6 +343,26 @@ SMALL = {
     "4 heads": _change(group=4),
     "4 heads, D 64, both sides": _change(group=4, head_dim=64, is_causal=False),
     "2 heads, logits of thousands": _change(group=2, amplitude=1000.0),
+    "5 heads": _change(group=5, seq=99),
+    "8 heads": CASE,
+    "8 heads, wild bounds, starts": _change(batch=2, bounds="wild", starts="random"),
+    "8 heads, no windows": _change(w1=None, w2=None, seq=60),
+    "12 heads, documents": _change(
+        group=12, batch=2, bounds="documents", head_dim=80, value_dim=96
+    ),
+    "16 heads, D 64, both sides": _change(group=16, head_dim=64, is_causal=False),
+    "31 heads, fused": _change(group=31, layout="fused", seq=80),
+    "8 heads, logits of thousands": _change(amplitude=1000.0),
+    "64 heads": _change(group=64, kv_heads=1, seq=80),
+    "1 head, strassen": _change(group=1, form="strassen"),
+    "1 head, determinant, wild bounds": _change(
+        group=1, form="determinant", batch=2, bounds="wild", starts="random"
+    ),
+}
+SMALL |= {
+    name: case
+    for name, case in CASES.items()
+    if case.form != "trilinear" and "first pair narrow" not in name  # a bias of the wide pair
 }
 
 
@@ -308,21 +386,27 @@ def used(monkeypatch):
     return noted
 
 
+def _choosing(change, monkeypatch):
+    """Let a function change the choice."""
+    inner = backward.choose
+    monkeypatch.setattr(backward, "choose", lambda *args: change(inner(*args), *args))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_within_the_budget(name, used, poisoned_memory):
+def test_gradients_are_within_the_budget(name, used, monkeypatch, poisoned_memory):
+    _choosing(lambda choice, *given: dataclasses.replace(choice, keys=plan_of(*given)), monkeypatch)
     assert_matches_reference(CASES[name], attn, device="cuda")
     assert used
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", SMALL)
-def test_small_groups_are_within_the_budget(name, used, monkeypatch, poisoned_memory):
-    inner = backward.choose  # however few tiles there are
-    monkeypatch.setattr(
-        backward,
-        "choose",
-        lambda *args: dataclasses.replace(inner(*args), keys="not here", wide=None),
+def test_small_groups_are_within_the_budget(name, splits, used, monkeypatch, poisoned_memory):
+    """However few tiles there are, whole and shared."""
+    _choosing(
+        lambda choice, *_: dataclasses.replace(choice, keys="not here", wide=splits), monkeypatch
     )
     assert_matches_reference(SMALL[name], attn, device="cuda")
     assert used == ["backward_wide"]
@@ -344,13 +428,51 @@ def test_drawn_problems_are_within_the_budget(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", [(1, 1), (1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize("plan", [(1, 1), (1, 3), (2, 1), (3, 1)])
 @pytest.mark.parametrize("at_once", [(2, 2), (1, 1)])
 def test_every_division_gives_the_answer(plan, at_once, monkeypatch, used):
     """Tiles that share a part, programs that share a tile, and several launches."""
-    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: Plan(*plan, *at_once))
+    plan = Plan(KEYS, *plan, *at_once)
+    _choosing(lambda choice, *_: dataclasses.replace(choice, keys=plan), monkeypatch)
     assert_matches_reference(_change(batch=2, seq=200), attn, device="cuda")
     assert len(used) == 4 // (at_once[0] * at_once[1])
+
+
+OF_SEVERAL_NARROW_KEYS = (
+    "whole tiles and a tail",
+    "64 heads, a position to a tile",
+    "D 64, Dv 128",
+    "both sides",
+    "the first pair narrow",
+    "windows beyond the sequence",
+    "a window of one",
+    "fewer first keys",
+    "a cache",
+    "wild bounds",
+    "starts",
+    "biases of the wide pair",
+    "strassen, wild bounds, starts",
+    "determinant, the first pair narrow, biases",
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OF_SEVERAL_NARROW_KEYS)
+@pytest.mark.parametrize("keys", [16, 32])
+def test_several_narrow_keys_may_share_a_product(name, keys, used, monkeypatch, poisoned_memory):
+    """Whatever would be chosen, and where a part is of several tiles too."""
+    monkeypatch.setattr(backward, "plan_of", _with(backward.plan_of, keys=keys, tiles=2, splits=1))
+    assert_matches_reference(CASES[name], attn, device="cuda")
+    assert used
+
+
+def _with(plan_of, **changes):
+    def changed(problem, dout):
+        plan = plan_of(problem, dout)
+        assert isinstance(plan, Plan)
+        return dataclasses.replace(plan, **changes)
+
+    return changed
 
 
 @pytest.mark.gpu
@@ -385,27 +507,26 @@ def test_gradients_repeat_bit_for_bit(group, used):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("group", "kernel"), [(8, "backward_wide"), (64, "backward_keys")])
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
-def test_extreme_scores_agree_with_the_portable_kernels(size, used, monkeypatch):
+def test_extreme_scores_agree_with_the_portable_kernels(size, group, kernel, used):
     """Up to logits of 1e9, where lse is capped; never NaN."""
     inputs = [
         (torch.randn(1, heads, 300, 128, device="cuda") * (size if heads > 1 else 1.0))
         .to(torch.bfloat16)
         .requires_grad_()
-        for heads in (8, 1, 1, 1, 1)
+        for heads in (group, 1, 1, 1, 1)
     ]
     out, _lse = attn(*inputs, 100, 20)
     dout = torch.randn_like(out)
     got = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-    assert used == ["backward_keys"]
-    monkeypatch.setattr(backward, "plan_of", lambda problem, dout: "not here")
-    expected = torch.autograd.grad(out, inputs, dout)
-    for one, other in zip(got[1:], expected[1:], strict=True):
+    assert used == [kernel]
+    with portable_alone():
+        expected = torch.autograd.grad(out, inputs, dout)
+    for one, other in zip(got, expected, strict=True):
         assert torch.isfinite(one).all()
-        # They round k1∘k2 where the portable kernels here round q∘k2: a logit of thousands moves by
-        # several, and which pair a query sees with it.
-        if size <= 30:
-            assert (one - other).float().norm() <= 8e-3 * size * other.float().norm()
+        if size <= 1e3:
+            assert (one - other).float().norm() <= 1e-2 * other.float().norm()
 
 
 @pytest.mark.gpu

@@ -19,16 +19,19 @@ def hopper_as_users_have_it(small_problems_as_users_have_them, monkeypatch):
     monkeypatch.setattr(problem, "device_of", lambda device: DEVICES["sm_90"])
 
 
-def _inputs(batch, heads, kv_heads, seq, dim, keys=None):
+def _inputs(batch, heads, kv_heads, seq, dim, keys=None, dtype=BF16):
     return [
-        torch.empty(batch, n, h, dim, dtype=BF16, device="meta").transpose(1, 2)
+        torch.empty(batch, n, h, dim, dtype=dtype, device="meta").transpose(1, 2)
         for h, n in ((heads, seq), *[(kv_heads, keys or seq)] * 4)
     ]
 
 
-def _served_by(sizes, w1=512, w2=32, **options):
+SMALL = "portable: a problem so small takes the host longer than the device"
+
+
+def _served_by(sizes, w1=512, w2=32, dtype=BF16, **options):
     """Return who runs the forward, and the backward."""
-    inputs = _inputs(*sizes)
+    inputs = _inputs(*sizes, dtype=dtype)
     arguments = kernel_arguments(w1, w2, inputs[0], options)
     backward = attn.backward_served_by(torch.empty_like(inputs[0]), *inputs, **arguments)
     return attn.forward_served_by(*inputs, **arguments), backward
@@ -38,25 +41,35 @@ def _served_by(sizes, w1=512, w2=32, **options):
     "sizes",
     [
         (1, 16, 4, 256, 64),
-        (2, 16, 4, 256, 64),
         (1, 32, 8, 1, 128, 4096),  # one token of a generation
         (16, 32, 8, 1, 128, 4096),
     ],
 )
 def test_small_ones_run_on_the_portable_kernels(sizes):
-    for said in _served_by(sizes):
-        assert said == "portable: less than 2e+10 FLOPs take the device less time than the host"
+    assert _served_by(sizes) == (SMALL, SMALL)
 
 
-@pytest.mark.parametrize("sizes", [(1, 32, 8, 1024, 128), (4, 16, 4, 4096, 64)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 16, 4, 512, 64), (1, 32, 8, 1024, 128), (4, 16, 4, 4096, 64)]
+)
 def test_others_run_on_hopper_s(sizes):
     assert all(said.startswith("hopper") for said in _served_by(sizes))
 
 
 def test_a_narrow_window_makes_a_long_problem_small():
     sizes = (1, 16, 4, 1024, 64)
-    assert all("FLOPs" in said for said in _served_by(sizes, w1=64, w2=8))
+    assert _served_by(sizes, w1=64, w2=8) == (SMALL, SMALL)
     assert all(said.startswith("hopper") for said in _served_by(sizes))
+
+
+@pytest.mark.parametrize(
+    "given", [{"form": "strassen"}, {"form": "determinant"}, {"dtype": torch.float16}]
+)
+def test_what_takes_the_portable_kernels_longer_is_small_up_to_half_the_length(given):
+    sizes = (1, 64, 8, 128, 64)
+    assert _served_by(sizes) == (SMALL, SMALL)
+    assert SMALL not in _served_by(sizes, **given)
+    assert _served_by((1, 64, 8, 64, 64), **given) == (SMALL, SMALL)
 
 
 @pytest.mark.parametrize("device", sorted(set(DEVICES) - {"sm_90"}))

@@ -1,13 +1,16 @@
 """How float32 is multiplied: by the device, by what the user set, and as the answers show it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from csrc_free import precision
 from csrc_free.precision import precision_of
 from csrc_free.problem import problem_of
+from csrc_free.tracing import traced_by
 from csrc_free.traits import DEVICES, INTERPRETER
 from simplex_ops.testing import Case, assert_matches_reference
 
@@ -80,14 +83,13 @@ def test_a_changed_setting_is_another_choice_and_another_program(matmul, monkeyp
     assert len({traits for traits, _ in seen}) == len({constant for _, constant in seen}) == 3
 
 
-def test_the_setting_of_a_package_is_that_of_its_build(monkeypatch):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_setting_is_part_of_a_trace_only_where_another_is_another_trace(kept):
     left = []
-    monkeypatch.setattr(precision.tracing, "leave", left.append)
-    _of_float32("sm_90")
-    assert len(left) == 1, "other compiled code calls the operator, which reads the setting"
-    monkeypatch.setattr(precision.tracing, "is_for_package", lambda: True)
-    assert _of_float32("sm_90") == "bf16x6"
-    assert len(left) == 1
+    tracer: Any = SimpleNamespace(keeps_precision=lambda: kept, leave=left.append)
+    with traced_by(tracer):
+        assert _of_float32("sm_90") == "bf16x6"
+    assert len(left) == (not kept)
 
 
 CASES = [

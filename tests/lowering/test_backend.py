@@ -18,6 +18,7 @@ from tiny_llama import (
     train_step,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config
@@ -41,6 +42,7 @@ def _fresh_dynamo():
     lowering.disable()
 
 
+@pytest.mark.slow
 def test_a_llama_trains_on_inductor_as_in_eager_at_several_lengths(device):
     model = mark_layers(llama(layers=1, device=device), 0, window=(9, 4)).train()
     run = torch.compile(model, backend=lowering.simplex, fullgraph=True, dynamic=True)
@@ -50,16 +52,20 @@ def test_a_llama_trains_on_inductor_as_in_eager_at_several_lengths(device):
     assert [r.module for r in lowering.last_report().rewritten] == ["model.layers.0.self_attn"]
 
 
-def test_a_module_of_fixed_sizes_trains_on_inductor_as_in_eager(device):
-    module, x = randomize(mark(Attention(), window=(9, 4))).to(device), states().to(device)
-    run = torch.compile(module, backend=lowering.simplex, fullgraph=True, dynamic=False)
-    found = []
-    for function in (run, module):
-        module.zero_grad()
-        out = function(x)
-        out.square().mean().backward()
-        found.append({"out": out.detach(), **{n: p.grad for n, p in module.named_parameters()}})
-    assert_same(*found)
+@pytest.mark.parametrize("lengths", [(12,), (24, 7)], ids=["one length", "several lengths"])
+def test_a_module_trains_on_inductor_as_in_eager(lengths, device):
+    module = randomize(mark(Attention(), window=(9, 4))).to(device)
+    dynamic = len(lengths) > 1
+    run = torch.compile(module, backend=lowering.simplex, fullgraph=True, dynamic=dynamic)
+    for seq in lengths:
+        found = []
+        for function in (run, module):
+            module.zero_grad()
+            out = function(states(seq).to(device))
+            out.square().mean().backward()
+            grads = {n: p.grad for n, p in module.named_parameters()}
+            found.append({"out": out.detach(), **grads})
+        assert_same(*found)
 
 
 def _recorded(found: list) -> dict:
@@ -287,3 +293,22 @@ def test_an_untested_torch_is_warned_of_once(monkeypatch):
             monkeypatch.setattr(torch, "__version__", f"{release}.1")
             compat.warn_if_untested()
             compat.warn_if_untested.cache_clear()
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_another_precision_of_float32_is_another_graph(marked, monkeypatch):
+    from simplex_ops.rules import lowered
+
+    monkeypatch.setattr(lowered, "guard_precision", lambda _q: compat.guard_precision())
+    counter = CompileCounterWithBackend(lowering.simplex)
+    heads = torch.randn(5, 1, 2, 6, 8).unbind()
+    module = mark(Attention()) if marked else lambda x: torch.ops.simplex.attn(x, *heads[1:])
+    run, x = torch.compile(module, backend=counter), states() if marked else heads[0]
+    matmul = torch.backends.cuda.matmul
+    try:
+        for said in ("none", "ieee", "none"):
+            matmul.fp32_precision = said
+            run(x)
+    finally:
+        matmul.fp32_precision = "none"
+    assert counter.frame_count == 2

@@ -50,13 +50,13 @@ def both(w1, w2, **options):
     return run
 
 
-def launched_in_eager_code(sizes, w1, w2, **options):
+def launched_in_eager_code(sizes, w1, w2, dtype=BF16, **options):
     """Return the names of the kernels that eager code launches on the same device."""
     with (
         recorded(DEVICES["sm_90"]) as launches,
         mock.patch.object(gpu, "unserved", return_value=""),
     ):
-        *inputs, dout = make_inputs(*sizes, device="meta")
+        *inputs, dout = make_inputs(*sizes, dtype=dtype, device="meta")
         out, lse = gpu.attn(*inputs, w1, w2, **options)
         gpu.attn_backward(dout, None, *inputs, out, lse, w1, w2, **options)
     return [launch.kernel.__name__ for launch in launches]
@@ -164,9 +164,8 @@ def test_lengths_and_windows_stay_arguments():
     [
         ((4, 2, 64), torch.float64, "cuda"),
         ((4, 2, 512), BF16, "cuda"),
-        ((4, 2, 64), torch.float32, "cuda"),
     ],
-    ids=["float64", "head_dim", "float32, whose products a setting decides"],
+    ids=["float64", "head_dim"],
 )
 def test_what_cannot_be_written_out_stays_a_call_of_the_operator(sizes, dtype, device):
     compiled = compiled_for_gpu(
@@ -174,6 +173,19 @@ def test_what_cannot_be_written_out_stays_a_call_of_the_operator(sizes, dtype, d
     )
     assert not launched_by(compiled)
     assert calls_of_ours(compiled) == ["attn", "attn_backward"]
+
+
+def test_float32_is_lowered_where_its_setting_is_guarded(monkeypatch):
+    from lowering import compat
+
+    sizes = (4, 2, 64)
+    expected = launched_in_eager_code(sizes, 20, 5, dtype=torch.float32)
+    for guarded in (True, False):
+        if not guarded:
+            monkeypatch.setattr(compat, "guard_precision", lambda: False)
+        compiled = compiled_for_gpu(both(20, 5), lambda: make_inputs(*sizes, dtype=torch.float32))
+        assert launched_by(compiled) == (expected if guarded else [])
+        assert calls_of_ours(compiled) == ([] if guarded else ["attn", "attn_backward"])
 
 
 def test_a_kernel_that_inductor_cannot_write_out_stays_a_call_of_the_operator(monkeypatch):
@@ -234,7 +246,7 @@ def test_what_gluon_kernels_serve_stays_a_call(monkeypatch, dynamic):
     assert calls_of_ours(compiled) == ["attn", "attn_backward"]
 
 
-SMALL, LARGE = (64, 1, 64, 300), (64, 1, 64, 4000)
+SMALL = 64, 1, 64, 300
 
 
 @pytest.fixture

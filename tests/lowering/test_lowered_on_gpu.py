@@ -1,5 +1,6 @@
 """What the lowerings make, run on a GPU: the answers of eager code, bit for bit, and sooner."""
 
+import re
 import statistics
 import time
 import types
@@ -118,6 +119,21 @@ def test_one_graph_serves_all_windows():
     assert counter.frame_count == 1
 
 
+def test_another_precision_of_float32_compiles_again():
+    counter = CompileCounterWithBackend("inductor")
+    run = torch.compile(attend, backend=counter, fullgraph=True)
+    inputs, seen = [t.float() for t in inputs_of(200)], []
+    try:
+        for said in ("none", "ieee", "tf32", "none"):
+            torch.backends.cuda.matmul.fp32_precision = said
+            seen.append(graded(run, inputs, 128, 16, {}))
+            assert_equal(seen[-1], graded(attend, inputs, 128, 16, {}))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert counter.frame_count == 3
+    assert not torch.equal(seen[0][0], seen[2][0])
+
+
 def test_a_misaligned_input_is_read_as_in_eager_code():
     run = torch.compile(attend, fullgraph=True)
     for shift in (0, 1):
@@ -148,9 +164,19 @@ def seconds(run, inputs, repeats=300):
     return statistics.median(found)
 
 
-def test_a_small_layer_takes_half_the_host_time_of_the_operator(monkeypatch):
+@pytest.fixture
+def all_kernels_as_users_have_them(small_problems_as_users_have_them, monkeypatch):
+    monkeypatch.setattr(attn, "_broken", [])
+
+
+@pytest.mark.parametrize("are_all_there", [False, True], ids=["portable alone", "all kernels"])
+def test_a_small_layer_takes_half_the_host_time_of_the_operator(
+    monkeypatch, request, are_all_there
+):
     from lowering.inductor import launcher
 
+    if are_all_there:
+        request.getfixturevalue("all_kernels_as_users_have_them")
     inputs = [t.requires_grad_() for t in inputs_of(256, batch=1)]
     runs = {}
     for name in ("lowered", "extern"):
@@ -167,3 +193,32 @@ def test_a_small_layer_takes_half_the_host_time_of_the_operator(monkeypatch):
     ratio = statistics.median(found["lowered"] / found["extern"] for found in rounds)
     print({n: f"{1e6 * min(r[n] for r in rounds):.0f} us" for n in runs}, f"{ratio:.2f}")
     assert ratio < 0.5
+
+
+def kernels_of(run, inputs):
+    """Return the names of the kernels of ours that a forward and a backward launch, in order."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        graded(run, inputs, 128, 16, {})
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    ours = r"(?!triton_)(\w+_kernel)(_\d+)?"
+    found = (
+        re.fullmatch(ours, event.name)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_eager_and_compiled_code_run_the_same_kernels_at_any_size(
+    all_kernels_as_users_have_them, dynamic
+):
+    run = torch.compile(attend, fullgraph=True, dynamic=dynamic)
+    for seq in (256, 4096, 300):
+        inputs = inputs_of(seq)
+        graded(run, inputs, 128, 16, {})
+        found = kernels_of(run, inputs)
+        assert found == kernels_of(attend, inputs)
+        is_hopper = torch.cuda.get_device_capability() == (9, 0)
+        assert any("hopper" in name for name in found) == (is_hopper and seq == 4096), found

@@ -8,57 +8,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.cpp_extension import CUDA_HOME
 
 pytest.importorskip("triton")
 
 from offline_package import package, packaged
+from packages import PROGRAMS
+from torch.utils import _pytree as pytree
 
 from csrc_free import attn
-from lowering.inductor.registered import register
 
-LENGTH = torch.export.Dim("length", min=2, max=8192)
-
-
-class Attend(nn.Module):
-    def forward(self, q, k1, k2, v1, v2):
-        out, lse = torch.ops.simplex.attn(q, k1, k2, v1, v2, 128, 16)
-        return out.sigmoid(), lse + 1
-
-
-def inputs_of(heads, kv_heads, seq=512, device="cpu"):
-    return tuple(
-        torch.randn(2, count, seq, 64, device=device).to(torch.bfloat16)
-        for count in (heads, *[kv_heads] * 4)
-    )
+KERNELS = {
+    "attention": ("forward_kernel",),
+    "attention-where-gluon-serves": ("forward_kernel",),
+    "backward": ("forward_kernel", "backward_query_kernel", "delta_kernel"),
+    "backward-where-gluon-serves": ("forward_kernel", "backward_query_kernel", "delta_kernel"),
+    "marked-model": ("forward_kernel",),
+    "training-step": ("forward_kernel", "backward_query_kernel", "delta_kernel"),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("heads", [(8, 4), (64, 1)], ids=["group of 2", "where Gluon would serve"])
-def test_the_kernels_are_in_the_package_and_no_call_of_ours(heads):
-    register()
-    found = packaged(Attend(), inputs_of(*heads), ({2: LENGTH},) * 5)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("att") else pytest.mark.long)
+        for name in PROGRAMS
+    ],
+)
+def test_the_kernels_are_in_the_package_and_no_call_of_ours(name):
+    found = packaged(PROGRAMS[name]().exported())
     assert "simplex" not in found.calls
-    assert "forward_kernel" in found.code
-
-
-class Differentiate(nn.Module):
-    def forward(self, q, k1, k2, v1, v2):
-        out, lse = torch.ops.simplex.attn(q, k1, k2, v1, v2, 128, 16)
-        return torch.ops.simplex.attn_backward(
-            out.sigmoid(), None, q, k1, k2, v1, v2, out, lse, 128, 16
-        )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("heads", [(8, 4), (64, 1)], ids=["group of 2", "where Gluon would serve"])
-def test_a_backward_is_in_its_package_too(heads):
-    register()
-    found = packaged(Differentiate(), inputs_of(*heads), ({2: LENGTH},) * 5)
-    assert "simplex" not in found.calls
-    for name in ("forward_kernel", "backward_query_kernel", "delta_kernel"):
-        assert name in found.code
+    for kernel in KERNELS[name]:
+        assert kernel in found.code
 
 
 @pytest.mark.slow
@@ -75,9 +56,8 @@ def test_a_package_is_written_where_there_is_no_gpu(tmp_path, monkeypatch):
     subprocess.run(command, check=True)
     monkeypatch.setenv("CPATH", f"{CUDA_HOME}/include")
     monkeypatch.setenv("LIBRARY_PATH", str(tmp_path))
-    register()
-    path = tmp_path / "attend.pt2"
-    package(Attend(), inputs_of(8, 4), ({2: LENGTH},) * 5, path)
+    path = tmp_path / "attention.pt2"
+    package(PROGRAMS["attention"]().exported(), path)
     suffixes = {Path(name).suffix for name in zipfile.ZipFile(path).namelist()}
     assert {".so", ".cubin"} <= suffixes
 
@@ -93,8 +73,10 @@ RUN = """
 import sys, torch
 package, cases = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])
 for inputs, expected in cases:
-    for got, value in zip(package(*inputs), expected, strict=True):
-        torch.testing.assert_close(got, value)
+    for place, (got, value) in enumerate(zip(package.loader.run(inputs), expected, strict=True)):
+        error = (got.float() - value.float()).norm() / value.float().norm()
+        print(tuple(got.shape), f"{error:.1e}")
+        assert error <= 1e-2, f"output {place} is off by {error:.1e}"
 assert not {"simplex_ops", "csrc_free", "lowering"} & set(sys.modules)
 """
 
@@ -110,21 +92,38 @@ def _run(script, *arguments):
         )
     except subprocess.TimeoutExpired as late:
         return str(late)
+    print(done.stdout)
     return done.stderr or "no error was said" if done.returncode else ""
+
+
+def _package(name, tmp_path):
+    """Return a package: of those made elsewhere, by SIMPLEX_PACKAGES, or made here."""
+    made = os.environ.get("SIMPLEX_PACKAGES")
+    if made:
+        path = Path(made, f"{name}.pt2")
+        return path if path.exists() else pytest.skip(f"{made} has no {path.name}")
+    error = _run(CONTROL, tmp_path / "control.pt2")
+    if error:
+        pytest.skip(f"no package of AOTInductor is made here: {error[-200:]}")
+    path = tmp_path / f"{name}.pt2"
+    package(PROGRAMS[name]().exported(), path)
+    return path
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_package_runs_in_a_process_that_imports_torch_alone(tmp_path):
-    error = _run(CONTROL, tmp_path / "control.pt2")
-    if error:
-        pytest.skip(f"no package of AOTInductor runs here: {error[-200:]}")
-    given = [inputs_of(8, 4, seq, "cuda") for seq in (512, 777)]
-    program = torch.export.export(Attend(), given[0], dynamic_shapes=({2: LENGTH},) * 5)
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "attend.pt2")
-    )
-    with attn.portable_alone():
-        torch.save([(each, Attend()(*each)) for each in given], tmp_path / "cases.pt")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_package_runs_in_a_process_that_imports_torch_alone(name, tmp_path):
+    path, program, cases = _package(name, tmp_path), PROGRAMS[name](), []
+    for seq in (512, 777):
+        given = pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: t.detach().cuda().requires_grad_(t.requires_grad),
+            program.inputs(seq),
+        )
+        with attn.portable_alone():
+            expected = program.eager(given)
+        cases.append([[t.detach() for t in pytree.tree_leaves(given)], list(expected)])
+    torch.save(cases, tmp_path / "cases.pt")
     assert _run(RUN, path, tmp_path / "cases.pt") == ""

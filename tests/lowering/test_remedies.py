@@ -10,6 +10,7 @@ from tiny_llama import (
     attention,
     llama,
     mark_layers,
+    matrix_products,
     randomize,
     sdpa,
     softcapped,
@@ -20,6 +21,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import eager
 from torch.utils.checkpoint import checkpoint
 
+import simplex_ops
 from simplex_ops import mark, unmark
 from simplex_ops.marking.call import UnservedMarkError
 
@@ -104,6 +106,46 @@ def test_a_second_call_from_another_query_is_not_left_ordinary():
     assert "calls scaled_dot_product_attention again" in message
     with pytest.raises(UnservedMarkError, match="2 times in one forward"):
         module(states())
+
+
+def _by_softmax_too(q, k, v, **options):
+    return sdpa(q, k, v, **options) + matrix_products(q, k, v)
+
+
+def _by_the_operator_too(q, k, v, **options):
+    again = torch.ops.aten.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return sdpa(q, k, v, **options) + again
+
+
+@pytest.mark.parametrize(
+    ("attend", "name"),
+    [(_by_softmax_too, "softmax"), (_by_the_operator_too, "scaled_dot_product_attention")],
+)
+def test_a_second_attention_of_another_spelling_is_not_left_ordinary(attend, name):
+    module = mark(Attention(attend))
+    assert f"its module attends by {name} too" in refusal_of(module, states())
+    if name == "softmax":
+        with pytest.raises(UnservedMarkError, match="it attends by softmax too"):
+            module(states())
+
+
+def test_a_softmax_that_weighs_no_keys_is_no_second_attention():
+    class Gated(Attention):
+        def forward(self, hidden_states, attention_mask=None):
+            out = super().forward(hidden_states, attention_mask)
+            return out * torch.softmax(hidden_states @ self.q_proj.weight, -1)
+
+    module, x = randomize(mark(Gated(), window=(5, 3))), states()
+    torch.testing.assert_close(passed_alone(module)(x), module(x))
+
+
+def test_an_exported_program_that_kept_its_marks_is_served_once_exported_as_it_says():
+    module, x = randomize(mark(Attention(), window=(5, 3))), states()
+    program = torch.export.export(module, (x,), strict=True)
+    assert "export the model under simplex_ops.enable()" in refusal_of(program.module(), x)
+    with simplex_ops.enable():
+        program = torch.export.export(module, (x,), strict=True)
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 def test_a_mark_whose_module_attends_from_elsewhere_alone_is_refused():

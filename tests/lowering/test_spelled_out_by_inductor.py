@@ -22,7 +22,8 @@ SPELLINGS = {
 }
 # A C++ compiler takes its time; what differs from spelling to spelling is the pass's work.
 EACH = [
-    *(pytest.param(name, "cpu", marks=pytest.mark.long) for name in ("matmul", "bmm", "groups")),
+    *(pytest.param(name, "cpu", marks=pytest.mark.long) for name in ("matmul", "bmm")),
+    pytest.param("groups", "cpu", marks=pytest.mark.slow),
     *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in SPELLINGS),
 ]
 

@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_served_is_refused_when_compiled():
     ],
 )
 def test_compiled_models_generate_with_any_cache(family, dynamic):
-    model, ids = generating(family), tokens(seq=10)
+    model, ids = generating(family, num_hidden_layers=2), tokens(seq=10)
     expected = recomputed(model, ids, left_padded(ids), 6)
     model.compile(backend=Passed(eager), fullgraph=True, dynamic=dynamic)
     caches: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 4}]

@@ -244,6 +244,40 @@ def test_a_class_derived_from_the_marked_one_is_served(how):
     assert type(module) is LlamaAttention
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("where", ["a derived class", "the marked class"])
+def test_a_class_whose_forward_passes_the_mark_by_is_refused(where, how, monkeypatch):
+    module, x = randomize(mark(Attention(), window=(6, 3))), states()
+    marked, expected = type(module), module(x)
+
+    def past(self, hidden_states, attention_mask=None):
+        return Attention.forward(self, hidden_states, attention_mask)
+
+    def through(self, hidden_states, attention_mask=None):
+        return marked.forward(self, hidden_states, attention_mask)
+
+    if where == "a derived class":
+        module.__class__ = type("Other", (marked,), {"forward": past})
+    else:
+        monkeypatch.setattr(marked, "forward", past, raising=False)
+    run = torch.compile(module, backend=passed) if how == "compiled" else module
+    with pytest.raises(UnservedMarkError, match=r"has a forward of its own, as a .* super\(\)"):
+        run(x)
+    if where == "a derived class":
+        module.__class__ = type("Other", (marked,), {"forward": through})
+        assert torch.equal(run(x), expected)
+
+
+def test_an_ensemble_by_vmap_is_served():
+    models = [randomize(mark(Attention(), window=(6, 3))) for _ in range(2)]
+    weights, buffers = torch.func.stack_module_state(models)
+    base, x = copy.deepcopy(models[0]).to("meta"), states()
+    out = torch.func.vmap(lambda *held: torch.func.functional_call(base, held, (x,)))(
+        weights, buffers
+    )
+    torch.testing.assert_close(out, torch.stack([model(x) for model in models]))
+
+
 def test_parametrized_projections_are_served():
     model = mark_layers(llama(), 1, window=(6, 3))
     expected = model(tokens()).logits

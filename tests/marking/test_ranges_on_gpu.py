@@ -22,10 +22,10 @@ SERVED = {
     "each head": torch.stack((CAUSAL, CAUSAL)),
 }
 REFUSED = {
-    "hole": HOLE,
-    "keys after": ~CAUSAL,
-    "head to head": torch.stack((CAUSAL, HOLE)),
-    "bias": torch.zeros(4, 4).masked_fill(~CAUSAL, -1e4),
+    "not one range": HOLE,
+    "keys after it": ~CAUSAL,
+    "from head to head": torch.stack((CAUSAL, HOLE)),
+    "as biases do": torch.zeros(4, 4).masked_fill(~CAUSAL, -1e4),
 }
 # A failed assertion leaves a process without its device.
 RUN = """
@@ -51,12 +51,13 @@ def test_the_ranges_are_those_of_the_cpu(name):
 
 
 @pytest.mark.parametrize("how", ["eager", "compiled"])
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_range_stops_the_device_and_says_so(name, how, tmp_path):
-    torch.save(REFUSED[name], tmp_path / "mask.pt")
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_range_stops_the_device_and_says_why(reason, how, tmp_path):
+    torch.save(REFUSED[reason], tmp_path / "mask.pt")
     command = [sys.executable, "-c", RUN, str(tmp_path / "mask.pt"), how]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode != 0
     assert "it was served" not in done.stdout
-    assert "an attention mask of a marked module is not served" in done.stderr
+    assert "simplex: a mark is not served: its attention mask" in done.stderr
+    assert [other for other in REFUSED if other in done.stderr] == [reason]
     assert "unmark() the module" in done.stderr

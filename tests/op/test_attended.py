@@ -5,8 +5,7 @@ import torch
 
 import simplex_ops.attended
 from simplex_ops import attended_pairs, reference, simplicial_attention
-
-FORMS = ("trilinear", "determinant", "strassen")
+from simplex_ops.contract.checks import FORMS
 
 
 def _problem(seed=0, n=21, m1=21, m2=21, dtype=torch.float64):

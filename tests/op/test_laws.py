@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from huge_logits import assert_finite
 
 from simplex_ops import reference
+from simplex_ops.contract.checks import FORMS
 from simplex_ops.testing import Case, Problem, assert_within_budget, run_attn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-FORMS = ("trilinear", "determinant", "strassen")
 
 
 @pytest.fixture(params=["operator", "reference"])

@@ -123,6 +123,7 @@ def pretended_gpu(found: Compiled, *, to_binary: bool) -> Iterator[None]:
         # The methods ask for a device before they dispatch.
         put(torch.Tensor, "copy_", _copy)
         put(torch.Tensor, "contiguous", _contiguous)
+        put(torch.Tensor, "__invert__", _invert)
         stack.enter_context(_pretended_driver())
         yield
 
@@ -133,6 +134,10 @@ def _copy(to: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _invert(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.bitwise_not.default(tensor)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""AOTInductor packages for a GPU that is not there: compiled to the binary, run elsewhere.
+"""AOTInductor packages for a GPU, which need not be there: compiled to the binary, run elsewhere.
 
 AOTInductor learns what the C++ code must know of each kernel by running it once; here that is read
 off the compiled kernel. It needs a CUDA build of torch, for its headers and libraries.
@@ -12,12 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._pytree as pytree
 from gpuless import Compiled, pretended_gpu
 
 INDUCTOR = {
     "compile_threads": 1,
     "force_disable_caches": True,
     "use_static_cuda_launcher": False,
+    "joint_graph_constant_folding": False,  # it makes the constants
     "cpp.simdlen": 1,  # where it runs the processor may be another
     "aot_inductor.compile_wrapper_opt_level": "O0",
     "aot_inductor.precompile_headers": False,
@@ -32,19 +34,15 @@ class Packaged:
     calls: str
 
 
-def package(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any, path: Path
-) -> None:
-    """Write an AOTInductor package of a module, exported on the CPU, for sm_90."""
-    with _ready(module, inputs, dynamic_shapes) as program:
+def package(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an AOTInductor package of a program, exported on the CPU, for sm_90."""
+    with _ready(program) as moved:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=INDUCTOR
+            moved, package_path=str(path), inductor_configs=INDUCTOR
         )
 
 
-def packaged(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any
-) -> Packaged:
+def packaged(program: torch.export.ExportedProgram) -> Packaged:
     """Return what `package` would hand to a C++ compiler, on any build of torch."""
     from torch._inductor import codecache, package
 
@@ -57,32 +55,32 @@ def packaged(
         return []
 
     with (
-        _ready(module, inputs, dynamic_shapes) as program,
+        _ready(program) as moved,
         mock.patch.object(codecache.AotCodeCompiler, "compile", note),
         mock.patch.object(package, "package_aoti", lambda path, _files: path),
     ):
         torch._inductor.aoti_compile_and_package(
-            program, package_path="unwritten.pt2", inductor_configs=INDUCTOR
+            moved, package_path="unwritten.pt2", inductor_configs=INDUCTOR
         )
     (found,) = written
     return found
 
 
 @contextlib.contextmanager
-def _ready(
-    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any
-) -> Iterator[torch.export.ExportedProgram]:
-    """Export a module, and let AOTInductor compile the program for a GPU inside."""
+def _ready(program: torch.export.ExportedProgram) -> Iterator[torch.export.ExportedProgram]:
+    """Move a program to a GPU, and let AOTInductor compile it for one inside."""
     from torch.export.passes import move_to_device_pass
 
-    notes_kernels = _kernels_noted_unrun()  # it asks for what the pretended GPU replaces
-    with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes)
     program._example_inputs = None  # they would be moved too
-    with pretended_gpu(Compiled(), to_binary=True), notes_kernels:
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            notes_kernels = _kernels_noted_unrun()  # it asks for what the pretended GPU replaces
+            stack.enter_context(pretended_gpu(Compiled(), to_binary=True))
+            stack.enter_context(notes_kernels)
         moved = move_to_device_pass(program, "cuda:0")
         fakes = (node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder")
-        moved._example_inputs = (tuple(fakes), {})
+        given, _ = pytree.tree_unflatten(list(fakes), moved.call_spec.in_spec)
+        moved._example_inputs = (given, {})
         yield moved
 
 

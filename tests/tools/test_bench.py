@@ -14,7 +14,7 @@ from tools.bench.anchors import Job, NotRunError, einsum
 from tools.bench.contest import COMPILED, OURS, Result, Row, field_of, measure
 from tools.bench.peers import agreement, fbgemm, lucidrains
 from tools.bench.timing import Times, time_in_turn
-from tools.workloads import WORKLOADS
+from tools.workloads import WORKLOADS, nominal_flops, useful_flops
 
 CPU = torch.device("cpu")
 
@@ -126,11 +126,23 @@ def test_a_ratio_is_of_rates_not_of_times():
 
 
 def _row(name, rate, anchor=None):
+    """Return a row that took as long as full windows take at a rate."""
     row = Row(WORKLOADS[name], "forward")
-    row.results = {OURS: Result(flops=rate, times=Times((1e3,)))}
+    flops = nominal_flops(row.workload)
+    row.results = {OURS: Result(flops=flops, times=Times((flops / rate * 1e3,)))}
     if anchor is not None:
         row.results["cudnn fwd"] = Result(flops=anchor, times=Times((1e3,)))
     return row
+
+
+def test_another_row_is_compared_by_time_per_visible_pair():
+    rows = [
+        _row(workload.name, nominal_flops(workload) / useful_flops(workload))
+        for workload in (WORKLOADS["n4k"], WORKLOADS["n128k"])
+    ]
+    aim = bench.aim_of(rows[1], rows)
+    assert aim is not None
+    assert aim.reached == pytest.approx(1.0)
 
 
 def test_an_aim_is_of_an_anchor_or_of_another_row():

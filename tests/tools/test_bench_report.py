@@ -56,7 +56,7 @@ def test_a_workload_is_a_row_with_its_ratios_and_aims(tmp_path):
     )
     row = next(line for line in found if line.startswith("| mqa-1024x32"))
     assert "H64 Hkv1 1024 x 32 | 512 | 0.85 |" in row
-    assert "0.80 (0.85, missed) of llama-mqa" in row
+    assert "0.75 (0.85, missed) of llama-mqa" in row
     row = next(line for line in found if line.startswith("| gqa4"))
     assert "0.70 (0.75, missed)" in row
     assert "forward: portable: a reason" in row
@@ -95,7 +95,9 @@ def test_a_row_that_did_not_run_is_no_row(tmp_path):
 
 
 def test_readme_has_the_main_rows_and_what_is_missed_of_all(tmp_path):
-    folder = written(tmp_path / "results", named=NAMED)
+    compiled = lines("gqa8", "forward", {OURS: 500, COMPILED: 490})
+    peers = lines("mha", "backward", {OURS: 300, "FBGEMM Triton": 54, CUDNN: 600})
+    folder = written(tmp_path / "results", named=NAMED, compiled=compiled, peers=peers)
     document = tmp_path / "README.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     report.main(folder, document)
@@ -104,7 +106,10 @@ def test_readme_has_the_main_rows_and_what_is_missed_of_all(tmp_path):
     assert found.endswith(f"{END}\nafter\n")
     assert "| llama-mqa" in found
     assert "| mqa-1024x32" not in found
-    assert "Aims reached: 2 of 4; not: gqa4 forward 0.70 (0.75), mqa-1024x32 forward 0.80" in found
+    assert "Aims reached: 2 of 4; not: gqa4 forward 0.70 (0.75), mqa-1024x32 forward 0.75" in found
+    assert "Through `torch.compile`: 0.98 to 0.98 of eager." in found
+    assert "Peers, TFLOP/s: FBGEMM Triton 54 backward at mha (ours 300)." in found
+    assert "sweeps.png" not in found
     assert (tmp_path / "RESULTS.md").read_text().startswith("# What the bench gave")
     with pytest.raises(ValueError, match="no place for the rows"):
         report.placed("rows", "no marks")

@@ -32,7 +32,7 @@ FORWARD = {"grad_mask": (False,) * 5}
 def on_hopper(monkeypatch):
     monkeypatch.setattr(problems, "device_of", lambda device: DEVICES["sm_90"])
     monkeypatch.setattr(serve, "USEFUL_FROM", dict.fromkeys(serve.USEFUL_FROM, 0.0))
-    for choice in ("plan_of", "why_not_wide"):
+    for choice in ("plan_of", "splits_of_wide"):
         monkeypatch.setattr(backward, choice, hopper.of_one_processor(getattr(backward, choice)))
 
 

@@ -169,7 +169,9 @@ def test_a_stopped_run_goes_on_and_gives_the_same_lines(toy, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [pytest.param("ordinary", marks=pytest.mark.long), *(a for a in ARMS if a != "ordinary")]
+)
 def test_the_compiled_model_is_rewritten_and_learns(folder, arm, monkeypatch):
     read = text.load([folder])
     monkeypatch.setattr(language, "_text", lambda device: read)

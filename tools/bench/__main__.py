@@ -9,7 +9,7 @@ Every figure of a row is measured in turn with the others of that row. Rates are
 runs on end, at the clock that each settles at (`timing`). "after others" is the first ratio again,
 to cuDNN's forward, but of runs right behind another contestant's, at the clock that this one left.
 Useful rates count the pairs that a query really sees. The aims are fractions of cuDNN's forward
-rate on a GPU, of torch.mm's on a CPU, or of our own rate on another workload.
+rate on a GPU, of torch.mm's on a CPU, or, of useful rates, of our own on another workload.
 """
 
 import json
@@ -59,12 +59,12 @@ def aim_of(row: Row, rows: Iterable[Row]) -> Aim | None:
     if name not in RELATIVE_AIMS:
         return None
     other, *least = RELATIVE_AIMS[name]
-    mine = row.results.get(OURS, Result()).rate
+    mine = _useful(row, OURS, row.results.get(OURS, Result()))
     theirs = [
         rate
         for r in rows
         if (r.workload.name, r.direction) == (other, direction)
-        and (rate := r.results.get(OURS, Result()).rate) is not None
+        and (rate := _useful(r, OURS, r.results.get(OURS, Result()))) is not None
     ]
     reached = mine / theirs[0] if mine is not None and theirs else None
     return Aim(least[direction == "backward"], other, reached)

@@ -20,7 +20,8 @@ AIMS: dict[tuple[str, Direction], float] = {
     ("cpu", "forward"): 0.40,
     ("cpu", "backward"): 0.25,
 }
-# The least fraction of our rate on another workload, in the same direction: (forward, backward).
+# The least fraction of our useful rate on another workload, in the same direction: (forward,
+# backward). Short sequences see less of their windows, and nominal rates count whole ones.
 RELATIVE_AIMS: dict[str, tuple[str, float, float]] = {
     "mqa-1024x32": ("llama-mqa", 0.85, 0.85),
     "mqa-256x64": ("llama-mqa", 0.85, 0.85),

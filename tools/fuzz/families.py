@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from simplex_ops.testing import Case, cases
 from simplex_ops.testing.case import BOUNDS, LAYOUTS_OF_ONE
+from simplex_ops.testing.strategies import sizes_within
 
 # Rows whose batch or head stride is 0 have no descriptor, and take the portable kernels.
 LAYOUTS = ("contiguous", "transposed", "fused", "strided")
@@ -69,8 +70,10 @@ class Family:
     through: str = "both"
 
 
-# A narrow window's range is of one lag of the key side's warpgroups; every lag is some family's.
-# Programs that only prepare or add up are shared where families have columns and kv_heads alike.
+# A narrow window's range is of one lag of the key side's warpgroups, or of one size of tiles where
+# the kernels of small groups serve (16, 32 or 64 keys); every lag and every size is some family's.
+# Programs that only prepare or add up are shared where families have columns and kv_heads alike,
+# and so are parts of the narrow gradients that hold all narrow rows, or none of them.
 FAMILIES = (
     Family("64 heads", 64, (128, 128), (1, 9), (40, 64), (8, 40), (60, 100), (8, 44)),
     Family(
@@ -78,24 +81,27 @@ FAMILIES = (
         (193, 256), (8, 40), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
+        "64 heads, windows alike", 64, (128, 128), (1, 9), (56, 64), (48, 56), (60, 100), (60, 100),
+    ),
+    Family(
         "64 heads, two groups", 64, (128, 128), (1, 3), (385, 512), (8, 40), (490, 530), (20, 44),
     ),
     Family(
         "64 heads, strassen, biases", 64, (64, 64), (1, 8), (65, 128), (4, 7), (128, 140),
-        (4, 40), form="strassen", has_bias=True, has_bounds=True,
+        (16, 40), form="strassen", has_bias=True, has_bounds=True,
     ),
     Family(
         "64 heads, float16", 64, (128, 128), (1, 6), (129, 192), (8, 36), (192, 200), (8, 40),
         dtype=torch.float16, has_bounds=True,
     ),
-    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (8, 31)),
-    Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (32, 48), (393, 410), (32, 50)),
+    Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (17, 31)),
+    Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (17, 31), (393, 410), (60, 80)),
     Family(
-        "8 heads, two-sided, bounds, starts", 8, (128, 128), (8, 24), (94, 101), (5, 16),
-        (201, 240), (9, 40), is_causal=False, has_bounds=True, has_starts=True,
+        "8 heads, two-sided, bounds, starts", 8, (128, 128), (16, 24), (94, 101), (9, 16),
+        (201, 240), (9, 32), is_causal=False, has_bounds=True, has_starts=True,
     ),
     Family(
-        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (8, 31), (120, 140), (8, 40),
+        "8 heads, determinant", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140), (17, 36),
         form="determinant",
     ),
     Family(
@@ -108,11 +114,11 @@ FAMILIES = (
     ),
     Family(
         "4 heads, biases, starts", 4, (128, 128), (16, 40), (50, 65), (9, 16), (129, 150), (9, 24),
-        batch=(3, 3), kv_heads=3, has_bias=True, has_starts=True, through="out",
+        has_bias=True, has_starts=True, through="out",
     ),
     Family(
-        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (17, 32), (129, 140), (32, 40),
-        batch=(3, 3), kv_heads=3, has_bounds=True,
+        "1 head, bounds", 1, (128, 128), (64, 90), (66, 129), (33, 40), (129, 140), (40, 48),
+        has_bounds=True,
     ),
 )  # fmt: skip
 
@@ -207,11 +213,10 @@ def any_constants(draw: st.DrawFn, max_work: int) -> Case:
     fewest = 64 >> (group - 1).bit_length()
     seq = draw(st.integers(fewest, fewest + 60))
     keys1, keys2 = (draw(st.just(seq) | st.integers(4, 200)) for _ in range(2))
-    rows = batch * group * kv_heads * (max(keys1, keys2) + max(head_dim, value_dim))
-    while rows * seq * min(keys1, keys2) > max_work and seq > fewest:
-        seq = max(fewest, seq * 2 // 3)
-    while rows * seq * min(keys1, keys2) > max_work and min(keys1, keys2) > 4:
-        keys1, keys2 = (max(4, keys * 2 // 3) for keys in (keys1, keys2))
+    seq, keys1, keys2 = sizes_within(
+        max_work, batch * group * kv_heads, max(head_dim, value_dim), (seq, keys1, keys2),
+        fewest=(fewest, 4, 4),
+    )  # fmt: skip
     amplitude, has_gradients = draw(_AMPLITUDES_OF_A_FAMILY)
     # A forward is one compilation, gradients are three or four more.
     has_gradients &= draw(st.sampled_from((True, False)))

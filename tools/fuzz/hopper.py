@@ -60,7 +60,7 @@ def serve_all(*, have_one_division: bool = False) -> None:
     serve.MOST_POSITIONS_OF_64_COLUMNS = 64
     if have_one_division:
         backward.plan_of = of_one_processor(backward.plan_of)
-        backward.why_not_wide = of_one_processor(backward.why_not_wide)
+        backward.splits_of_wide = of_one_processor(backward.splits_of_wide)
     warnings.simplefilter("error", PortableWarning)
 
 

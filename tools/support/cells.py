@@ -4,12 +4,13 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
+from torch.utils.checkpoint import checkpoint
 
 from lowering.backend import serve_marks
 from simplex_ops import UnservedMarkError, mark_model, marked_modules
@@ -25,9 +26,11 @@ class _ForEachSizeError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell says ("yes", "for each size", "refused", "fails", "not installed", "–"), and why.
+    """What a cell says, and why, where that is no "yes" or "–".
 
-    "for each size" is served, by a graph of its own for each length.
+    "for each size" is served, by a graph of its own for each length; "refused" raises by design;
+    "nor unmarked" fails in the libraries, without a mark too; "fails" is a fault of ours; a library
+    may be "not installed".
     """
 
     said: str
@@ -55,10 +58,20 @@ def outcome(row: Row, column: Column) -> Outcome:
     except _ForEachSizeError:
         return Outcome("for each size")
     except Exception as error:  # noqa: BLE001 (whatever it is, the cell says it)
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
         return _refused(error) or Outcome(
-            "fails", f"{type(error).__name__}: {error}".split("\n")[0]
+            "nor unmarked" if _fails_unmarked(row, column, error) else "fails", why
         )
     return Outcome("yes")
+
+
+def _fails_unmarked(row: Row, column: Column, error: Exception) -> bool:
+    torch._dynamo.reset()
+    try:
+        column.run(replace(row, how=None))
+    except Exception as found:  # noqa: BLE001 (any other is no answer)
+        return (type(found), str(found)) == (type(error), str(error))
+    return False
 
 
 def _refused(error: BaseException) -> Outcome | None:
@@ -77,12 +90,18 @@ def _built(row: Row, marked: bool = True, build: Callable[[], Any] | None = None
     torch.manual_seed(0)
     model = (build or row.build)().train()
     if marked:
-        done = mark_model(model, **{"every": 1, "window": (5, 3), **row.how})
-        if not done.marked:
-            raise UnservedMarkError("; ".join(done.left.values()) or "no attention module is known")
+        _mark(model, row, (5, 3))
         for module in marked_modules(model).values():
             _draw(module)
     return model
+
+
+def _mark(model: Any, row: Row, window: tuple[int | None, int]) -> None:
+    if row.how is None:
+        return
+    done = mark_model(model, **{"every": 1, "window": window, **row.how})
+    if not done.marked:
+        raise UnservedMarkError("; ".join(done.left.values()) or "no attention module is known")
 
 
 def _draw(module: Any) -> None:
@@ -126,7 +145,7 @@ def eager_as_plain(do: Callable[..., dict[str, Tensor]]) -> Callable[[Row], None
             x = row.inputs(size)
             expected = do(model, model, x)
             marked = _built(row, marked=False)
-            mark_model(marked, **{"every": 1, "window": (None, 3), **row.how})
+            _mark(marked, row, (None, 3))
             got = do(marked, marked, x)
             _same(got, expected)
             added = {n for n, p in marked.named_parameters() if "simplex" in n}
@@ -179,6 +198,58 @@ def _recomputed(model: Any, ids: Tensor) -> Tensor:
     return ids
 
 
+def _checkpointed(model: Any, use_reentrant: bool) -> Callable[[Tensor], Any]:
+    """Return a model's forward, by layers in transformers, else as a whole, recomputed."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.config.use_cache = False  # which a checkpoint does not go with
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        return model
+    return lambda x: checkpoint(model, x, use_reentrant=use_reentrant)
+
+
+def checkpoints(**compiled: Any) -> Callable[[Row], None]:
+    """Compare a step that is recomputed, by both kinds of checkpoint, with one that is not."""
+
+    def run(row: Row) -> None:
+        plain = _built(row, build=row.same_as)
+        for use_reentrant in (False, True):
+            model = _built(row)
+            run = _checkpointed(model, use_reentrant)
+            if compiled:
+                torch._dynamo.reset()
+                run = torch.compile(run, backend=Counted(), fullgraph=True, **compiled)
+            for size in SIZES:
+                x = row.inputs(size)
+                x.requires_grad_(x.is_floating_point())  # a reentrant one goes by its inputs
+                _same(_step(run, model, x), _step(plain, plain, x))
+
+    return run
+
+
+def autocasts(**compiled: Any) -> Callable[[Row], None]:
+    """Hold a step under autocast to twice the rounding of eager code, or of the unmarked model."""
+
+    def run(row: Row) -> None:
+        plain = _built(row, marked=bool(compiled), build=row.same_as)
+        model = _built(row, marked=bool(compiled))
+        run = model
+        if compiled:
+            run = torch.compile(model, backend=Counted(), fullgraph=True, **compiled)
+        else:
+            _mark(model, row, (None, 3))
+        for size in SIZES:
+            x = row.inputs(size)
+            exact = _step(plain, plain, x)
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded, got = _step(plain, plain, x), _step(run, model, x)
+            for name, value in exact.items():
+                step = torch.finfo(torch.bfloat16).eps * value.abs().max()
+                allowed = 2 * (rounded[name] - value).abs().max() + step
+                assert (got[name] - value).abs().max() <= allowed, f"{name} is over its budget"
+
+    return run
+
+
 def generates(compiled: bool, **cache: Any) -> Callable[[Row], None]:
     """Compare the tokens of generate() with recomputing from the whole prefix."""
 
@@ -204,19 +275,25 @@ def _compiled_forward(model: Any) -> Iterator[None]:
         del model.forward
 
 
+_STATIC, _DYNAMIC = {"dynamic": False}, {"dynamic": True}
+_CACHE = {"cache_implementation": "static"}
 COLUMNS = (
     Column("eager, train", eager_as_plain(_step)),
+    Column("eager, train, checkpointed", checkpoints()),
+    Column("eager, train, autocast", autocasts()),
     Column("eager, infer", eager_as_plain(_answer)),
     Column("eager, generate, growing cache", generates(False), True),
-    Column("eager, generate, static cache", generates(False, cache_implementation="static"), True),
-    Column("compiled, train, static", compiled_as_eager(_step, dynamic=False)),
-    Column("compiled, train, dynamic", compiled_as_eager(_step, dynamic=True)),
-    Column("compiled, infer, static", compiled_as_eager(_answer, dynamic=False)),
-    Column("compiled, infer, dynamic", compiled_as_eager(_answer, dynamic=True)),
+    Column("eager, generate, static cache", generates(False, **_CACHE), True),
+    Column("compiled, train, static", compiled_as_eager(_step, **_STATIC)),
+    Column("compiled, train, dynamic", compiled_as_eager(_step, **_DYNAMIC)),
+    Column("compiled, train, checkpointed, static", checkpoints(**_STATIC)),
+    Column("compiled, train, checkpointed, dynamic", checkpoints(**_DYNAMIC)),
+    Column("compiled, train, autocast, static", autocasts(**_STATIC)),
+    Column("compiled, train, autocast, dynamic", autocasts(**_DYNAMIC)),
+    Column("compiled, infer, static", compiled_as_eager(_answer, **_STATIC)),
+    Column("compiled, infer, dynamic", compiled_as_eager(_answer, **_DYNAMIC)),
     Column("compiled, generate, growing cache", generates(True), True),
-    Column(
-        "compiled, generate, static cache", generates(True, cache_implementation="static"), True
-    ),
+    Column("compiled, generate, static cache", generates(True, **_CACHE), True),
 )
 
 

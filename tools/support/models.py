@@ -52,7 +52,7 @@ class Row:
     name: str
     build: Callable[[], Any]
     inputs: Callable[[int], Tensor] = tokens
-    how: dict[str, Any] = field(default_factory=dict)  # arguments of mark_model
+    how: dict[str, Any] | None = field(default_factory=dict)  # of mark_model; None: unmarked
     tier: int = 1
     generates: bool = False
     same_as: Callable[[], Any] | None = None  # computes the same, and eager code serves it

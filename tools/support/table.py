@@ -10,7 +10,7 @@ _BEGIN, _END = "<!-- made by tools.support -->", "<!-- end -->"
 
 
 def markdown(found: dict[str, list[Outcome]], made_with: str) -> str:
-    """Return the table of outcomes by model, and the reasons of refusals below it."""
+    """Return the table of outcomes by model, and the reasons of what is not served below it."""
     reasons: dict[str, int] = {}
     lines = [f"{made_with}.", "", f"| model | {' | '.join(c.title for c in COLUMNS)} |"]
     lines.append("| --- " * (len(COLUMNS) + 1) + "|")
@@ -30,6 +30,6 @@ def written(text: str, document: str) -> str:
 
 
 def _cell(outcome: Outcome, reasons: dict[str, int]) -> str:
-    if outcome.said not in ("refused", "fails"):
+    if outcome.said not in ("refused", "nor unmarked", "fails"):
         return outcome.said
     return f"{outcome.said} ({reasons.setdefault(outcome.why, len(reasons) + 1)})"

@@ -82,18 +82,17 @@ class _Backward:
         self.q = forms.to_components(form, pack_queries(plan, q))
         self.wide_k = wide_k * scale
         self.space = Workspace(self.q)
-        wants_dq, wants_k1, wants_k2, wants_v1, wants_v2 = (x.dim() == 4 for x in grads)
-        if plan.exchanged:
-            wants_k1, wants_k2, wants_v1, wants_v2 = wants_k2, wants_k1, wants_v2, wants_v1
+        wants_dq, wants_dk1, wants_dk2, wants_dv1, wants_dv2 = (x.dim() == 4 for x in grads)
+        wants_wide, wants_narrow = plan.by_role((wants_dk1, wants_dv1), (wants_dk2, wants_dv2))
 
         def accumulator(like: Tensor, wanted: bool) -> Tensor | None:
             return torch.zeros_like(like) if wanted else None
 
         self.dq = queries_to_fill(plan, grads[0]) if wants_dq else None
-        self.dnarrow_k = accumulator(self.narrow_k, wants_k2)
-        self.dnarrow_v = accumulator(self.narrow_v, wants_v2)
-        self.dwide_k = accumulator(self.wide_k, wants_k1)
-        self.dwide_v = accumulator(self.wide_v, wants_v1)
+        self.dwide_k, self.dwide_v = map(accumulator, (self.wide_k, self.wide_v), wants_wide)
+        self.dnarrow_k, self.dnarrow_v = map(
+            accumulator, (self.narrow_k, self.narrow_v), wants_narrow
+        )
 
     def load_gradients(
         self, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
@@ -209,20 +208,19 @@ class _Backward:
         """Undo the packing and the exchange of roles."""
         plan, form = self.plan, self.form
         dq, dk1, dk2, dv1, dv2 = self.grads
-        if plan.exchanged:
-            dk1, dk2, dv1, dv2 = dk2, dk1, dv2, dv1
+        (wide_dk, wide_dv), (narrow_dk, narrow_dv) = plan.by_role((dk1, dv1), (dk2, dv2))
         if self.dq is not None:
             store_queries(plan, forms.from_components(form, self.dq), dq)
         if self.dwide_k is not None:
             unpack_rows(
-                plan, plan.wide, forms.from_components(form, self.dwide_k.mul_(self.scale)), dk1
+                plan, plan.wide, forms.from_components(form, self.dwide_k.mul_(self.scale)), wide_dk
             )
         if self.dnarrow_k is not None:
             dk = self.dnarrow_k
-            if plan.exchanged:
+            if plan.is_exchanged:
                 dk = forms.negate_vectors(form, dk)
-            unpack_rows(plan, plan.narrow, forms.from_components(form, dk), dk2)
+            unpack_rows(plan, plan.narrow, forms.from_components(form, dk), narrow_dk)
         if self.dwide_v is not None:
-            unpack_rows(plan, plan.wide, self.dwide_v, dv1)
+            unpack_rows(plan, plan.wide, self.dwide_v, wide_dv)
         if self.dnarrow_v is not None:
-            unpack_rows(plan, plan.narrow, self.dnarrow_v, dv2)
+            unpack_rows(plan, plan.narrow, self.dnarrow_v, narrow_dv)

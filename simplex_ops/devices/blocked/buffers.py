@@ -65,16 +65,17 @@ def load_pairs(
     biases: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rows of (narrow k, narrow v, wide k, wide v), biases added, roles exchanged."""
-    side1, side2 = (plan.narrow, plan.wide) if plan.exchanged else (plan.wide, plan.narrow)
+    side1, side2 = plan.by_role(plan.wide, plan.narrow)
     k1, v1 = (pack_rows(side1, x) for x in pair1)
     k2, v2 = (
         pack_rows(side2, x.to(computing_dtype(x.dtype)) + bias if bias else x)
         for x, bias in zip(pair2, biases, strict=True)
     )
     k1, k2 = (forms.to_components(form, k) for k in (k1, k2))
-    if plan.exchanged:
-        return forms.negate_vectors(form, k1), v1, k2, v2
-    return k2, v2, k1, v1
+    (wide_k, wide_v), (narrow_k, narrow_v) = plan.by_role((k1, v1), (k2, v2))
+    if plan.is_exchanged:
+        narrow_k = forms.negate_vectors(form, narrow_k)
+    return narrow_k, narrow_v, wide_k, wide_v
 
 
 def unpack_rows(plan: Plan, side: Side, packed: Tensor, out: Tensor) -> Tensor:

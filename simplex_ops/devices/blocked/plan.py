@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from simplex_ops.devices.blocked.tiles import Tile
 CPU_TILE = 2**19
 DEVICE_TILE = 2**24  # elsewhere a larger tile hides the launches
 WIDE_STEP = 4096  # columns in a tile at most, however wide the window
+Pair = TypeVar("Pair")
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Plan:
     block: int  # queries in a block, C
     blocks_in_tile: int
     is_along_seq: bool
-    exchanged: bool  # is the first pair the narrow side?
+    is_exchanged: bool  # the first pair is the narrow side
     narrow: Side
     wide: Side
     narrow_step: int  # columns of a side in one step of a tile
     wide_step: int
+
+    def by_role(self, first: Pair, second: Pair) -> tuple[Pair, Pair]:
+        """Return what is of the wide side and of the narrow one; the call back is the same."""
+        return by_role(self.is_exchanged, first, second)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield tiles that cover every query of every kv head once."""
@@ -68,9 +74,8 @@ def make_plan(
     group = heads // kv_heads
     wide = extent(k1.shape[2], w1, is_causal, seq)
     narrow = extent(k2.shape[2], w2, is_causal, seq)
-    exchanged = wide.width < narrow.width
-    if exchanged:
-        wide, narrow = narrow, wide
+    is_exchanged = wide.width < narrow.width
+    wide, narrow = by_role(is_exchanged, wide, narrow)
 
     tile = DEVICE_TILE
     if q.device.type == "cpu":
@@ -108,9 +113,14 @@ def make_plan(
         block=block,
         blocks_in_tile=blocks_in_tile,
         is_along_seq=wide.slides and padded // block >= min(blocks_in_tile, batch * kv_heads),
-        exchanged=exchanged,
+        is_exchanged=is_exchanged,
         narrow=narrow_side,
         wide=wide_side,
         narrow_step=narrow_step,
         wide_step=wide_step,
     )
+
+
+def by_role(is_exchanged: bool, first: Pair, second: Pair) -> tuple[Pair, Pair]:
+    """Return (wide, narrow): the first pair is the wide side, unless they are exchanged."""
+    return (second, first) if is_exchanged else (first, second)

@@ -2,9 +2,9 @@
 
     python -m tools.bench.model --device cuda --json out/model.jsonl
 
-Parts: the time to compile, with empty caches and with full ones; training steps of everyone in
-turn (the median of seven rounds); the host's time for forward and backward of a small layer; the
-CPU time of the passes on 32 layers.
+Parts: the time to compile, with empty caches all at once, and with full ones each alone (the median
+of three processes); training steps of everyone in turn (the median of seven rounds); the host's
+time for forward and backward of a small layer; the CPU time of the passes on 32 layers.
 """
 
 import json
@@ -30,6 +30,7 @@ from tools.bench.model.contestants import (
     field_of,
 )  # fmt: skip
 from tools.bench.model.llama import TOY, Shape
+from tools.bench.timing import Times
 
 Line = dict[str, Any]
 
@@ -50,15 +51,22 @@ BESIDE = {OURS: EXTERN, WRITTEN: WRITTEN_EXTERN}
 
 
 def of_compiling(run: Run) -> Iterator[Line]:
-    """Return a line for each compiled contestant and state of the caches."""
-    states = ("cold", "warm") if not any(run.caches.iterdir()) else ("warm",)
-    for state in states:
-        seconds = steps.compile_all(run.field, run.shape, run.device, run.caches)
-        for name, one in seconds.items():
-            line: Line = {"part": f"compile, caches {state}", "who": name, "ms": 1e3 * one}
-            if run.field[name].compiler == "simplex" and PLAIN in seconds:
-                line |= {"of": PLAIN, "ratio": one / seconds[PLAIN], "aim": COMPILE_AIMS[state]}
-            yield line
+    """Return a line for each compiled contestant with empty caches, and for some with full ones."""
+    compiled = {name: one for name, one in run.field.items() if one.compiler != "none"}
+    given = run.shape, run.device, run.caches
+    if not any(run.caches.iterdir()):
+        yield from _compiled("cold", compiled, steps.compile_at_once(compiled, *given))
+    judged = {name: one for name, one in compiled.items() if not one.is_called}
+    yield from _compiled("warm", judged, steps.compile_in_turn(judged, *given))
+
+
+def _compiled(state: str, who: dict[str, Contestant], found: dict[str, Times]) -> Iterator[Line]:
+    for name, times in found.items():
+        line: Line = {"part": f"compile, caches {state}", "who": name, "ms": times.median}
+        if who[name].compiler == "simplex" and PLAIN in found:
+            ratio = times.median / found[PLAIN].median
+            line |= {"of": PLAIN, "ratio": ratio, "aim": COMPILE_AIMS[state]}
+        yield line
 
 
 def of_steps(run: Run) -> Iterator[Line]:

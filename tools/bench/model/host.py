@@ -65,7 +65,6 @@ def measure(
     contestants: Mapping[str, Contestant],
     shape: Shape,
     device: torch.device,
-    calls: int = CALLS,
 ) -> dict[str, Times]:
     """Return the milliseconds of the host, the median call of each round."""
     runs: dict[str, tuple[Any, list[Tensor]]] = {}
@@ -79,7 +78,7 @@ def measure(
         runs[name] = contestant.compiled(function), inputs
     found: dict[str, list[float]] = {name: [] for name in runs}
     draw = random.Random(0)
-    for repeats in (3, *[calls] * ROUNDS):
+    for repeats in (3, *[CALLS] * ROUNDS):
         for name in draw.sample(list(runs), len(runs)):
             with contestants[name].stands():
                 run, inputs = runs[name]

@@ -1,6 +1,7 @@
 """Training steps and compile times: each contestant's model in a process, told to step in turn.
 
-All compile at once, each with caches of its own in a folder.
+Each has caches of its own in a folder. With empty ones all compile at once, which takes minutes;
+with full ones each alone, in seconds that others on the same cores would move.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from tools.bench.model.llama import Shape
 from tools.bench.timing import Times
 
 ROUNDS = 7
+COMPILED_IN_TURN = 3
 IN_A_ROW = 3  # what ran before sets the clocks: of these the last one counts
 
 
@@ -33,13 +35,29 @@ class Steps:
     peak: int
 
 
-def compile_all(
+def compile_at_once(
     contestants: dict[str, Contestant], shape: Shape, device: torch.device, caches: Path
-) -> dict[str, float]:
-    """Return the seconds that each takes to compile, with the caches as they are."""
-    compiled = {n: c for n, c in contestants.items() if c.compiler != "none"}
-    with _all(compiled, shape, device, caches) as workers:
-        return {name: worker.compile_seconds() for name, worker in workers.items()}
+) -> dict[str, Times]:
+    """Return the milliseconds that each takes to compile beside the others."""
+    with _all(contestants, shape, device, caches) as workers:
+        return {name: Times((ms,)) for name, ms in _compiled(workers).items()}
+
+
+def compile_in_turn(
+    contestants: dict[str, Contestant], shape: Shape, device: torch.device, caches: Path
+) -> dict[str, Times]:
+    """Return the milliseconds that each takes to compile alone, a new process every time."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    draw = random.Random(0)
+    for _ in range(COMPILED_IN_TURN):
+        with _all(contestants, shape, device, caches) as workers:
+            for worker in workers.values():
+                worker.wait_until_built()
+            for name in draw.sample(list(workers), len(workers)):
+                workers[name].start_to_compile()
+                found[name].append(workers[name].compile_ms())
+                workers[name].end()  # or it would step beside the next
+    return {name: Times(tuple(ms)) for name, ms in found.items()}
 
 
 def measure(
@@ -47,8 +65,7 @@ def measure(
 ) -> dict[str, Steps]:
     """Return everyone's steps, in turn, an optimizer's included."""
     with _all(contestants, shape, device, caches) as workers:
-        for worker in workers.values():
-            worker.compile_seconds()
+        _compiled(workers)
         peaks = {name: worker.answer() for name, worker in workers.items()}
         times: dict[str, list[float]] = {name: [] for name in workers}
         draw = random.Random(0)
@@ -83,21 +100,38 @@ class _Worker:
             raise RuntimeError(f"{self.name}: {self.errors.read().strip()[-2000:]}")
         return json.loads(line)
 
-    def compile_seconds(self) -> float:
+    def wait_until_built(self) -> None:
+        assert self.answer() == "built"
+
+    def start_to_compile(self) -> None:
+        self._tell("compile")
+
+    def compile_ms(self) -> float:
         first, second = self.answer()
         print(f"{self.name}: compiled in {first - second:.1f} s", file=sys.stderr)  # noqa: T201
-        return first - second
+        return 1e3 * (first - second)
 
     def step(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self._tell("step")
         return self.answer()
+
+    def _tell(self, what: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
         self.errors.close()
+
+
+def _compiled(workers: dict[str, _Worker]) -> dict[str, float]:
+    """Have all compile at once; return the milliseconds."""
+    for worker in workers.values():
+        worker.wait_until_built()
+        worker.start_to_compile()
+    return {name: worker.compile_ms() for name, worker in workers.items()}
 
 
 @contextlib.contextmanager

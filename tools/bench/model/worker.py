@@ -2,8 +2,9 @@
 
     python -m tools.bench.model.worker DEVICE SHAPE-AS-JSON CONTESTANT
 
-It prints a line of JSON with the seconds of the first two losses and gradients, a line with the
-most bytes that a step holds, and for each line that it is sent the milliseconds of one step.
+It prints that its model is built. Sent a line, it prints one of JSON with the seconds of the first
+two losses and gradients, then one with the most bytes that a step holds; and for each line more the
+milliseconds of one step.
 """
 
 import json
@@ -25,6 +26,9 @@ def main(device: str, given: str, name: str) -> None:
     contestant = field_of(where)[name]
     model = build(shape, where, is_marked=contestant.is_marked)
     step = Step(model, contestant.compiled(model), tokens(shape, where))
+    _wait(where)
+    _say("built")
+    sys.stdin.readline()
     with contestant.stands():
         _say([_seconds(step.gradients, where) for _ in range(2)])
         for _ in range(WARM_UP):
