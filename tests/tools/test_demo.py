@@ -13,6 +13,8 @@ from simplex_ops import mark
 from tools.demo import corpus, two_hops
 from tools.demo.llama import CPU, build
 from tools.demo.train import Trainer
+from tools.experiments.hops import Hops
+from tools.experiments.train import Setting, Training
 
 ROOT = Path(__file__).parents[2]
 TINY = replace(CPU, hidden=32, layers=4, seq=32, batch=4, window=(16, 4), steps=20)
@@ -128,15 +130,16 @@ def test_completion_ends_with_the_line_and_keeps_the_prompt(
 
 def test_two_hops_trains_and_draws_both_models_of_as_many_parameters(tmp_path: Path) -> None:
     said: list[str] = []
-    task, device = replace(two_hops.TASK, nodes=4), torch.device("cpu")
-    arms = two_hops.train_both(device, said.append, task=task, steps=100)
+    device = torch.device("cpu")
+    run = Setting(Hops(2, nodes=4), two_hops.SHOWN.shape, Training(100), 0)
+    arms = two_hops.train_both(device, said.append, run=run)
     assert set(arms) == {two_hops.ARM_2_SIMPLICIAL, two_hops.ARM_ORDINARY}
     few, many = sorted(arm.parameters for arm in arms.values())
     assert many < 1.05 * few
     for name, arm in arms.items():
         assert arm.accuracy > arm.curve[0][1]
         assert any(f"one {name} layer, {arm.parameters:,} parameters" in line for line in said)
-    two_hops.plot(arms, tmp_path / "two.png", device=device, task=task)
+    two_hops.plot(arms, tmp_path / "two.png", device=device, run=run)
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
 

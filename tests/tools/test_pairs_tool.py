@@ -8,12 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from simplex_ops import SimplicialAttention, mark
-from tools.experiments.hops import SIMPLICIAL, Hops
-from tools.experiments.model import Shape
-from tools.experiments.train import Setting, Training, train
+from tools.experiments.hops import SHOWN, Hops
+from tools.experiments.train import train
 from tools.pairs import __main__ as command
 from tools.pairs.calls import calls_of
-from tools.pairs.next_edges import edges_in_order, heaviest_is_next_two, next_two
+from tools.pairs.next_edges import edges_in_order, heaviest_is_next_two, next_two, weight_by_steps
 from tools.pairs.pictures import draw, draw_query
 
 app = typer.Typer()
@@ -57,10 +56,14 @@ def test_the_pairs_of_a_head_built_for_two_hops_are_the_next_two_edges(tmp_path)
 
 
 def test_edges_stand_in_the_order_in_which_they_follow():
-    edges = edges_in_order(Hops(2, nodes=9), torch.Generator().manual_seed(1))
+    edges = edges_in_order(Hops(2, nodes=9), torch.Generator().manual_seed(4))
     assert sorted(edges[0, :, 0].tolist()) == list(range(9))
     follows = edges[0, 1:, 0] == edges[0, :-1, 1]
-    assert follows.sum() >= 5
+    ends = [*(~follows).nonzero()[:, 0].tolist(), 8]
+    cycles = [end - begin for begin, end in zip([-1, *ends[:-1]], ends, strict=True)]
+    assert len(cycles) > 1
+    assert cycles == sorted(cycles, reverse=True)
+    assert (edges[0, ends, 1] == edges[0, [0, *(n + 1 for n in ends[:-1])], 0]).all()
 
 
 def test_a_model_without_a_2_simplicial_layer_is_refused():
@@ -68,18 +71,24 @@ def test_a_model_without_a_2_simplicial_layer_is_refused():
         calls_of(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_a_trained_two_hop_model_attends_first_to_the_next_edge():
+def test_steps_are_counted_along_the_edges():
     task = Hops(2, nodes=6)
-    run = Setting(task, Shape((SIMPLICIAL,)), Training(400), 0)
-    model, (result,) = train([run], torch.device("cpu"))
+    edges = task.draw(5, torch.Generator().manual_seed(3))[0]
+    (call,) = calls_of(TwoHops(6), edges)
+    by_steps = weight_by_steps(call.pairs(top=36), edges)
+    assert by_steps.shape == (1, 6, 6)
+    assert by_steps[0, 1, 2] > 0.99
+
+
+def test_each_query_of_the_trained_two_hop_model_attends_to_the_next_two_edges():
+    model, (result,) = train([SHOWN], torch.device("cpu"))
     assert result["learned"]
-    edges = task.draw(50, torch.Generator().manual_seed(9))[0]
+    edges = SHOWN.task.draw(20, torch.Generator().manual_seed(9))[0]
     (call,) = calls_of(model, edges)
-    j = call.pairs(top=1).j[:, 0, :, 0]
-    near = next_two(edges)
-    on_a_long_cycle = near[..., 1].gather(1, near[..., 0]) != torch.arange(6)
-    on_a_long_cycle &= near[..., 1] != torch.arange(6)
-    assert (j == near[..., 0])[on_a_long_cycle].float().mean() > 0.9
+    pairs = call.pairs(top=SHOWN.task.nodes**2)
+    assert heaviest_is_next_two(pairs, edges).float().mean() > 0.9
+    (by_steps,) = weight_by_steps(pairs, edges)
+    assert by_steps[1, 2] > 0.9
 
 
 def test_a_saved_marked_model_is_drawn_on_a_text(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def main(
         "out/two_hops.png"
     ),
     prompt: Annotated[list[str] | None, typer.Option(help="a line to continue")] = None,
-    seed: Annotated[int, typer.Option(help="of the weights and the order of the data")] = 0,
+    seed: Annotated[int, typer.Option(help="of the weights and the data")] = two_hops.SHOWN.seed,
 ) -> None:
     """Show two hops in one layer; train a small Llama with and without 2-simplicial layers."""
     console = Console(highlight=False)
@@ -80,8 +80,9 @@ def main(
         raise typer.BadParameter(f"a prompt must have 1 to {setting.seq - LINE} bytes")
     _say(console, f"{device_name(where)}, torch {torch.__version__}")
     if part != Part.llama:
-        arms = two_hops.train_both(where, lambda text: _say(console, text), seed=seed)
-        two_hops.plot(arms, two_hops_plot, device=where, seed=seed)
+        run = replace(two_hops.SHOWN, seed=seed)
+        arms = two_hops.train_both(where, lambda text: _say(console, text), run=run)
+        two_hops.plot(arms, two_hops_plot, device=where, run=run)
         _say(console, f"plot: {two_hops_plot.resolve()}")
     if part != Part.two_hops:
         _show_llama(console, where, setting, prompts, minutes, plot, seed)

@@ -5,22 +5,19 @@ models of one layer, of as many parameters, see the same batches.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tools.experiments.hops import SIMPLICIAL, Hops, widened
-from tools.experiments.model import Shape
+from tools.experiments.hops import SHOWN, widened
 from tools.experiments.plots import save
-from tools.experiments.train import Setting, Training, train
+from tools.experiments.train import Setting, train
 from tools.pairs.calls import calls_of
 from tools.pairs.next_edges import edges_in_order
 from tools.pairs.pictures import draw_query_on
 
-TASK = Hops(2, nodes=10)
-STEPS = 800  # at most, of each model
 ARM_2_SIMPLICIAL, ARM_ORDINARY = "2-simplicial", "ordinary"
 Say = Callable[[str], None]
 
@@ -38,12 +35,9 @@ class Arm:
         return self.curve[-1][1]
 
 
-def train_both(
-    device: torch.device, say: Say, *, task: Hops = TASK, steps: int = STEPS, seed: int = 0
-) -> dict[str, Arm]:
-    """Train both models to 0.99 or to `steps`, and say how they come on."""
-    simplicial = Shape((SIMPLICIAL,))
-    shapes = {ARM_2_SIMPLICIAL: simplicial, ARM_ORDINARY: widened(simplicial, task)}
+def train_both(device: torch.device, say: Say, *, run: Setting = SHOWN) -> dict[str, Arm]:
+    """Train both models to 0.99 or to the cap of steps, and say how they come on."""
+    shapes = {ARM_2_SIMPLICIAL: run.shape, ARM_ORDINARY: widened(run.shape, run.task)}
     arms = {}
     for name, shape in shapes.items():
 
@@ -51,8 +45,7 @@ def train_both(
             if step % 200 == 0:
                 say(f"two hops, {name}, step {step}: accuracy {accuracy:.2f}")
 
-        run = Setting(task, shape, Training(steps), seed)
-        model, (result,) = train([run], device, watch)
+        model, (result,) = train([replace(run, shape=shape)], device, watch)
         arms[name] = Arm(model, result["parameters"], result["curve"])
         say(
             f"two hops, one {name} layer, {result['parameters']:,} parameters: accuracy "
@@ -61,9 +54,7 @@ def train_both(
     return arms
 
 
-def plot(
-    arms: dict[str, Arm], file: Path, *, device: torch.device, task: Hops = TASK, seed: int = 0
-) -> None:
+def plot(arms: dict[str, Arm], file: Path, *, device: torch.device, run: Setting = SHOWN) -> None:
     """Draw both learning curves, and the pairs that one query of the 2-simplicial model sees."""
     from matplotlib.figure import Figure
 
@@ -73,13 +64,13 @@ def plot(
         steps, accuracies = zip(*arm.curve, strict=True)
         left.plot(steps, accuracies, label=f"one {name} layer, {arm.parameters:,} parameters")
     left.set(xlabel="steps", ylabel="accuracy on held-out batches", ylim=(0, 1.02))
-    left.set_title(f"two hops through a permutation of {task.nodes} nodes", fontsize=9)
+    left.set_title(f"two hops through a permutation of {run.task.nodes} nodes", fontsize=9)
     left.grid(alpha=0.3)
     left.legend(fontsize=7, loc="lower right")
 
-    edges = edges_in_order(task, torch.Generator().manual_seed(seed))
+    edges = edges_in_order(run.task, torch.Generator().manual_seed(run.seed))
     labels = [f"{a}→{b}" for a, b in edges[0].tolist()]
     (call,) = calls_of(arms[ARM_2_SIMPLICIAL].model, edges.to(device))
-    draw_query_on(right, call.pairs(top=task.nodes**2), labels, query=0)
+    draw_query_on(right, call.pairs(top=run.task.nodes**2), labels, query=0)
     right.set_title(f"pairs that the edge {labels[0]} attends to", fontsize=9)
     save(figure, file)

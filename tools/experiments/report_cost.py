@@ -64,7 +64,8 @@ def _about(setting: dict[str, object]) -> str:
         f"Forward and backward of one layer with its projections, {setting['dtype']}, width "
         f"{setting['width']}, {setting['heads']} heads, {setting['kv_heads']} of keys, causal; "
         "ordinary attention sees the whole sequence. Medians ± the distance between quartiles; "
-        "peak is what a step allocates beyond its input and weights, ordinary and 2-simplicial.\n"
+        "peak is what a step allocates beyond its input and weights, ordinary and 2-simplicial. "
+        "Times are those of the kernels at that commit, which later ones need not share.\n"
     )
 
 

@@ -11,6 +11,7 @@ marked one wrote; its tokens are those of the tokenizer there, or else the text'
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +19,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 import simplex_ops
 from simplex_ops import AttendedPairs
-from tools.experiments.hops import SIMPLICIAL, Hops
+from tools.experiments.hops import SHOWN, SIMPLICIAL, Hops
 from tools.experiments.model import Shape
-from tools.experiments.train import Setting, Training, train
+from tools.experiments.train import Setting, train
 from tools.pairs.calls import calls_of
-from tools.pairs.next_edges import edges_in_order, heaviest_is_next_two
+from tools.pairs.next_edges import edges_in_order, heaviest_is_next_two, weight_by_steps
 from tools.pairs.pictures import draw, draw_query
+
+GRAPHS = 20  # to say what is attended to
 
 
 def main(
@@ -34,12 +38,14 @@ def main(
         Path | None, typer.Option(help="a saved marked model, instead of hops")
     ] = None,
     text: Annotated[str, typer.Option(help="what the saved model reads")] = "",
-    hops: Annotated[int, typer.Option(min=1, help="what the hop model learns")] = 2,
-    nodes: Annotated[int, typer.Option(min=2, help="of the graph")] = 16,
+    hops: Annotated[int, typer.Option(min=1, help="what the hop model learns")] = SHOWN.task.hops,
+    nodes: Annotated[int, typer.Option(min=2, help="of the graph")] = SHOWN.task.nodes,
     layers: Annotated[int, typer.Option(min=1, help="all 2-simplicial")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="of each layer")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="updates at most")] = 2400,
-    seed: Annotated[int, typer.Option(min=0, help="of the hop model, its data and graph")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="updates at most")] = SHOWN.training.steps,
+    seed: Annotated[
+        int, typer.Option(min=0, help="of the hop model, its data and graph")
+    ] = SHOWN.seed,
     query: Annotated[int | None, typer.Option(min=0, help="draw this query alone")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
     plot: Annotated[Path, typer.Option(help="the figure to write")] = Path("out/pairs.png"),
@@ -54,7 +60,7 @@ def main(
         title = f"{model.name}: {text!r}"
     else:
         task, shape = Hops(hops, nodes), Shape((SIMPLICIAL,) * layers, heads=heads)
-        run = Setting(task, shape, Training(steps), seed)
+        run = Setting(task, shape, replace(SHOWN.training, steps=steps), seed)
         labels, found, accuracy = _of_hops(console, run, where)
         title = f"{hops} hops through a permutation of {nodes} nodes, accuracy {accuracy:.2f}"
     if query is None:
@@ -99,17 +105,31 @@ def _of_hops(
 
         model, (result,) = train([run], device, watch)
     console.print(f"accuracy {result['accuracy']:.3f} after {result['steps']} steps")
+    _say_what_is_attended_to(console, model, run, device)
     edges = edges_in_order(run.task, torch.Generator().manual_seed(run.seed))
     labels = [f"{a}→{b}" for a, b in edges[0].tolist()]
     found = [call.pairs() for call in calls_of(model, edges.to(device))]
-    for n, pairs in enumerate(found):
-        for h, share in enumerate(heaviest_is_next_two(pairs, edges).float().mean((0, 2)).tolist()):
-            weight = pairs.weight[:, h, :, 0].mean().item()
-            console.print(
-                f"layer {n}, head {h}: the heaviest pair, of weight {weight:.2f} on average, "
-                f"is the next two edges for {share:.0%} of the queries"
-            )
     return labels, found, result["accuracy"]
+
+
+def _say_what_is_attended_to(
+    console: Console, model: nn.Module, run: Setting, device: torch.device
+) -> None:
+    nodes = run.task.nodes
+    edges = run.task.draw(GRAPHS, torch.Generator().manual_seed(run.seed))[0]
+    for n, call in enumerate(calls_of(model, edges.to(device))):
+        pairs = call.pairs(top=nodes**2)
+        shares = heaviest_is_next_two(pairs, edges).float().mean((0, 2)).tolist()
+        for h, (share, by_steps) in enumerate(
+            zip(shares, weight_by_steps(pairs, edges), strict=True)
+        ):
+            next_two = by_steps[1, 2] + by_steps[2, 1]
+            by_steps[1, 2] = by_steps[2, 1] = 0.0
+            console.print(
+                f"layer {n}, head {h}, over {GRAPHS} graphs: the heaviest pair is the next two "
+                f"edges for {share:.0%} of the queries; those have weight {next_two:.3f} on "
+                f"average, no other pair of steps more than {by_steps.max():.3f}"
+            )
 
 
 if __name__ == "__main__":
