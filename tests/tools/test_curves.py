@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from tools.bench import __main__ as bench
 from tools.bench import curves
 from tools.bench.curves import Point
-from tools.workloads import SWEEPS, WORKLOADS, Workload, nominal_flops
+from tools.workloads import SWEEPS, WORKLOADS, Workload, useful_flops
 
 FACTS = {"device": "X", "torch": "1", "triton": "2", "date": "3", curves.BANDWIDTH: 4000}
 
@@ -16,12 +16,12 @@ FACTS = {"device": "X", "torch": "1", "triton": "2", "date": "3", curves.BANDWID
 def line(sweep, size, direction, who, ms=1.0, rate=100.0):
     name = SWEEPS[sweep][size].name
     said = {"workload": name, "direction": direction, "contestant": who, "ms": ms}
-    return {**said, "nominal_tflops": rate, **FACTS}
+    return {**said, "nominal_tflops": rate, "useful_tflops": rate, **FACTS}
 
 
 def test_a_step_is_forward_and_backward_over_the_sum_of_their_times():
     lines = [line("G", 8, "forward", "simplex", 2.0), line("G", 8, "backward", "simplex", 5.0)]
-    rate = 3.5 * nominal_flops(SWEEPS["G"][8]) / 7e-3 / 1e12
+    rate = 3.5 * useful_flops(SWEEPS["G"][8]) / 7e-3 / 1e12
     assert list(curves.points(lines)) == [
         Point("G", 8, "forward", 100.0),
         Point("G", 8, "backward", 100.0),
@@ -42,10 +42,10 @@ def test_one_direction_alone_is_no_step_and_other_lines_are_left_out():
 def test_intensity_counts_each_tensor_once():
     workload = Workload("x", 1, 2, 1, 3, 4, 2, 1)  # bfloat16
     elements = 2 * 3 * (4 + 4) + 2 * 3 * (4 + 4)  # q and out, two pairs
-    assert curves.intensity(workload) == nominal_flops(workload) / (2 * elements + 4 * 2 * 3)
+    assert curves.intensity(workload) == useful_flops(workload) / (2 * elements + 4 * 2 * 3)
     backward = 2 * 2 * elements + 4 * 2 * 3
     assert curves.intensity(workload, is_backward=True) == (
-        nominal_flops(workload, "backward") / backward
+        useful_flops(workload, "backward") / backward
     )
 
 

@@ -26,6 +26,7 @@ README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- made by tools.bench.report -->", "<!-- end -->"
 CUDNN = YARDSTICK["cuda"]
 MAIN = tuple(WORKLOADS)[:8]
+WIDE = 0.1  # of the median, between the quartiles: the host, not the device, sets such times
 BACKWARD: Direction = "backward"
 Line = dict[str, Any]
 
@@ -77,8 +78,8 @@ class Run:
         parts += [f"{name} {last[name]}" for name in ("cudnn", "driver") if name in last]
         parts.append(days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
         for anchor in (CUDNN, "matmul"):
-            rates = [line["nominal_tflops"] for line in some if line["contestant"] == anchor]
-            rates = [rate for rate in rates if rate is not None]
+            lines = [line for line in some if line["contestant"] == anchor and line["ms"]]
+            rates = [line["nominal_tflops"] for line in lines if line["workload"] in MAIN]
             if rates:
                 parts.append(f"{anchor} {min(rates):.0f} to {max(rates):.0f}")
         return "; ".join(parts)
@@ -89,7 +90,7 @@ def text(folder: Path) -> str:
     named, compiled = _runs(folder)
     known = [name for name in named.names() if name in WORKLOADS]
     swept = [name for name in named.names() if name not in WORKLOADS]
-    parts = [_INTRODUCTION]
+    parts, said = [_INTRODUCTION], ""
     for title, run, names, made in (
         ("Named workloads", named, known, _of_workloads),
         ("Sweeps", named, swept, _of_workloads),
@@ -99,7 +100,9 @@ def text(folder: Path) -> str:
     ):
         if names:
             picture = "![rates of the sweeps](sweeps.png)\n\n" if title == "Sweeps" else ""
-            parts.append(f"## {title}\n\n{run.made_with}.\n\n{picture}{made(run, names)}")
+            with_what = "" if run.made_with == said else f"{run.made_with}.\n\n"
+            said = run.made_with
+            parts.append(f"## {title}\n\n{with_what}{picture}{made(run, names)}")
     return "\n".join(parts)
 
 
@@ -131,7 +134,7 @@ def _runs(folder: Path) -> tuple[Run, Run]:
 def _of_workloads(run: Run, names: Sequence[str]) -> str:
     headings = (
         "workload", "forward", "of cuDNN", "backward", "of cuDNN", "after others",
-        "of another row", "MiB", "kernels",
+        "of another row", "MiB", "notes",
     )  # fmt: skip
     rows = []
     for name in names:
@@ -146,7 +149,7 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
             ", ".join(f"{ratio:.2f}" for ratio in after if ratio is not None),
             _of_another(run, name, there),
             ", ".join(f"{(line['workspace_bytes'] or 0) / 2**20:.0f}" for line in there.values()),
-            _served(there),
+            _notes(there),
         ]
         rows.append(cells)
     return _table(headings, rows)
@@ -181,10 +184,15 @@ def _kept(run: Run) -> Iterator[tuple[str, bool]]:
                 yield f"{name} {direction} {ratio:.2f} ({least:g})", ratio >= least
 
 
-def _served(there: dict[Direction, Line]) -> str:
-    """Say where other kernels than Hopper's serve, and why."""
-    notes = [(d, line["note"]) for d, line in there.items() if "portable" in line["note"]]
-    return "; ".join(f"{direction}: {note}" for direction, note in notes)
+def _notes(there: dict[Direction, Line]) -> str:
+    """Say where other kernels than Hopper's serve, and why, and which times vary."""
+    notes = [f"{d}: {line['note']}" for d, line in there.items() if "portable" in line["note"]]
+    notes += [
+        f"{d}: quartiles {line['spread']:.0%} apart"
+        for d, line in there.items()
+        if line["spread"] > WIDE
+    ]
+    return "; ".join(notes)
 
 
 def _of_steps(run: Run, names: Sequence[str]) -> str:
@@ -221,7 +229,7 @@ def _peers(run: Run) -> Iterator[tuple[str, Direction, str, Line, Line]]:
     """Yield everyone else's lines beside ours, where one ran or says why not."""
     for (name, direction, who), line in run.lines.items():
         ours = run.ours(name, direction)
-        if who not in (OURS, COMPILED, "matmul") and ours and (line["ms"] or line["note"]):
+        if who not in (OURS, COMPILED, CUDNN, "matmul") and ours and (line["ms"] or line["note"]):
             yield name, direction, who, line, ours
 
 
@@ -274,7 +282,8 @@ def _shape(name: str, line: Line) -> str:
 
 
 def _rate(line: Line) -> str:
-    return "" if line["nominal_tflops"] is None else f"{line['nominal_tflops']:.0f}"
+    rate = line["nominal_tflops"]
+    return "" if rate is None else f"{rate:.{0 if rate >= 10 else 2}f}"
 
 
 def _of(ratio: float | None, least: float | None) -> str:
