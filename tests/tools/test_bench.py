@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from tools.bench import __main__ as bench
-from tools.bench import timing
+from tools.bench import aims, timing
 from tools.bench.anchors import Job, NotRunError, einsum
 from tools.bench.contest import COMPILED, OURS, Result, Row, field_of, measure
 from tools.bench.peers import agreement, fbgemm, lucidrains
@@ -140,7 +140,7 @@ def test_another_row_is_compared_by_time_per_visible_pair():
         _row(workload.name, nominal_flops(workload) / useful_flops(workload))
         for workload in (WORKLOADS["n4k"], WORKLOADS["n128k"])
     ]
-    aim = bench.aim_of(rows[1], rows)
+    aim = bench.aim_in(rows[1], rows)
     assert aim is not None
     assert aim.reached == pytest.approx(1.0)
 
@@ -148,11 +148,14 @@ def test_another_row_is_compared_by_time_per_visible_pair():
 def test_an_aim_is_of_an_anchor_or_of_another_row():
     first, second = _row("llama-mqa", 9.0, 10.0), _row("mqa-fp16", 8.5)
     rows = [first, second]
-    assert bench.aim_of(first, rows) == bench.Aim(1.0, "cudnn fwd", 0.9)
-    assert bench.aim_of(first, rows).verdict == "1.00 of cudnn fwd, 0.90: NO"
-    assert bench.aim_of(second, rows).verdict == "0.90 of llama-mqa, 0.94: yes"
-    assert bench.aim_of(second, [second]).verdict == "0.90 of llama-mqa: ?"
-    assert bench.aim_of(_row("mha", 1.0), rows) is None
+    assert bench.aim_in(first, rows) == bench.Aim(1.0, "cudnn fwd", 0.9)
+    assert bench.aim_in(first, rows).verdict == "1.00 of cudnn fwd, 0.90: NO"
+    assert bench.aim_in(second, rows).verdict == "0.90 of llama-mqa, 0.94: yes"
+    assert bench.aim_in(second, [second]).verdict == "0.90 of llama-mqa: ?"
+    assert bench.aim_in(_row("mha", 1.0), rows) is None
+    slow, fast = (_row("fp32", 1e12 * rate) for rate in (39.0, 41.0))
+    assert bench.aim_in(slow, []).verdict == "40.00 of 1 TFLOP/s, 39.00: NO"
+    assert bench.aim_in(fast, []).is_reached
 
 
 def test_the_compiled_call_is_timed_where_it_is_asked_for(tmp_path):
@@ -208,8 +211,8 @@ def test_einsum_refuses_what_does_not_fit():
 
 def test_aims_and_peers_name_rows_that_exist():
     rows = {(w.name, d) for w in WORKLOADS.values() for d in w.directions}
-    assert set(bench.AIMS) <= rows
-    for name, (other, *_least) in bench.RELATIVE_AIMS.items():
+    assert set(aims.AIMS) | set(aims.RATES) <= rows
+    for name, (other, *_least) in aims.RELATIVE_AIMS.items():
         assert WORKLOADS[name].directions == WORKLOADS[other].directions
     assert set(fbgemm.ROSTER) | set(lucidrains.ROSTER) <= rows
 

@@ -15,7 +15,6 @@ rate on a GPU, of torch.mm's on a CPU, or, of useful rates, of our own on anothe
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from simplex_ops.env import environment
-from tools.bench.aims import AIMS, RELATIVE_AIMS, YARDSTICK
+from tools.bench.aims import AIMS, YARDSTICK, Aim, aim_of
 from tools.bench.anchors import copy_rate
 from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
 from tools.bench.curves import BANDWIDTH
@@ -35,39 +34,18 @@ from tools.bench.plot import Bar, plot_rates
 from tools.workloads import SWEEPS, WORKLOADS, useful_flops
 
 
-@dataclass(frozen=True)
-class Aim:
-    """How much of which rate we aim at, and how much of it was reached, where both ran."""
-
-    least: float
-    of: str
-    reached: float | None
-
-    @property
-    def verdict(self) -> str:
-        answer = "?" if self.reached is None else "yes" if self.reached >= self.least else "NO"
-        ratio = "" if self.reached is None else f", {self.reached:.2f}"
-        return f"{self.least:.2f} of {self.of}{ratio}: {answer}"
-
-
-def aim_of(row: Row, rows: Iterable[Row]) -> Aim | None:
+def aim_in(row: Row, rows: Iterable[Row]) -> Aim | None:
     """Return what is aimed at in a row, given the others of the run."""
     name, direction = row.workload.name, row.direction
-    if (name, direction) in AIMS:
-        yardstick = YARDSTICK[row.workload.device]
-        return Aim(AIMS[name, direction], yardstick, row.of(OURS, yardstick))
-    if name not in RELATIVE_AIMS:
-        return None
-    other, *least = RELATIVE_AIMS[name]
-    mine = _useful(row, OURS, row.results.get(OURS, Result()))
-    theirs = [
-        rate
-        for r in rows
-        if (r.workload.name, r.direction) == (other, direction)
-        and (rate := _useful(r, OURS, r.results.get(OURS, Result()))) is not None
-    ]
-    reached = mine / theirs[0] if mine is not None and theirs else None
-    return Aim(least[direction == "backward"], other, reached)
+    found = {r.workload.name: r for r in (*rows, row) if r.direction == direction}
+
+    def useful(name: str) -> float | None:
+        row = found.get(name)
+        return None if row is None else _useful(row, OURS, row.results.get(OURS, Result()))
+
+    rate = row.results.get(OURS, Result()).rate
+    share = row.of(OURS, YARDSTICK[row.workload.device])
+    return aim_of(name, direction, None if rate is None else rate / 1e12, share, useful)
 
 
 def records(row: Row, facts: dict[str, str | int]) -> Iterator[dict[str, object]]:
@@ -159,7 +137,7 @@ def table_of(rows: list[Row], facts: dict[str, str | int], device: torch.device)
                 ),
                 _number(row.first_of(name, YARDSTICK[device.type]), 2),
                 _number(result.workspace, 0, 2**20),
-                aim.verdict if name == OURS and (aim := aim_of(row, rows)) else "",
+                aim.verdict if name == OURS and (aim := aim_in(row, rows)) else "",
                 "; ".join(_notes(row, name, columns)),
             )
     return table

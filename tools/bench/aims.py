@@ -1,6 +1,9 @@
-"""What is aimed at: fractions of an anchor's rate, or of our own on another workload."""
+"""What is aimed at: fractions of an anchor's rate, or of our own on another workload, or a rate."""
 
-from tools.workloads import Direction
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tools.workloads import WORKLOADS, Direction
 
 YARDSTICK = {"cuda": "cudnn fwd", "cpu": "matmul"}
 # The least fraction of the yardstick's rate.
@@ -37,5 +40,48 @@ RELATIVE_AIMS: dict[str, tuple[str, float, float]] = {
     "n32k": ("n4k", 0.95, 0.95),
     "n128k": ("n4k", 0.95, 0.95),
 }
+# The least nominal TFLOP/s, where no anchor computes the same.
+RATES: dict[tuple[str, Direction], float] = {("fp32", "forward"): 40.0}
 # Of eager code's rate, through torch.compile.
 OF_EAGER = 0.97
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How much of which rate we aim at, and how much of it was reached, where both ran."""
+
+    least: float
+    of: str
+    reached: float | None
+
+    @property
+    def is_reached(self) -> bool | None:
+        """Tell whether it was reached, if that is known."""
+        return None if self.reached is None else self.reached >= self.least
+
+    @property
+    def verdict(self) -> str:
+        """Say it in words."""
+        answer = {None: "?", True: "yes", False: "NO"}[self.is_reached]
+        ratio = "" if self.reached is None else f", {self.reached:.2f}"
+        return f"{self.least:.2f} of {self.of}{ratio}: {answer}"
+
+
+def aim_of(
+    name: str, direction: Direction, rate: float | None, share: float | None,
+    useful: Callable[[str], float | None],
+) -> Aim | None:  # fmt: skip
+    """Return what is aimed at in a row of our nominal TFLOP/s and share of the yardstick's rate.
+
+    `useful` gives our useful rate on a workload in the same direction, or None.
+    """
+    if (name, direction) in RATES:
+        return Aim(RATES[name, direction], "1 TFLOP/s", rate)
+    if (name, direction) in AIMS:
+        return Aim(AIMS[name, direction], YARDSTICK[WORKLOADS[name].device], share)
+    if name not in RELATIVE_AIMS:
+        return None
+    other, *least = RELATIVE_AIMS[name]
+    mine, theirs = useful(name), useful(other)
+    reached = mine / theirs if mine is not None and theirs is not None else None
+    return Aim(least[direction == "backward"], other, reached)

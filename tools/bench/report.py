@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from tools.bench import curves
-from tools.bench.aims import AIMS, OF_EAGER, RELATIVE_AIMS, YARDSTICK
+from tools.bench.aims import AIMS, OF_EAGER, RATES, RELATIVE_AIMS, YARDSTICK, Aim, aim_of
 from tools.bench.contest import ANCHORS, COMPILED, OURS
 from tools.workloads import BACKWARD_FLOPS, BOTH, WORKLOADS, Direction, Workload, nominal_flops
 
@@ -142,8 +142,11 @@ def _of_workloads(run: Run, names: Sequence[str]) -> str:
         there: dict[Direction, Line] = {d: line for d, line in both.items() if line is not None}
         cells = [_shape(name, next(iter(there.values())))]
         for direction, line in both.items():
+            if line is None:
+                cells += ["", ""]
+                continue
             least = AIMS.get((name, direction))
-            cells += ["", ""] if line is None else [_rate(line), _of(line["of"].get(CUDNN), least)]
+            cells += [_of_rate(line), _of(line["of"].get(CUDNN), least)]
         after = [line["first_of"].get(CUDNN) for line in there.values()]
         cells += [
             ", ".join(f"{ratio:.2f}" for ratio in after if ratio is not None),
@@ -168,20 +171,23 @@ def _of_another(run: Run, name: str, there: dict[Direction, Line]) -> str:
 
 
 def _kept(run: Run) -> Iterator[tuple[str, bool]]:
-    """Yield every aim of a run whose ratio is known, and whether it is reached."""
+    """Yield every aim of a run of which the end is known, and whether it is reached."""
     for name in run.names():
         for direction in BOTH:
             line = run.ours(name, direction)
-            if line is None:
-                continue
-            least, ratio = AIMS.get((name, direction)), line["of"].get(CUDNN)
-            if least is None and name in RELATIVE_AIMS:
-                other, *both = RELATIVE_AIMS[name]
-                theirs = run.ours(other, direction)
-                least = both[direction == BACKWARD]
-                ratio = line["useful_tflops"] / theirs["useful_tflops"] if theirs else None
-            if least is not None and ratio is not None:
-                yield f"{name} {direction} {ratio:.2f} ({least:g})", ratio >= least
+            aim = None if line is None else _aim(run, line)
+            if aim is not None and aim.is_reached is not None:
+                yield f"{name} {direction} {aim.reached:.2f} ({aim.least:g})", aim.is_reached
+
+
+def _aim(run: Run, line: Line) -> Aim | None:
+    name, direction = line["workload"], line["direction"]
+
+    def useful(name: str) -> float | None:
+        line = run.ours(name, direction)
+        return None if line is None else line["useful_tflops"]
+
+    return aim_of(name, direction, line["nominal_tflops"], line["of"].get(CUDNN), useful)
 
 
 def _notes(there: dict[Direction, Line]) -> str:
@@ -286,11 +292,19 @@ def _rate(line: Line) -> str:
     return "" if rate is None else f"{rate:.{0 if rate >= 10 else 2}f}"
 
 
+def _of_rate(line: Line) -> str:
+    least, rate = RATES.get((line["workload"], line["direction"])), line["nominal_tflops"]
+    return _rate(line) + _aimed(rate, least)
+
+
 def _of(ratio: float | None, least: float | None) -> str:
     if ratio is None:
         return ""
-    aim = "" if least is None else f" ({least:g}{'' if ratio >= least else ', missed'})"
-    return f"{ratio:.2f}{aim}"
+    return f"{ratio:.2f}{_aimed(ratio, least)}"
+
+
+def _aimed(reached: float, least: float | None) -> str:
+    return "" if least is None else f" ({least:g}{'' if reached >= least else ', missed'})"
 
 
 def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
