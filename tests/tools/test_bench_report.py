@@ -119,4 +119,4 @@ def test_what_is_not_usual_of_a_workload_is_said(tmp_path):
     odd = lines("odd", "forward", {OURS: 100}) + lines("fp32", "forward", {OURS: 10})
     found = report.text(written(tmp_path / "results", named=odd))
     assert "| odd: B2 N2000 H12 Hkv4 D80 Dv96 300 x 20 | 100 |" in found
-    assert "| fp32: B1 N2048 H8 Hkv2 D64 128 x 16, float32 | 10 |" in found
+    assert "| fp32: B1 N2048 H8 Hkv2 D64 128 x 16, float32 | 10 (40, missed) |" in found
