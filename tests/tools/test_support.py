@@ -7,8 +7,8 @@ import torch
 from tiny_llama import Attention, matrix_products
 from torch import nn
 
-from tools.support.cells import COLUMNS, Outcome, outcome
-from tools.support.models import ROWS, Row, states
+from tools.support.cells import COLUMNS, Column, Outcome, outcome
+from tools.support.models import ROWS, Row, SelfAttention, states
 from tools.support.table import README, markdown, written
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -48,9 +48,20 @@ class Forgets(nn.Module):
 
 @pytest.mark.parametrize("by_chance", [False, True])
 def test_a_wrong_answer_fails_its_cell(by_chance):
-    found = outcome(Row("wrong", lambda: Forgets(by_chance), states), COLUMNS[1])
+    (infer,) = (column for column in COLUMNS if column.title == "eager, infer")
+    found = outcome(Row("wrong", lambda: Forgets(by_chance), states), infer)
     assert found.said == "fails"
     assert found.why.startswith("AssertionError: ")
+
+
+def test_what_fails_without_a_mark_too_is_told_apart():
+    def fails(row):
+        assert row.how is None or row.name != "marked", "no such thing"
+        raise NotImplementedError("by no one")
+
+    column = Column("compiled", fails)
+    assert outcome(Row("any", SelfAttention), column).said == "nor unmarked"
+    assert outcome(Row("marked", SelfAttention), column).said == "fails"
 
 
 def test_a_library_that_is_missing_is_named():
