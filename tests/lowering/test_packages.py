@@ -26,12 +26,13 @@ KERNELS = {
     "marked-model": ("forward_kernel",),
     "training-step": ("forward_kernel", "backward_query_kernel", "delta_kernel"),
 }
+DEAR = ("backward-where-gluon-serves", "training-step")  # beside another of their kind
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name.startswith("att") else pytest.mark.long)
+        pytest.param(name, marks=pytest.mark.long if name in DEAR else pytest.mark.slow)
         for name in PROGRAMS
     ],
 )

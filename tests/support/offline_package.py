@@ -97,7 +97,8 @@ def _ready(program: torch.export.ExportedProgram) -> Iterator[torch.export.Expor
             notes_kernels = _kernels_noted_unrun()  # it asks for what the pretended GPU replaces
             stack.enter_context(pretended_gpu(Compiled(), to_binary=True))
             stack.enter_context(notes_kernels)
-        moved = move_to_device_pass(program, "cuda:0")
+        with torch.no_grad():  # a build of torch without CUDA has no stream to differentiate on
+            moved = move_to_device_pass(program, "cuda:0")
         fakes = (node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder")
         given, _ = pytree.tree_unflatten(list(fakes), moved.call_spec.in_spec)
         moved._example_inputs = (given, {})
