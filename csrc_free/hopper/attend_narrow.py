@@ -1,4 +1,4 @@
-"""The two warpgroups of small groups: dq, and what entries add to the narrow pair's gradients."""
+"""Two warpgroups of the narrow kernel: dq, and what entries add to the narrow pair's gradients."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

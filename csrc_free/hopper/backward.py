@@ -84,22 +84,22 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
     if reason is not None:
         return Choice(keys=reason, wide=reason, query=reason)
     traits = dataclasses.replace(problem.traits(dout), block_d=block(columns_of(problem)))
-    keys, wide, small = (
+    keys, wide, both = (
         plan_of(problem, dout),
         splits_of_wide(problem, dout),
-        _small(problem, traits),
+        _query_and_narrow(problem, traits),
     )
     may_round_keys = problem.group >= _KEYS_FROM and problem.form == "trilinear"
-    if isinstance(wide, int) and not isinstance(small, str) and not may_round_keys:
-        keys = "it rounds k1∘k2 where the forward rounded q∘k2; the kernels of small groups do not"
+    if isinstance(wide, int) and not isinstance(both, str) and not may_round_keys:
+        keys = "it rounds k1∘k2 where the forward rounded q∘k2; `wide` and `narrow` do not"
     if isinstance(keys, Plan):
         return Choice(keys=keys, wide=None, query=_query_alone(problem, traits))
-    if isinstance(small, str) and problem.group > 2:
+    if isinstance(both, str) and problem.group > 2:
         return Choice(keys=keys, wide=wide, query=_query_alone(problem, traits))
-    return Choice(keys=keys, wide=wide, query=small)
+    return Choice(keys=keys, wide=wide, query=both)
 
 
-def _small(problem: Problem, traits: Traits) -> narrow_side.Config | str:
+def _query_and_narrow(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
@@ -154,8 +154,8 @@ def write_gradients(
         with gradients_of(problem, dk_wide) as (dk_wide,):
             backward_wide(near, statistics, dk_wide, dv_wide, spans, choice.wide)
         wide = nothing
-    is_small = isinstance(choice.query, narrow_side.Config)
-    if is_small and any(grad is not None for grad in (dq, *narrow)):
+    fills_narrow = isinstance(choice.query, narrow_side.Config)
+    if fills_narrow and any(grad is not None for grad in (dq, *narrow)):
         dq = torch.empty_like(problem.q) if dq is None else dq
         dk_narrow, dv_narrow = complete(narrow, problem.k_narrow, problem.v_narrow)
         with gradients_of(problem, dq, dk_narrow) as (dq, dk_narrow):

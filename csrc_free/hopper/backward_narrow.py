@@ -1,11 +1,11 @@
-"""dq and the narrow pair's gradients on Hopper, for small groups, in four products.
+"""dq and the narrow pair's gradients on Hopper, in four products.
 
 The 64 rows of a warpgroup's products are ENTRIES (position, head) entries times KEYS narrow keys,
-which hold the whole narrow window: so the wide window passes once, and each row is one virtual
-query. With T = sum of dS · k and U = sum of P · v over the wide keys, dq is the sum of T ∘ k2 over
-an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part of the narrow gradients.
-For determinants that is T × k2 and q × T in the threes; for strassen, with σ = sum of dS,
-T + σ k2 and T + σ q.
+which hold the narrow window, or a part of it at a time: so the wide window passes once for each,
+and each row is one virtual query. With T = sum of dS · k and U = sum of P · v over the wide keys,
+dq is the sum of T ∘ k2 over an entry's rows, and T ∘ q and U ∘ dout are added to the rows of a part
+of the narrow gradients. For determinants that is T × k2 and q × T in the threes; for strassen, with
+σ = sum of dS, T + σ k2 and T + σ q.
 
 Two entries are a pair: the rows of one key are two rows of the same thread, which adds them before
 they leave it. A part is of consecutive positions, belongs to one program, and has a copy for each

@@ -1,4 +1,4 @@
-"""The wide pair's gradients on Hopper where groups are small, in four matrix products.
+"""The wide pair's gradients on Hopper, weighed as the forward weighed, in four matrix products.
 
 With virtual queries q̃ = q ∘ k_m and virtual dout dõ = dout ∘ v_m, m = position - offset (for
 determinants k_m × q in the threes, for strassen q + k_m, which has q · k_m besides in its logits):

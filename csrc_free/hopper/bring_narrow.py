@@ -1,4 +1,4 @@
-"""The two warps that bring small groups their wide tiles and narrow rows, by TMA."""
+"""The two warps that bring the narrow kernel its wide tiles and narrow rows, by TMA."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -1,4 +1,4 @@
-"""Entries of small groups and their narrow keys: rows of a tile, and of a part of the gradients.
+"""Entries (position, head) and their narrow keys: rows of a tile, and of a part of the gradients.
 
 The 64 rows of a warpgroup are ENTRIES entries times KEYS narrow keys. Two entries are a pair: the
 rows of one key are two rows of the same thread.

@@ -17,7 +17,7 @@ ROWS = 64
 # Each narrow key costs its sums over keys, whoever sees it. Measured down to 128 rows (4 heads to
 # one, 32 narrow keys: 24.8 ms for 34.7 of the portable kernels).
 FEWEST_ROWS = 64
-# Up to here the kernels of small groups serve.
+# Query heads of a key-value head that `wide` and `narrow` serve.
 MOST_HEADS = 64
 # Small problems may take this much, whatever their gradients are: else few programs would share
 # the work.

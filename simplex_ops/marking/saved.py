@@ -51,7 +51,8 @@ class SavedMark(nn.Module):
             return
         if now is None or now is self.__dict__.get("_compared") or now.is_meta:
             return
-        with contextlib.suppress(RuntimeError):  # vmap's holds those of several models
+        # What differs is a ValueError. A tensor that vmap made of several models' cannot be read.
+        with contextlib.suppress(RuntimeError):
             self._compare(now)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""dq on Hopper, and the narrow pair's gradients of small groups: choice, compilation, answers."""
+"""dq on Hopper, and the narrow pair's gradients beside it: choice, compilation, answers."""
 
 from dataclasses import replace
 

@@ -71,7 +71,7 @@ class Family:
 
 
 # A narrow window's range is of one lag of the key side's warpgroups, or of one size of tiles where
-# the kernels of small groups serve (16, 32 or 64 keys); every lag and every size is some family's.
+# `wide` and `narrow` serve (16, 32 or 64 keys); every lag and every size is some family's.
 # Programs that only prepare or add up are shared where families have columns and kv_heads alike,
 # and so are parts of the narrow gradients that hold all narrow rows, or none of them.
 FAMILIES = (
