@@ -10,7 +10,6 @@ import math
 from typing import TypeVar
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,6 +18,7 @@ from csrc_free import tracing
 from csrc_free.device.descriptors import are_rows_aligned, can_describe, describe
 from csrc_free.device.forms import CODES
 from csrc_free.precision import precision_of
+from csrc_free.rounding import next_power_of_2
 from csrc_free.traits import Device, Traits, device_of
 
 _SMALLEST_DOT = 16
@@ -103,7 +103,7 @@ class Problem:
             precision=self.precision,
         )
 
-    @property
+    @functools.cached_property
     def keys(self) -> int:
         """Return M, the number of key positions."""
         return torch.sym_max(self.k_wide.shape[2], self.k_narrow.shape[2])
@@ -149,14 +149,16 @@ class Problem:
 
         Offsets are of 64 bits where an input, or one of the kernel's other tensors, needs them.
         """
-        tensors = [*self.tensors, *(t for t in others if t is not None)]
+        is_near = self._are_inputs_near and all(
+            _is_within_int32(t) for t in others if t is not None
+        )
         has_bias = self.k2_bias != 0.0 or self.v2_bias != 0.0
         head_dim, value_dim = self.q.shape[3], self.v_wide.shape[3]
         return {
             "FORM": CODES[self.form],
             "SIGN": -1 if self.is_exchanged else 1,
             "GROUP": self.group,
-            "INDEX": tl.int32 if all(map(_is_within_int32, tensors)) else tl.int64,
+            "INDEX": tl.int32 if is_near else tl.int64,
             "HAS_BOUNDS": self.kv_bounds is not None,
             "HAS_Q_START": self.q_start is not None,
             "HAS_WIDE_BIAS": has_bias and self.is_exchanged,
@@ -169,11 +171,15 @@ class Problem:
             "PRECISION": self.precision,
         }
 
+    @functools.cached_property
+    def _are_inputs_near(self) -> bool:
+        return all(map(_is_within_int32, self.tensors))
+
 
 @functools.cache
 def block(dim: int) -> int:
     """Return the power of two that holds `dim` columns of a matrix product."""
-    return max(_SMALLEST_DOT, triton.next_power_of_2(dim))
+    return max(_SMALLEST_DOT, next_power_of_2(dim))
 
 
 def problem_of(

@@ -17,9 +17,10 @@ _ALIGNMENT = 16  # bytes, of the first element and of every stride but the last
 def can_describe(tensor: Tensor) -> bool:
     """Tell whether the copy engine can read a tensor [.., .., .., D] whose last stride is 1."""
     tracer = tracing.tracer()
-    row_bytes = tensor.shape[3] * tensor.element_size()
+    if tracer is None:
+        return tensor.numel() > 0 and are_rows_aligned(tensor) and min(tensor.stride()[:3]) > 0
     return (
-        (tracer is None or tracer.can_describe(row_bytes))
+        tracer.can_describe(tensor.shape[3] * tensor.element_size())
         and tracing.holds(tensor.numel() > 0)
         and are_rows_aligned(tensor)
         and all(tracing.holds(s > 0) for s in tensor.stride()[:3])
@@ -29,12 +30,12 @@ def can_describe(tensor: Tensor) -> bool:
 def are_rows_aligned(tensor: Tensor) -> bool:
     """Tell whether every row of a tensor [.., .., .., D] begins at a multiple of 16 bytes."""
     size = tensor.element_size()
+    first, second, third, _ = tensor.stride()
+    if tracing.tracer() is None:
+        return (tensor.data_ptr() | first * size | second * size | third * size) % _ALIGNMENT == 0
     # Traced, a tensor has no address, and its memory begins at a multiple of 16 bytes.
-    traced = tracing.tracer() is not None
-    address = tensor.storage_offset() * size if traced else tensor.data_ptr()
-    return tracing.holds(address % _ALIGNMENT == 0) and all(
-        tracing.holds(s * size % _ALIGNMENT == 0) for s in tensor.stride()[:3]
-    )
+    starts = tensor.storage_offset(), first, second, third
+    return all(tracing.holds(start * size % _ALIGNMENT == 0) for start in starts)
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

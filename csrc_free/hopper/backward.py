@@ -212,6 +212,9 @@ def _some_heads(
 ) -> Iterator[tuple[Problem, Statistics, tuple[Tensor, ...]]]:
     """Split a problem, `share` (batch rows, key-value heads) at a time."""
     batch, kv_heads = problem.k_wide.shape[:2]
+    if share == (batch, kv_heads):
+        yield problem, statistics, grads
+        return
     some_batch, some_heads = share
     for b in range(0, batch, some_batch):
         for h in range(0, kv_heads, some_heads):

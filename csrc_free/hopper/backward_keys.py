@@ -22,7 +22,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,6 +39,7 @@ from csrc_free.hopper.splits import add_splits, sums_of_splits
 from csrc_free.hopper.sum_keys import sum_keys
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div, next_power_of_2
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts
 from csrc_free.traits import Device, Traits
@@ -188,7 +188,7 @@ def backward_keys(
     heads = batch * kv_heads
     sums = sums_of_splits((dk_wide, dv_wide), plan.splits)
     items = parts.count * plan.splits * heads
-    slots_of_rows = triton.next_power_of_2(problem.group)
+    slots_of_rows = next_power_of_2(problem.group)
     launch(
         hopper_backward_keys_kernel, min(problem.device.multiprocessors, items),
         *(_rows(t, problem.group) for t in (problem.q, statistics.dout)),
@@ -200,7 +200,7 @@ def backward_keys(
         ),
         problem.k_narrow, problem.v_narrow, statistics.has_huge, *sums, parts.dk, parts.dv,
         problem.kv_bounds, spans, problem.q_start, factors,
-        *problem.sizes(), items, heads, plan.splits, triton.cdiv(wide_rows, plan.keys), plan.tiles,
+        *problem.sizes(), items, heads, plan.splits, ceil_div(wide_rows, plan.keys), plan.tiles,
         *parts.numbers,
         *problem.k_narrow.stride()[:3], *problem.v_narrow.stride()[:3],
         *(stride for t in sums for stride in t.stride()[-4:-1]),
@@ -225,7 +225,7 @@ def lag_of(problem: Problem) -> int:
     While one adds up a key's sums, the other multiplies. A tile that only one needs is brought for
     it alone, so windows of few tiles want a shorter way.
     """
-    positions = ROWS // triton.next_power_of_2(problem.group)
+    positions = ROWS // next_power_of_2(problem.group)
     width = problem.narrow_width
     return next((lag for lag in (4, 2) if 2 * lag * positions <= width), 1)
 
@@ -235,7 +235,7 @@ def _rows(tensor: Tensor, group: int) -> TensorDescriptor:
 
     A tile has a power of two of heads to a position: those beyond G are zero.
     """
-    heads = triton.next_power_of_2(group)
+    heads = next_power_of_2(group)
     rows = tensor.unflatten(1, (-1, group)).transpose(2, 3)
     return describe(rows, [1, 1, ROWS // heads, heads, block(tensor.shape[3])])
 

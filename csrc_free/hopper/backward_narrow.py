@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,6 +34,7 @@ from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.traits import Device, Traits
@@ -232,7 +232,7 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
     entries = ROWS // config.keys
     heads = entries_of_position(problem.group, entries)
     processors = problem.device.multiprocessors
-    tiles = triton.cdiv(seq * heads, 2 * entries)
+    tiles = ceil_div(seq * heads, 2 * entries)
     of_position = tiles_of_position(problem.group, entries)
     steps, chunks = _division(tiles // of_position, batch * kv_heads, processors)
     steps *= of_position
@@ -270,7 +270,7 @@ def write_query_and_narrow(
 
     Those of several parts are summed in float32.
     """
-    windows = _windows(problem, config)
+    windows = _windows(_reach(problem), config.keys)
     if len(windows) == 1:
         _write(problem, windows[0], statistics, grads, config)
         return
@@ -307,11 +307,11 @@ def _reach(problem: Problem) -> tuple[int, int]:
     return min(left, problem.k_narrow.shape[2] - 1), min(right, problem.q.shape[2] - 1)
 
 
-def _windows(problem: Problem, config: Config) -> list[tuple[int, int]]:
-    """Return the reaches of windows of up to config.keys keys, together the narrow one."""
-    left, right = _reach(problem)
-    firsts = range(-right, left + 1, config.keys)
-    return [(min(first + config.keys - 1, left), -first) for first in firsts]
+def _windows(reach: tuple[int, int], keys: int) -> list[tuple[int, int]]:
+    """Return the reaches of windows of up to so many keys, together the one of that reach."""
+    left, right = reach
+    firsts = range(-right, left + 1, keys)
+    return [(min(first + keys - 1, left), -first) for first in firsts]
 
 
 def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
@@ -319,24 +319,33 @@ def share_of(problem: Problem, config: Config) -> tuple[int, int] | None:
 
     None: the parts of a single head would take more than they may.
     """
-    batch, kv_heads, narrow_rows, head_dim = problem.k_narrow.shape
-    entries, seq = ROWS // config.keys, problem.q.shape[2]
-    per_position = entries_of_position(problem.group, entries)
-    tiles = triton.cdiv(seq * per_position, 2 * entries)
-    of_position = tiles_of_position(problem.group, entries)
-    columns = head_dim + problem.v_narrow.shape[3]
+    return _share(
+        *problem.k_narrow.shape, problem.v_narrow.shape[3], problem.q.shape[2], problem.group,
+        _reach(problem), config.keys, memory_for_parts(problem), problem.device.multiprocessors,
+    )  # fmt: skip
+
+
+@functools.cache
+def _share(
+    batch: int, kv_heads: int, narrow_rows: int, head_dim: int, value_dim: int, seq: int,
+    group: int, reach: tuple[int, int], keys: int, limit: int, processors: int,
+) -> tuple[int, int] | None:  # fmt: skip
+    entries = ROWS // keys
+    per_position = entries_of_position(group, entries)
+    tiles = ceil_div(seq * per_position, 2 * entries)
+    of_position = tiles_of_position(group, entries)
+    columns = head_dim + value_dim
     row_bytes = 4 * _COPIES * columns
-    windows = _windows(problem, config)
-    reach = max(left + right for left, right in windows)
+    windows = _windows(reach, keys)
+    farthest = max(left + right for left, right in windows)
     # In float32, if there are several windows: the sums, and a window's of the narrow pair.
-    of_windows = 4 * (seq * problem.group * head_dim + 2 * narrow_rows * columns)
+    of_windows = 4 * (seq * group * head_dim + 2 * narrow_rows * columns)
     of_windows = of_windows if len(windows) > 1 else 0
-    limit = memory_for_parts(problem)
     for some_batch, some_heads in shares(batch, kv_heads):
         heads = some_batch * some_heads
-        steps, chunks = _division(tiles // of_position, heads, problem.device.multiprocessors)
+        steps, chunks = _division(tiles // of_position, heads, processors)
         steps *= of_position
-        span = steps * 2 * entries // per_position + 1 + reach
+        span = steps * 2 * entries // per_position + 1 + farthest
         taken = chunks * min(span, narrow_rows) * row_bytes + of_windows
         if heads * taken <= limit:
             return some_batch, some_heads
@@ -353,11 +362,11 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
     """
 
     def work(steps: int) -> float:
-        rounds = triton.cdiv(heads * triton.cdiv(tiles, steps), processors)
+        rounds = ceil_div(heads * ceil_div(tiles, steps), processors)
         return rounds * (min(steps, tiles) + _START)
 
     def is_small(steps: int) -> bool:
-        return heads * triton.cdiv(tiles, steps) >= _ROUNDS * processors
+        return heads * ceil_div(tiles, steps) >= _ROUNDS * processors
 
     most = max(min(_MOST_STEPS, tiles), _FEWEST_STEPS)
     some = range(most, _FEWEST_STEPS - 1, -1)
@@ -365,7 +374,7 @@ def _division(tiles: int, heads: int, processors: int) -> tuple[int, int]:
     small = min(filter(is_small, some), key=work, default=steps)
     if work(small) < 1.05 * work(steps):
         steps = small
-    return steps, triton.cdiv(tiles, steps)
+    return steps, ceil_div(tiles, steps)
 
 
 def _describable(tensor: Tensor) -> Tensor:
@@ -373,5 +382,5 @@ def _describable(tensor: Tensor) -> Tensor:
     if can_describe(tensor):
         return tensor
     *rows, columns = tensor.shape
-    space = tensor.new_empty(*rows, triton.cdiv(columns, UNIT) * UNIT)
+    space = tensor.new_empty(*rows, ceil_div(columns, UNIT) * UNIT)
     return space[..., :columns].copy_(tensor)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,6 +25,7 @@ from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
 from csrc_free.launch import launch
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.rounding import ceil_div, next_power_of_2
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
@@ -80,7 +80,7 @@ def _serves(traits: Traits, device: Device) -> bool:
 
 
 def _configs(traits: Traits) -> Iterator[Config]:
-    heads = triton.next_power_of_2(traits.group)
+    heads = next_power_of_2(traits.group)
     block_n = 64 if traits.block_d == 128 else 128
     # With several positions to a tile, their windows end in a few keys more than whole tiles.
     tail = 16 if heads < 64 else 0
@@ -184,7 +184,7 @@ def backward_query(
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
     positions = ROWS // config.heads
-    tiles = triton.cdiv(seq, positions)
+    tiles = ceil_div(seq, positions)
     kv_heads, *sizes = problem.sizes()
     items = tiles * batch * kv_heads
     narrow = [aligned(t) for t in (problem.k_narrow, problem.v_narrow)]

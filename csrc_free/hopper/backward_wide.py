@@ -12,7 +12,6 @@ offset. The narrow pair's gradients are another kernel's: here no sum of X is at
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,6 +35,7 @@ from csrc_free.hopper.splits import add_splits, sums_of_splits
 from csrc_free.hopper.threes import rounded_cross
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div, next_power_of_2
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
@@ -541,8 +541,8 @@ def backward_wide(
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     columns = block(head_dim)
-    heads = min(triton.next_power_of_2(problem.group), HEADS_OF_TILE)
-    items = batch * kv_heads * triton.cdiv(wide_rows, KEYS) * splits
+    heads = min(next_power_of_2(problem.group), HEADS_OF_TILE)
+    items = batch * kv_heads * ceil_div(wide_rows, KEYS) * splits
     narrow = [1, 1, ROWS // heads, PANEL]
     sums = sums_of_splits((dk_wide, dv_wide), splits)
     launch(

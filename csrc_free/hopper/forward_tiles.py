@@ -11,7 +11,6 @@ offset before.
 
 import functools
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +28,7 @@ from csrc_free.hopper.layouts import plain
 from csrc_free.hopper.tiles_config import Config, choose
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.rounding import ceil_div
 
 
 @gluon.jit(do_not_specialize=(
@@ -166,7 +166,7 @@ def _describable(tensor: Tensor) -> Tensor:
     if can_describe(tensor):
         return tensor
     *rows, columns = tensor.shape
-    space = tensor.new_empty(*rows, triton.cdiv(columns, UNIT.value) * UNIT.value)
+    space = tensor.new_empty(*rows, ceil_div(columns, UNIT.value) * UNIT.value)
     return space[..., :columns].copy_(tensor)
 
 
@@ -198,7 +198,7 @@ def compute(problem: Problem, out: Tensor, lse: Tensor, config: Config | None = 
     width = min(sum(problem.wide_reach) + 1, wide_rows)
     config = config or choose(problem.group, width, block_d, block_dv)
     kv_heads = problem.k_wide.shape[1]
-    tiles = triton.cdiv(seq, config.p)
+    tiles = ceil_div(seq, config.p)
     items = batch * kv_heads * tiles
     biases = problem.biases()
     dtype, end = problem.q.dtype, config.tail or config.block_n

@@ -28,6 +28,7 @@ from csrc_free.device.pair import load_pair, pairs_of
 from csrc_free.device.tiles import head_offs, place, query_rows, sizes_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
@@ -256,13 +257,13 @@ def ranges_of(problem: Problem, statistics: Statistics) -> Ranges:
     _, *keys = problem.tensors
     launch(
         largest_of_keys_kernel,
-        triton.cdiv(max(wide_rows, narrow_rows), config.block_q) * batch * kv_heads,
+        ceil_div(max(wide_rows, narrow_rows), config.block_q) * batch * kv_heads,
         *keys, largest, kv_heads, wide_rows, narrow_rows, *problem.biases()[2:],
         *(stride for t in keys for stride in t.stride()[:3]), **sizes, config=config,
     )  # fmt: skip
     launch(
         largest_of_rows_kernel,
-        triton.cdiv(seq * problem.group, config.block_q) * batch * kv_heads,
+        ceil_div(seq * problem.group, config.block_q) * batch * kv_heads,
         problem.q, dout, delta, largest, bound, kv_heads, seq,
         *problem.q.stride()[:3], *dout.stride()[:3], GROUP=problem.group, **sizes, config=config,
     )  # fmt: skip
@@ -288,7 +289,7 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
         delta.new_empty(2, *(delta.shape if not is_of_keys else (0,))),
     )  # fmt: skip
     launch(
-        scaled_narrow_kernel, triton.cdiv(rows, config.block_q) * batch * kv_heads,
+        scaled_narrow_kernel, ceil_div(rows, config.block_q) * batch * kv_heads,
         k, v, largest, scaled_k, scaled_v, kv_heads, rows, *problem.biases()[2:],
         *k.stride()[:3], *v.stride()[:3], IS_OF_KEYS=is_of_keys,
         HEAD_DIM=head_dim, VALUE_DIM=value_dim,
@@ -296,7 +297,7 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
     )  # fmt: skip
     launch(
         scaled_rows_kernel,
-        triton.cdiv(seq * problem.group, config.block_q) * batch * kv_heads,
+        ceil_div(seq * problem.group, config.block_q) * batch * kv_heads,
         delta, lse2, largest, bound, found.delta, found.lse2, found.factors, found.row_factors,
         kv_heads, seq, delta.numel(), problem.scale, problem.log2_scale,
         IS_OF_KEYS=is_of_keys, GROUP=problem.group, config=config,

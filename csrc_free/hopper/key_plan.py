@@ -4,11 +4,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from csrc_free.device.descriptors import can_describe
 from csrc_free.hopper.ordered import bytes_of, columns_of
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div, next_power_of_2
 from csrc_free.steps.parts import LIMIT_BYTES
 
 # Virtual keys, and a tile of rows (position, head): the shape of a warpgroup's product.
@@ -81,11 +81,11 @@ def _kinds(group: int, narrow: int) -> tuple[tuple[int, float], ...]:
     A tile of 64 meets one narrow key at once. One of 16 meets four: fewer of its rows see only some
     of its wide keys, and some see only some of the narrow ones.
     """
-    positions = ROWS // triton.next_power_of_2(group)
+    positions = ROWS // next_power_of_2(group)
 
     def work(keys: int) -> float:
         at_once = KEYS // keys
-        return triton.cdiv(narrow + at_once - 1, positions) * positions / at_once
+        return ceil_div(narrow + at_once - 1, positions) * positions / at_once
 
     if narrow < _SHARED_FROM:
         return ((KEYS, work(KEYS)),)
@@ -112,12 +112,12 @@ def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
         if not can_describe(tensor):
             return f"{name}: strides {tuple(tensor.stride())} are no positive multiples of 16 bytes"
     batch, kv_heads, rows, _ = problem.k_wide.shape
-    items = batch * kv_heads * triton.cdiv(rows, 2 * KEYS)
+    items = batch * kv_heads * ceil_div(rows, 2 * KEYS)
     row_bytes = 4 * batch * kv_heads * rows * (columns + value_dim)
     limit = memory_for_parts(problem)
 
     def time(splits: int) -> float:
-        rounds = triton.cdiv(items * splits, problem.device.multiprocessors)
+        rounds = ceil_div(items * splits, problem.device.multiprocessors)
         return rounds / splits * (1 + _SPLIT * (splits - 1))
 
     # The splits' sums, and the sum over them.
@@ -158,7 +158,7 @@ def _bytes_of_statistics(problem: Problem) -> int:
 def _bytes_of_padded(problem: Problem) -> int:
     """Return the bytes of delta and lse2 with a power of two of heads, where G is none."""
     batch, heads, seq, _ = problem.q.shape
-    padded = triton.next_power_of_2(problem.group)
+    padded = next_power_of_2(problem.group)
     return 2 * 4 * batch * seq * heads // problem.group * padded if padded > problem.group else 0
 
 
@@ -174,18 +174,18 @@ def _division(
     left, right = wide_reach
     best: tuple[float, Plan] | None = None
     for keys, work in kinds:
-        count = triton.cdiv(rows, keys)
+        count = ceil_div(rows, keys)
         weights = []  # of each tile: the work of the queries that see it
         for tile in range(count):
             key = wide_first + tile * keys
             seen = min(key + keys + left - start, seq) - max(key - right - start, 0)
             weights.append(max(0, seen) * work)
         for some_batch, some_heads in shares(batch, kv_heads):
-            launches = triton.cdiv(batch, some_batch) * triton.cdiv(kv_heads, some_heads)
+            launches = ceil_div(batch, some_batch) * ceil_div(kv_heads, some_heads)
             heads = some_batch * some_heads
             for tiles in _TILES:
                 slots = min(keys * tiles + left + right + sum(narrow_reach), narrow_rows)
-                parts = triton.cdiv(count, tiles)
+                parts = ceil_div(count, tiles)
                 # Programs that share a tile divide its narrow keys, each tile's otherwise: two
                 # would add to one row of a part that several tiles share.
                 for splits in _SPLITS if tiles == 1 else (1,):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.traits import Device, Traits
 
 _FORM = "determinant"
@@ -142,7 +143,7 @@ def _move(
 ) -> None:
     batch, heads, seq, _ = source.shape
     config = Config()
-    tiles = triton.cdiv(seq, config.block_rows)
+    tiles = ceil_div(seq, config.block_rows)
     launch(
         order_columns_kernel, batch * heads * tiles,
         source, target, tiles, heads, seq, *source.stride()[:3], *target.stride()[:3],

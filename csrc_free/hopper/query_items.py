@@ -4,13 +4,13 @@ An item is P consecutive positions of one key-value head. Its rows meet the wide
 count down from the last key that any of them sees.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from csrc_free.device.descriptors import are_rows_aligned
 from csrc_free.hopper.assembly import opaque_zero
+from csrc_free.rounding import ceil_div
 
 FAR = gl.constexpr(2**31 - 1)
 UNIT = 8  # numbers of two bytes in 16
@@ -130,5 +130,5 @@ def aligned(tensor: Tensor) -> Tensor:
     if are_rows_aligned(tensor):
         return tensor
     *rows, columns = tensor.shape
-    space = tensor.new_empty(*rows, triton.cdiv(columns, UNIT) * UNIT)
+    space = tensor.new_empty(*rows, ceil_div(columns, UNIT) * UNIT)
     return space[..., :columns].copy_(tensor)

@@ -13,6 +13,7 @@ from torch import Tensor
 from csrc_free.device.tiles import key_ranges, sizes_of, windows_of
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.traits import Device, Traits
 
 FIELDS = 6
@@ -102,7 +103,7 @@ def spans_of(problem: Problem, keys: int) -> Tensor | None:
     """Return int32 [B, tiles of `keys` wide keys, FIELDS], or None where there are no bounds."""
     if problem.kv_bounds is None:
         return None
-    batch, tiles = problem.q.shape[0], triton.cdiv(problem.k_wide.shape[2], keys)
+    batch, tiles = problem.q.shape[0], ceil_div(problem.k_wide.shape[2], keys)
     spans = torch.empty(batch, tiles, FIELDS, dtype=torch.int32, device=problem.q.device)
     launch(
         spans_kernel, batch * tiles,

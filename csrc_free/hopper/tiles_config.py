@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 
-import triton
-
+from csrc_free.rounding import next_power_of_2
 from csrc_free.traits import Device, Traits
 
 
@@ -29,7 +28,7 @@ class Config:
     @property
     def narrow_rows(self) -> int:
         """Return the rows that the buffers of narrow rows have room for."""
-        return triton.next_power_of_2(self.chunk + self.p - 1)
+        return next_power_of_2(self.chunk + self.p - 1)
 
     def covered(self, width: int) -> int:
         """Return how many wide keys a tile meets, of which each of its queries sees `width`."""
@@ -56,7 +55,7 @@ _SHARED = 232_448
 @functools.cache
 def choose(group: int, width: int, block_d: int, block_dv: int) -> Config:
     """Choose the tiles for a wide window of so many keys: the fewest keys that cover it."""
-    p = 64 // triton.next_power_of_2(group)
+    p = 64 // next_power_of_2(group)
     seen = width + p - 1
     block_n = 128 if block_d == block_dv == 64 and seen > 128 else 64
 
@@ -68,7 +67,7 @@ def choose(group: int, width: int, block_d: int, block_dv: int) -> Config:
 
     configs = (
         Config(p, tiles, tail, block_n)
-        for tail in (0, max(16, triton.next_power_of_2(p - 1)))
+        for tail in (0, max(16, next_power_of_2(p - 1)))
         for tiles in (4, 3, 2, 1)
         if tail <= 32
     )

@@ -32,6 +32,7 @@ from csrc_free.portable.rows import virtual_queries
 from csrc_free.portable.shared_memory import forward_bytes
 from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.traits import Device, Traits, first_that_fits
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -262,7 +263,7 @@ def compute(problem: Problem, out: Tensor, lse: Tensor) -> None:
     problem = with_wide_parts(problem)
     sources = problem.described(config.block_n) if config.descriptors else problem.tensors
     launch_tiles(
-        forward_kernel, triton.cdiv(out.shape[2] * problem.group, config.block_q),
+        forward_kernel, ceil_div(out.shape[2] * problem.group, config.block_q),
         problem, sources, (out, lse), strides=out.stride()[:3], scales=(problem.log2_scale,),
         config=config,
     )  # fmt: skip

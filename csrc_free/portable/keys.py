@@ -34,6 +34,7 @@ from csrc_free.portable.rows import (
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
@@ -202,10 +203,10 @@ def write_query_and_narrow(
     while parts is None:
         tiles_of_a_part *= 2
         parts = parts_of_queries(problem, problem.group, tiles_of_a_part * config.block_q)
-    tiles = triton.cdiv(problem.q.shape[2] * problem.group, config.block_q)
+    tiles = ceil_div(problem.q.shape[2] * problem.group, config.block_q)
     problem = with_wide_parts(problem)
     launch_backward(
-        backward_keys_kernel, triton.cdiv(tiles, tiles_of_a_part),
+        backward_keys_kernel, ceil_div(tiles, tiles_of_a_part),
         problem, statistics,
         inputs_of(problem, statistics, config.block_n if config.descriptors else None),
         (dq, parts.dk, parts.dv),

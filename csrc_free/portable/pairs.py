@@ -28,6 +28,7 @@ from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backwa
 from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem, block
+from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import parts_of_wide_keys
 from csrc_free.traits import Device, Traits
@@ -300,7 +301,7 @@ def write_pairs(
     parts = parts_of_wide_keys(problem, config.block_n)
     if parts is None:
         return False
-    tiles = triton.cdiv(problem.k_wide.shape[2], config.block_n)
+    tiles = ceil_div(problem.k_wide.shape[2], config.block_n)
     splits = splits_of(tiles * problem.k_wide.shape[0] * problem.k_wide.shape[1], problem.device)
     sums = [
         torch.zeros(splits, *t.shape, dtype=torch.float32, device=t.device)

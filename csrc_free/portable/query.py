@@ -38,6 +38,7 @@ from csrc_free.portable.rows import (
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.portable.wide_parts import with_wide_parts
 from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.rounding import ceil_div, next_power_of_2
 from csrc_free.steps.delta import Statistics
 from csrc_free.steps.parts import Parts, parts_of_queries
 from csrc_free.steps.parts_sum import slot_base
@@ -239,7 +240,7 @@ def write_query_and_narrow(
     problem: Problem, statistics: Statistics, config: Config, dq: Tensor, narrow: PairGradients
 ) -> bool:
     """Write dq and the narrow pair's gradients, unless their parts would be too large."""
-    parts = parts_of_queries(problem, triton.next_power_of_2(problem.group), config.block_q)
+    parts = parts_of_queries(problem, next_power_of_2(problem.group), config.block_q)
     if parts is None:
         return False
     problem = with_wide_parts(problem)
@@ -255,7 +256,7 @@ def _launch(
 ) -> None:  # fmt: skip
     heads = problem.group if parts is None else parts.per_position
     launch_backward(
-        backward_query_kernel, triton.cdiv(problem.q.shape[2] * heads, config.block_q),
+        backward_query_kernel, ceil_div(problem.q.shape[2] * heads, config.block_q),
         problem, statistics,
         inputs_of(problem, statistics, config.block_n if config.descriptors else None),
         (dq, *((None, None) if parts is None else (parts.dk, parts.dv))),

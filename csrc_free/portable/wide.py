@@ -30,6 +30,7 @@ from csrc_free.portable.rows import (
 )
 from csrc_free.portable.shared_memory import backward_bytes
 from csrc_free.problem import NOT_SPECIALIZED, Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits, first_that_fits
 
@@ -201,7 +202,7 @@ def write_wide(
     """Write the wide pair's gradients."""
     dk, dv = complete(wide, problem.k_wide, problem.v_wide)
     launch_backward(
-        backward_wide_kernel, triton.cdiv(problem.k_wide.shape[2], config.block_n),
+        backward_wide_kernel, ceil_div(problem.k_wide.shape[2], config.block_n),
         problem, statistics, inputs_of(problem, statistics), (dk, dv),
         strides=(*dk.stride()[:3], *dv.stride()[:3]), config=config,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from csrc_free.device.forms import load_rows
 from csrc_free.device.products import operand
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div
 from csrc_free.traits import Device, Traits
 
 _ALIGNMENT = 8  # bfloat16 numbers in 16 bytes
@@ -84,7 +85,7 @@ def with_wide_parts(problem: Problem) -> Problem:
     value_dim, config = v.shape[3], Config()
     parts = _space_for(k), _space_for(v)
     launch(
-        parts_kernel, triton.cdiv(rows, config.block_n) * batch * kv_heads,
+        parts_kernel, ceil_div(rows, config.block_n) * batch * kv_heads,
         k, v, *parts, kv_heads, rows, *k.stride()[:3], *v.stride()[:3],
         *(t.stride(2) for t in parts), HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), config=config,
@@ -95,6 +96,6 @@ def with_wide_parts(problem: Problem) -> Problem:
 def _space_for(x: Tensor) -> Tensor:
     """Return room for the parts of x [B, Hkv, rows, D]: [B, Hkv, 3 · rows, D], in aligned rows."""
     batch, kv_heads, rows, dim = x.shape
-    columns = triton.cdiv(dim, _ALIGNMENT) * _ALIGNMENT
+    columns = ceil_div(dim, _ALIGNMENT) * _ALIGNMENT
     space = torch.empty(batch, kv_heads, 3 * rows, columns, dtype=torch.bfloat16, device=x.device)
     return space.narrow(-1, 0, dim)

@@ -14,6 +14,7 @@ from torch import Tensor
 from csrc_free.device.forms import load_rows
 from csrc_free.launch import launch
 from csrc_free.problem import Problem, block
+from csrc_free.rounding import ceil_div
 from csrc_free.traits import Device, Traits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -110,7 +111,7 @@ def statistics_of(
     has_huge = torch.zeros(batch, kv_heads, dtype=torch.int32, device=dout.device)
     config = Config()
     launch(
-        delta_kernel, triton.cdiv(seq * problem.group, config.block_q) * batch * kv_heads,
+        delta_kernel, ceil_div(seq * problem.group, config.block_q) * batch * kv_heads,
         dout, out, lse.contiguous(), None if dlse is None else dlse.contiguous(),
         delta, lse2, has_huge,
         kv_heads, seq, *dout.stride()[:3], *out.stride()[:3],

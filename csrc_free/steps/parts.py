@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_free import tracing
 from csrc_free.launch import launch
 from csrc_free.problem import Problem
+from csrc_free.rounding import ceil_div
 from csrc_free.steps import parts_sum
 from csrc_free.steps.parts_sum import sum_parts_kernel
 
@@ -70,7 +70,7 @@ def parts_of_queries(problem: Problem, heads: int, rows: int, *, copies: int = 1
     Returns None where they would be larger than LIMIT_BYTES.
     """
     left, right = problem.narrow_reach
-    count = triton.cdiv(problem.q.shape[2] * heads, rows)
+    count = ceil_div(problem.q.shape[2] * heads, rows)
     span = (rows - 1) // heads + 2 + left + right
     return _allocate(problem, count, span, rows, heads, 0, copies, do_follow_queries=True)
 
@@ -81,7 +81,7 @@ def parts_of_wide_keys(problem: Problem, rows: int) -> Parts | None:
     Returns None where they would be larger than LIMIT_BYTES.
     """
     (left, right), (wide_left, wide_right) = problem.narrow_reach, problem.wide_reach
-    count = triton.cdiv(problem.k_wide.shape[2], rows)
+    count = ceil_div(problem.k_wide.shape[2], rows)
     span = rows + wide_left + wide_right + left + right
     shift = problem.wide_first - wide_right - left - problem.narrow_first
     return _allocate(problem, count, span, rows, 1, shift, 1, do_follow_queries=False)

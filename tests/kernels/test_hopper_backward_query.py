@@ -105,7 +105,7 @@ def test_small_groups_have_tiles_that_hold_the_narrow_window(hopper, group, widt
 def test_a_wide_window_passes_in_parts(hopper, reach):
     """Every key that a query may see is in one of them."""
     problem = replace(_problem_of(_on_meta(seq=300)), narrow_reach=reach)
-    windows = narrow._windows(problem, narrow.Config(32, 64, 3, 16))
+    windows = narrow._windows(narrow._reach(problem), 32)
     offsets = [offset for left, right in windows for offset in range(-right, left + 1)]
     assert offsets == list(range(-min(reach[1], 299), min(reach[0], 299) + 1))
     assert all(left + right < 32 for left, right in windows)
