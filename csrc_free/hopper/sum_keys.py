@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from csrc_free.device.forms import DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import opaque_zero, parts_of_rows
 from csrc_free.hopper.channels import arrive, wait_empty, wait_full
+from csrc_free.hopper.half_range import K_BIAS, OF_DK_WIDE, OF_DP, OF_DV_WIDE, OF_LOGITS, V_BIAS
 from csrc_free.hopper.key_items import (
     item_of,
     known,
@@ -257,10 +258,13 @@ def sum_keys(
         of_dk = scale
         of_dv = 1.0
         if IS_HALF:  # as `half_range.scaled_rows_kernel` left them
-            log2_scale = gl.load(factors + bh * 8)
-            of_dp = gl.load(factors + bh * 8 + 1)
-            of_dk = gl.load(factors + bh * 8 + 2)
-            of_dv = gl.load(factors + bh * 8 + 3)
+            log2_scale = gl.load(factors + bh * 8 + OF_LOGITS)
+            of_dp = gl.load(factors + bh * 8 + OF_DP)
+            of_dk = gl.load(factors + bh * 8 + OF_DK_WIDE)
+            of_dv = gl.load(factors + bh * 8 + OF_DV_WIDE)
+            if HAS_BIAS:
+                k_narrow_bias = gl.load(factors + bh * 8 + K_BIAS)
+                v_narrow_bias = gl.load(factors + bh * 8 + V_BIAS)
         k_head = batch.to(INDEX) * stride_kn_b + kv_head.to(INDEX) * stride_kn_h
         v_head = batch.to(INDEX) * stride_vn_b + kv_head.to(INDEX) * stride_vn_h
         split_offset = split.to(gl.int64) * heads * wide_rows
