@@ -42,6 +42,11 @@ PROBLEMS |= {
     "G 8, D 64": replace(PROBLEMS["G 8"], head_dim=64),
     "G 8, 128 x 128": replace(PROBLEMS["G 8"], seq=160, kv_heads=2, w1=128, w2=128),
     "G 8, float16": replace(PROBLEMS["G 8"], kv_heads=2, dtype=torch.float16),
+    "G 4, float16": replace(PROBLEMS["G 4"], kv_heads=4, dtype=torch.float16),
+    "G 1, float16": replace(PROBLEMS["G 1"], kv_heads=8, dtype=torch.float16),
+    "G 8, float16, biases": replace(
+        PROBLEMS["G 8"], kv_heads=2, dtype=torch.float16, k2_bias=1.0, v2_bias=1.0
+    ),
     "G 8, strassen": replace(PROBLEMS["G 8"], kv_heads=2, form="strassen"),
     "G 8, determinant": replace(PROBLEMS["G 8"], kv_heads=2, form="determinant"),
 }

@@ -137,13 +137,13 @@ def parts_of_rows(p):
 
 @gluon.jit
 def of_rows(is_taken, x, other):
-    """Return x [rows, columns] in bfloat16, or `other` in rows that are not taken.
+    """Return x [rows, columns], of 16 bits each, or `other` in rows that are not taken.
 
     On pairs at once: `where` takes them apart, selects each number and puts them together.
     """
     mask = gl.where(is_taken, -1, 0).to(gl.int16)[:, None]
     mask, _ = gl.broadcast(mask, x)
     return gl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, 0xca;", "=r,r,r,r", [mask, x, other], dtype=gl.bfloat16,
+        "lop3.b32 $0, $1, $2, $3, 0xca;", "=r,r,r,r", [mask, x, other], dtype=x.dtype,
         is_pure=True, pack=2,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from csrc_free.device.forms import STRASSEN, TRILINEAR
-from csrc_free.hopper.assembly import pack_bfloat16
+from csrc_free.hopper.assembly import pack_as
 from csrc_free.hopper.channels import arrive, wait_full
 from csrc_free.hopper.entries import (
     add_to_part,
@@ -25,8 +25,9 @@ from csrc_free.hopper.entries import (
     split_pairs,
     virtual_keys,
 )
+from csrc_free.hopper.half_range import K_BIAS, OF_LOGITS, V_BIAS, largest_p
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
-from csrc_free.hopper.query_items import seen_only, to_float32
+from csrc_free.hopper.query_items import gradient_of_logits, seen_only, to_float32
 from csrc_free.steps.parts_sum import slot_base
 
 INFINITY = gl.constexpr(float("inf"))
@@ -39,30 +40,33 @@ def _row_sums(ds, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    s, u, shift, row_delta, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge, use_acc,
-    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
+    s, u, shift, row_delta, of_dp, vdo, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
+    use_acc, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Return dS [64, BLOCK_N] of a tile of wide keys and its logits s, and u, still in flight."""
     dp = gl.zeros([64, BLOCK_N], gl.float32, LAYOUT)
     dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
-    packed = gl.convert_layout(pack_bfloat16(p), OPERAND)
+    p = seen_only(
+        p, key, lo, hi, full_lo, full_hi, is_huge, largest_p(v.dtype), BLOCK_N, LAYOUT
+    )  # fmt: skip
+    packed = gl.convert_layout(pack_as(p, v.dtype), OPERAND)
     u = warpgroup_mma(packed, v, u, use_acc=use_acc, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    return p * (dp - row_delta[:, None]), u
+    return gradient_of_logits(p, dp, row_delta, of_dp, v.dtype == gl.float16), u
 
 
 @gluon.jit
 def _attend_tail(
-    t, u, shift, row_delta, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi, is_huge,
-    TAIL: gl.constexpr, OPERAND: gl.constexpr,
+    t, u, shift, row_delta, of_dp, vq, vdo, k, v, log2_scale, key, lo, hi, full_lo, full_hi,
+    is_huge, TAIL: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Return the sums of dS · k and P · v over the few keys of a tail, and dS; t and u are lost."""
     layout: gl.constexpr = accumulator(TAIL)
     rows: gl.constexpr = rows_of(layout)
     shift = gl.convert_layout(shift, rows, assert_trivial=True)
     row_delta = gl.convert_layout(row_delta, rows, assert_trivial=True)
+    of_dp = gl.convert_layout(of_dp, rows, assert_trivial=True)
     lo = gl.convert_layout(lo, rows, assert_trivial=True)
     hi = gl.convert_layout(hi, rows, assert_trivial=True)
     nothing = gl.zeros([64, TAIL], gl.float32, layout)
@@ -70,11 +74,11 @@ def _attend_tail(
     dp = warpgroup_mma(vdo, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = p * (dp - row_delta[:, None])
-    packed = gl.convert_layout(pack_bfloat16(ds), OPERAND)
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, largest_p(v.dtype), TAIL, layout)
+    ds = gradient_of_logits(p, dp, row_delta, of_dp, v.dtype == gl.float16)
+    packed = gl.convert_layout(pack_as(ds, k.dtype), OPERAND)
     u = warpgroup_mma(
-        gl.convert_layout(pack_bfloat16(p), OPERAND), v, u, use_acc=False, is_async=True
+        gl.convert_layout(pack_as(p, v.dtype), OPERAND), v, u, use_acc=False, is_async=True
     )
     t = warpgroup_mma(packed, k, t, use_acc=False, is_async=True)
     t, u = warpgroup_mma_wait(0, deps=(t, u))
@@ -85,7 +89,8 @@ def _attend_tail(
 def attend_narrow(
     r: gl.constexpr, k_raw, v_raw, vq_tiles, vdo_tiles, q_rows, do_rows, k_newest, v_newest,
     rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
-    q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts, kv_bounds, q_start,
+    q, dout, k_rows, v_rows, delta, lse2, has_huge, factors, row_factors,
+    dq, dk_parts, dv_parts, kv_bounds, q_start,
     sizes, q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
     items, chunks, steps, tiles, scale, log2_scale, k_bias, v_bias,
     FORM: gl.constexpr, GROUP: gl.constexpr, HAS_BOUNDS: gl.constexpr, HAS_Q_START: gl.constexpr,
@@ -101,6 +106,8 @@ def attend_narrow(
         q_start_default,
     ) = sizes  # fmt: skip
     slots, part_rows, part_shift = part_sizes
+    dtype: gl.constexpr = k_ring.dtype
+    IS_HALF: gl.constexpr = dtype == gl.float16
     ENTRIES: gl.constexpr = 64 // KEYS
     HEADS: gl.constexpr = entries_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
@@ -152,6 +159,11 @@ def attend_narrow(
         if HAS_Q_START:
             start = gl.load(q_start + batch)
         newest = start - narrow_left + KEYS - narrow_first  # of entry 0
+        if IS_HALF:  # as `half_range.scaled_rows_kernel` left them
+            log2_scale = gl.load(factors + bh * 8 + OF_LOGITS)
+            if HAS_BIAS:
+                k_bias = gl.load(factors + bh * 8 + K_BIAS)
+                v_bias = gl.load(factors + bh * 8 + V_BIAS)
         next_q = load_entries(
             q, q_strides, batch, kv_head, entry, seq, GROUP, HEADS, ENTRIES, HEAD_DIM, BLOCK_D
         )
@@ -221,6 +233,12 @@ def attend_narrow(
                 offs = bh * seq * GROUP + i * GROUP + head
                 shift = gl.load(lse2 + offs, mask=mask, other=INFINITY)
                 row_delta = gl.load(delta + offs, mask=mask, other=0.0)
+                of_dp = row_delta
+                of_t = row_delta
+                if IS_HALF:
+                    of_dp = gl.load(row_factors + offs, mask=mask, other=0.0)
+                    rows_of_all = (items // chunks).to(gl.int64) * seq * GROUP
+                    of_t = gl.load(row_factors + rows_of_all + offs, mask=mask, other=0.0)
                 buffer = 2 * r + (n & 1)
                 wait_full(rows_full, r, n)
                 made, constant = virtual_keys(
@@ -249,7 +267,7 @@ def attend_narrow(
                         slot = passed % SLOTS
                         wait_full(full, slot, passed // SLOTS)
                         t, u, ds = _attend_tail(
-                            t, u, shift, row_delta, vq, vdo,
+                            t, u, shift, row_delta, of_dp, vq, vdo,
                             k_ring.index(slot).slice(0, TAIL), v_ring.index(slot).slice(0, TAIL),
                             log2_scale, top - (count - 1) * BLOCK_N - TAIL,
                             lo, hi, full_lo, full_hi, is_huge, TAIL, of_operand,
@@ -262,12 +280,12 @@ def attend_narrow(
                     slot = (passed + j) % SLOTS
                     ahead = (passed + j + 1) % SLOTS
                     ds, u = _attend(
-                        s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
+                        s, u, shift, row_delta, of_dp, vdo, v_ring.index(slot), log2_scale, key,
                         lo, hi, full_lo, full_hi, is_huge, j > 0, BLOCK_N, of_logits, of_operand,
                     )  # fmt: skip
                     if FORM == STRASSEN:
                         sigma += _row_sums(ds, of_rows)
-                    packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                    packed = gl.convert_layout(pack_as(ds, dtype), of_operand)
                     t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=j > 0, is_async=True)
                     wait_full(full, ahead, (passed + j + 1) // SLOTS)
                     s = warpgroup_mma(
@@ -280,19 +298,21 @@ def attend_narrow(
                     key -= BLOCK_N
                 slot = (passed + count - 1) % SLOTS
                 ds, u = _attend(
-                    s, u, shift, row_delta, vdo, v_ring.index(slot), log2_scale, key,
+                    s, u, shift, row_delta, of_dp, vdo, v_ring.index(slot), log2_scale, key,
                     lo, hi, full_lo, full_hi, is_huge, count > 1, BLOCK_N, of_logits, of_operand,
                 )  # fmt: skip
                 if FORM == STRASSEN:
                     sigma += _row_sums(ds, of_rows)
-                packed = gl.convert_layout(pack_bfloat16(ds), of_operand)
+                packed = gl.convert_layout(pack_as(ds, dtype), of_operand)
                 t = warpgroup_mma(packed, k_ring.index(slot), t, use_acc=count > 1, is_async=True)
                 t, u = warpgroup_mma_wait(0, deps=(t, u))
                 mbarrier.arrive(empty.index(slot), count=1)
                 passed += count
+                if IS_HALF:
+                    t *= gl.convert_layout(of_t, rows_of(of_keys), assert_trivial=True)[:, None]
 
                 narrow = narrow_rows_of(
-                    k_raw.index(buffer), k_last, t.to(gl.bfloat16), KEYS, ENTRIES, IS_SHIFTED
+                    k_raw.index(buffer), k_last, t.to(dtype), KEYS, ENTRIES, IS_SHIFTED
                 )
                 narrow = to_float32(narrow)
                 if HAS_BIAS:
@@ -318,25 +338,28 @@ def attend_narrow(
                     base -= begin - narrow_first
                 heads = (items // chunks).to(gl.int64)
                 part = (((item % chunks) * heads + bh) * 2 + r) * slots
-                of_entry = to_float32(rows_of_entries(q_row, t.to(gl.bfloat16), ENTRIES))
+                of_entry = to_float32(rows_of_entries(q_row, t.to(dtype), ENTRIES))
+                to_key = of_narrow_key(t, sigma, of_entry, FORM)
+                if not IS_HALF:  # else the sum of the parts sees to it
+                    to_key *= scale
                 add_to_part(
-                    dk_parts + part * HEAD_DIM, base, slots,
-                    of_narrow_key(t, sigma, of_entry, FORM) * scale,
+                    dk_parts + part * HEAD_DIM, base, slots, to_key,
                     r * ENTRIES, HEADS, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
-                of_entry = rows_of_entries(do_row, u.to(gl.bfloat16), ENTRIES)
+                of_entry = rows_of_entries(do_row, u.to(dtype), ENTRIES)
                 add_to_part(
                     dv_parts + part * VALUE_DIM, base, slots, u * to_float32(of_entry),
                     r * ENTRIES, HEADS, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 n += 1
+            if not IS_HALF:
+                total *= scale
+                second_total *= scale
             ptrs = dq + batch.to(gl.int64) * dq_strides[0]
-            _store_sums(
-                ptrs, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS
-            )
+            _store_sums(ptrs, total, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS)
             if ENTRIES > 1:
                 _store_sums(
-                    ptrs, second_total * scale, entry + 1, kv_head, seq, dq_strides,
+                    ptrs, second_total, entry + 1, kv_head, seq, dq_strides,
                     GROUP, HEADS, HEAD_DIM, PAIRS,
                 )  # fmt: skip
 

@@ -15,8 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from csrc_free.device.forms import DETERMINANT, STRASSEN, TRILINEAR
 from csrc_free.hopper.assembly import opaque_zero, pack_as, warpgroup
 from csrc_free.hopper.channels import arrive, wait_full
+from csrc_free.hopper.half_range import K_BIAS, OF_LOGITS, V_BIAS, largest_p
 from csrc_free.hopper.layouts import accumulator, operand, rows_of
-from csrc_free.hopper.query_items import place, seen_only, spread, to_float32
+from csrc_free.hopper.query_items import gradient_of_logits, place, seen_only, spread, to_float32
 from csrc_free.hopper.threes import plus_cross, rounded_cross
 
 INFINITY = gl.constexpr(float("inf"))
@@ -97,17 +98,11 @@ def _attend(
     dp = gl.zeros([_ROWS, BLOCK_N], gl.float32, LAYOUT)
     dp = warpgroup_mma(vdo, v.permute((1, 0)), dp, use_acc=False, is_async=True)
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, BLOCK_N, LAYOUT)
+    p = seen_only(
+        p, key, lo, hi, full_lo, full_hi, is_huge, largest_p(v.dtype), BLOCK_N, LAYOUT
+    )  # fmt: skip
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    return _gradient(p, dp, row_delta, of_dp, v.dtype == gl.float16)
-
-
-@gluon.jit
-def _gradient(p, dp, row_delta, of_dp, IS_HALF: gl.constexpr):
-    """Return dS, for float16 multiplied by a power of two in each row, which is in row_delta."""
-    if IS_HALF:
-        dp *= of_dp[:, None]
-    return p * (dp - row_delta[:, None])
+    return gradient_of_logits(p, dp, row_delta, of_dp, v.dtype == gl.float16)
 
 
 @gluon.jit
@@ -128,8 +123,8 @@ def _attend_tail(
     dp = warpgroup_mma(vdo, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = gl.exp2(s * log2_scale - shift[:, None])
-    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, TAIL, layout)
-    ds = _gradient(p, dp, row_delta, of_dp, k.dtype == gl.float16)
+    p = seen_only(p, key, lo, hi, full_lo, full_hi, is_huge, largest_p(v.dtype), TAIL, layout)
+    ds = gradient_of_logits(p, dp, row_delta, of_dp, k.dtype == gl.float16)
     packed = gl.convert_layout(pack_as(ds, k.dtype), OPERAND)
     dvq = warpgroup_mma(packed, k, dvq, use_acc=False, is_async=True)
     return warpgroup_mma_wait(0, deps=(dvq,)), ds
@@ -198,7 +193,10 @@ def attend_query(
             of_dp = row_delta
             if dtype == gl.float16:  # as `half_range.scaled_rows_kernel` left them
                 of_dp = gl.load(row_factors + offs, mask=mask, other=0.0)
-                log2_scale = gl.load(factors + bh * 8)
+                log2_scale = gl.load(factors + bh * 8 + OF_LOGITS)
+                if HAS_BIAS:
+                    k_bias = gl.load(factors + bh * 8 + K_BIAS)
+                    biases = biases[0], biases[1], k_bias, gl.load(factors + bh * 8 + V_BIAS)
             is_huge = gl.load(has_huge + bh) != 0
             position = p0 + x // HEADS
             lo = gl.maximum(position - wide_left, wide_first)

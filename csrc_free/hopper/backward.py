@@ -5,7 +5,7 @@ other runs on the portable kernels.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -101,12 +101,15 @@ def choose(problem: Problem, dout: Tensor) -> Choice:
 
 def _query_and_narrow(problem: Problem, traits: Traits) -> narrow_side.Config | str:
     """Choose the kernel of dq and the narrow pair's gradients, or say why it does not run."""
+    reason = why_not_half(problem)
+    if reason is not None:
+        return reason
     if any(problem.biases()[:2]):
         return "a bias of the wide pair"
     config = narrow_side.choose(traits, problem.device, narrow_side.width_of(problem))
     if config is None:
         return (
-            f"for 1 to {MOST_HEADS} heads, bfloat16, D and Dv of one size of tile, and a narrow "
+            f"for 1 to {MOST_HEADS} heads, D and Dv of one size of tile, and a narrow "
             f"window of up to {narrow_side.WIDEST} keys"
         )
     if narrow_side.share_of(problem, config) is None:
@@ -137,9 +140,7 @@ def write_gradients(
     if choice.has_kernels_here:
         near = ordered(near)
     ranges = None
-    if problem.q.dtype == torch.float16 and (
-        isinstance(choice.keys, Plan) or isinstance(choice.query, query.Config)
-    ):
+    if choice.has_kernels_here and problem.q.dtype == torch.float16:
         ranges = half_range.ranges_of(near, statistics)
     if isinstance(choice.keys, Plan) and any(grad is not None for grad in (*wide, *narrow)):
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
@@ -152,21 +153,22 @@ def write_gradients(
         dk_wide, dv_wide = complete(wide, problem.k_wide, problem.v_wide)
         spans = spans_of(near, WIDE_KEYS)
         with gradients_of(problem, dk_wide) as (dk_wide,):
-            backward_wide(near, statistics, dk_wide, dv_wide, spans, choice.wide)
+            backward_wide(
+                near, statistics, dk_wide, dv_wide, spans, choice.wide,
+                _scaled(near, statistics, ranges),
+            )  # fmt: skip
         wide = nothing
     fills_narrow = isinstance(choice.query, narrow_side.Config)
     if fills_narrow and any(grad is not None for grad in (dq, *narrow)):
         dq = torch.empty_like(problem.q) if dq is None else dq
         dk_narrow, dv_narrow = complete(narrow, problem.k_narrow, problem.v_narrow)
         with gradients_of(problem, dq, dk_narrow) as (dq, dk_narrow):
-            _run_narrow(near, statistics, choice.query, (dq, dk_narrow, dv_narrow))
+            _run_narrow(near, statistics, choice.query, (dq, dk_narrow, dv_narrow), ranges)
         dq, narrow = None, nothing
     # A portable kernel that fills the narrow pair's gradients may write dq on its way.
     is_beside = all(grad is None for grad in narrow) or portable.pairs_serve(problem, statistics)
     if isinstance(choice.query, query.Config) and dq is not None and is_beside:
-        scaled = None
-        if ranges is not None:
-            scaled = half_range.scaled(near, statistics, ranges, is_of_keys=False)
+        scaled = _scaled(near, statistics, ranges, is_by_row=True)
         with gradients_of(problem, dq) as (place,):
             query.backward_query(near, statistics, place, choice.query, scaled)
         dq = None
@@ -184,27 +186,37 @@ def _run_keys(
     ):
         parts = parts_of_wide_keys(some, plan.keys * plan.tiles)
         assert parts is not None, "the plan holds them to less than the limit"
-        scaled = factors = None
-        if ranges is not None:
-            scaled = half_range.scaled(
-                some, given, half_range.Ranges(*some_ranges), is_of_keys=True
-            )
-            factors = scaled.factors[..., 4:6].contiguous()
+        scaled = _scaled(some, given, some_ranges, is_of_keys=True)
         spans = spans_of(some, plan.keys)
         backward_keys(some, given, plan, parts, dk_wide, dv_wide, spans, scaled)
-        parts.sum_into(dk_narrow, dv_narrow, some, factors)
+        parts.sum_into(dk_narrow, dv_narrow, some, scaled and scaled.of_parts)
         del parts
 
 
 def _run_narrow(
     problem: Problem, statistics: Statistics, config: narrow_side.Config,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...], ranges: half_range.Ranges | None,
 ) -> None:  # fmt: skip
     """Write dq and the narrow pair's gradients, some key-value heads at a time."""
     share = narrow_side.share_of(problem, config)
     assert share is not None, "the choice holds them to what they may take"
-    for some, given, some_grads in _some_heads(problem, statistics, grads, share):
-        narrow_side.write_query_and_narrow(some, given, some_grads, config)
+    grads = (*grads, *(ranges or ()))
+    for some, given, (dq, dk, dv, *some_ranges) in _some_heads(problem, statistics, grads, share):
+        scaled = _scaled(some, given, some_ranges, is_by_row=True)
+        narrow_side.write_query_and_narrow(some, given, (dq, dk, dv), config, scaled)
+
+
+def _scaled(
+    problem: Problem, statistics: Statistics, ranges: Sequence[Tensor] | None, *,
+    is_of_keys: bool = False, is_by_row: bool = False,
+) -> half_range.Scaled | None:  # fmt: skip
+    """Return what a kernel takes for float16; where there are no ranges, nothing."""
+    if not ranges:
+        return None
+    ranges = half_range.Ranges(*ranges)
+    return half_range.scaled(
+        problem, statistics, ranges, is_of_keys=is_of_keys, is_by_row=is_by_row
+    )
 
 
 def _some_heads(

@@ -29,6 +29,7 @@ from csrc_free.hopper.bring_narrow import bring_narrow_rows, bring_wide_tiles
 from csrc_free.hopper.channels import barriers
 from csrc_free.hopper.describe import describe
 from csrc_free.hopper.entries import entries_of_position, positions_of_tile, tiles_of_position
+from csrc_free.hopper.half_range import Scaled
 from csrc_free.hopper.key_plan import MOST_HEADS, memory_for_parts, shares
 from csrc_free.hopper.layouts import permuted_rows
 from csrc_free.hopper.query_items import UNIT, aligned
@@ -98,7 +99,7 @@ def _serves(traits: Traits, device: Device) -> bool:
     return (
         device.backend == "cuda"
         and device.arch == 90
-        and traits.dtype == torch.bfloat16
+        and traits.dtype in (torch.bfloat16, torch.float16)
         and traits.block_d == traits.block_dv
         and traits.block_d in (64, 128)
         and traits.is_describable
@@ -109,7 +110,7 @@ def _serves(traits: Traits, device: Device) -> bool:
 @gluon.jit(do_not_specialize=_NUMBERS)
 def hopper_backward_narrow_kernel(
     q, k_wide, v_wide, k_narrow, v_narrow, k_rows, v_rows, dout, delta, lse2, has_huge,
-    dq, dk_parts, dv_parts, kv_bounds, q_start, items, chunks, steps, tiles,
+    factors, row_factors, dq, dk_parts, dv_parts, kv_bounds, q_start, items, chunks, steps, tiles,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, slots, part_rows, part_shift,
     stride_q_b, stride_q_h, stride_q_n, stride_do_b, stride_do_h, stride_do_n,
@@ -130,41 +131,40 @@ def hopper_backward_narrow_kernel(
     and lse2 are contiguous [B, Hkv, N, G]. Strides but those of dq are in units of 8 elements.
     Parts come zeroed, with a copy for each warpgroup; no other program writes to them.
     """
+    dtype: gl.constexpr = k_wide.dtype
     ENTRIES: gl.constexpr = 64 // KEYS
     P: gl.constexpr = positions_of_tile(GROUP, ENTRIES)
     TILES_OF_POSITION: gl.constexpr = tiles_of_position(GROUP, ENTRIES)
     PAIRS: gl.constexpr = (ENTRIES + 1) // 2
-    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], gl.bfloat16)
-    of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], gl.bfloat16)
-    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], gl.bfloat16)
-    of_values: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], gl.bfloat16)
+    of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    of_value_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_DV], dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    of_values: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_DV], dtype)
     k_blocks = gl.allocate_shared_memory(
-        gl.bfloat16, [4 * (BLOCK_D // 64) * PAIRS, 1, 1, KEYS, 64], k_narrow.layout
+        dtype, [4 * (BLOCK_D // 64) * PAIRS, 1, 1, KEYS, 64], k_narrow.layout
     )
     v_blocks = gl.allocate_shared_memory(
-        gl.bfloat16, [2 * (BLOCK_DV // 64) * PAIRS, 1, 1, KEYS, 64], v_narrow.layout
+        dtype, [2 * (BLOCK_DV // 64) * PAIRS, 1, 1, KEYS, 64], v_narrow.layout
     )
-    k_raw = k_blocks._reinterpret(gl.bfloat16, [4, PAIRS * KEYS, BLOCK_D], of_rows)
-    v_raw = v_blocks._reinterpret(gl.bfloat16, [2, PAIRS * KEYS, BLOCK_DV], of_value_rows)
-    vdo = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_DV], of_value_rows)
-    vq = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_D], of_rows)
-    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
-    v_tiles = gl.allocate_shared_memory(
-        gl.bfloat16, [SLOTS, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout
-    )
-    k_ring = k_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_D], of_keys)
-    v_ring = v_tiles._reinterpret(gl.bfloat16, [SLOTS, BLOCK_N, BLOCK_DV], of_values)
+    k_raw = k_blocks._reinterpret(dtype, [4, PAIRS * KEYS, BLOCK_D], of_rows)
+    v_raw = v_blocks._reinterpret(dtype, [2, PAIRS * KEYS, BLOCK_DV], of_value_rows)
+    vdo = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_DV], of_value_rows)
+    vq = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], of_rows)
+    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, BLOCK_D], k_wide.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, BLOCK_DV], v_wide.layout)
+    k_ring = k_tiles._reinterpret(dtype, [SLOTS, BLOCK_N, BLOCK_D], of_keys)
+    v_ring = v_tiles._reinterpret(dtype, [SLOTS, BLOCK_N, BLOCK_DV], of_values)
     q_rows = gl.allocate_shared_memory(
-        gl.bfloat16, [2, ENTRIES, BLOCK_D], permuted_rows(ENTRIES, BLOCK_D, 2)
+        dtype, [2, ENTRIES, BLOCK_D], permuted_rows(ENTRIES, BLOCK_D, 2)
     )
     do_rows = gl.allocate_shared_memory(
-        gl.bfloat16, [2, ENTRIES, BLOCK_DV], permuted_rows(ENTRIES, BLOCK_DV, 2)
+        dtype, [2, ENTRIES, BLOCK_DV], permuted_rows(ENTRIES, BLOCK_DV, 2)
     )
     k_newest = gl.allocate_shared_memory(
-        gl.bfloat16, [2, PAIRS, BLOCK_D], permuted_rows(PAIRS, BLOCK_D, 2)
+        dtype, [2, PAIRS, BLOCK_D], permuted_rows(PAIRS, BLOCK_D, 2)
     )
     v_newest = gl.allocate_shared_memory(
-        gl.bfloat16, [2, PAIRS, BLOCK_DV], permuted_rows(PAIRS, BLOCK_DV, 2)
+        dtype, [2, PAIRS, BLOCK_DV], permuted_rows(PAIRS, BLOCK_DV, 2)
     )
     full = barriers(SLOTS, 1)
     empty = barriers(SLOTS, 2)
@@ -187,9 +187,10 @@ def hopper_backward_narrow_kernel(
             (attend_narrow, (
                 0, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
                 rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
-                q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts,
-                kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
-                part_sizes, items, chunks, steps, tiles,
+                q, dout, k_rows, v_rows, delta, lse2, has_huge, factors, row_factors,
+                dq, dk_parts, dv_parts, kv_bounds, q_start, sizes,
+                q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
+                items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
                 FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
@@ -198,9 +199,10 @@ def hopper_backward_narrow_kernel(
             (attend_narrow, (
                 1, k_raw, v_raw, vq, vdo, q_rows, do_rows, k_newest, v_newest,
                 rows_full, k_empty, v_empty, k_ring, v_ring, full, empty,
-                q, dout, k_rows, v_rows, delta, lse2, has_huge, dq, dk_parts, dv_parts,
-                kv_bounds, q_start, sizes, q_strides, do_strides, k_strides, v_strides, dq_strides,
-                part_sizes, items, chunks, steps, tiles,
+                q, dout, k_rows, v_rows, delta, lse2, has_huge, factors, row_factors,
+                dq, dk_parts, dv_parts, kv_bounds, q_start, sizes,
+                q_strides, do_strides, k_strides, v_strides, dq_strides, part_sizes,
+                items, chunks, steps, tiles,
                 scale, log2_scale, k_narrow_bias, v_narrow_bias,
                 FORM, GROUP, HAS_BOUNDS, HAS_Q_START, HAS_NARROW_BIAS, PARTS_FOLLOW_QUERIES,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, KEYS, P,
@@ -222,9 +224,15 @@ def hopper_backward_narrow_kernel(
     )  # fmt: skip
 
 
-def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config: Config) -> Parts:
+def backward_narrow(
+    problem: Problem, statistics: Statistics, dq: Tensor, config: Config,
+    scaled: Scaled | None = None,
+) -> Parts:  # fmt: skip
     """Write dq [B, H, N, D], and return the parts of the narrow pair's gradients to be summed."""
     dout, delta, lse2, has_huge = statistics
+    factors = row_factors = None
+    if scaled is not None:
+        problem, delta, lse2, factors, row_factors = scaled
     batch, _, seq, _ = problem.q.shape
     constants = problem.constants(dout, dq)
     block_d, block_dv = block(problem.q.shape[3]), block(dout.shape[3])
@@ -251,7 +259,8 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
         describe(problem.k_wide, [1, 1, config.block_n, block_d]),
         describe(problem.v_wide, [1, 1, config.block_n, block_dv]),
         *(describe(t, [1, 1, config.keys, 64]) for t in narrow), *narrow,
-        dout, delta, lse2, has_huge, dq, parts.dk, parts.dv, problem.kv_bounds, problem.q_start,
+        dout, delta, lse2, has_huge, factors, row_factors,
+        dq, parts.dk, parts.dv, problem.kv_bounds, problem.q_start,
         items, chunks, steps, tiles, kv_heads, *sizes, *parts.numbers,
         *(stride // UNIT for t in (q, dout, *narrow) for stride in t.stride()[:3]),
         *dq.stride()[:3],
@@ -264,20 +273,21 @@ def backward_narrow(problem: Problem, statistics: Statistics, dq: Tensor, config
 
 
 def write_query_and_narrow(
-    problem: Problem, statistics: Statistics, grads: tuple[Tensor, Tensor, Tensor], config: Config
-) -> None:
+    problem: Problem, statistics: Statistics, grads: tuple[Tensor, Tensor, Tensor],
+    config: Config, scaled: Scaled | None = None,
+) -> None:  # fmt: skip
     """Write dq and the narrow pair's gradients, for a part of the narrow window after another.
 
     Those of several parts are summed in float32.
     """
     windows = _windows(_reach(problem), config.keys)
     if len(windows) == 1:
-        _write(problem, windows[0], statistics, grads, config)
+        _write(problem, windows[0], statistics, grads, config, scaled)
         return
     dq, *sums = (torch.zeros_like(t, dtype=torch.float32) for t in grads)
     places = [torch.empty_like(t) for t in sums]
     for reach in windows:
-        _write(problem, reach, statistics, (dq, *places), config)
+        _write(problem, reach, statistics, (dq, *places), config, scaled)
         for total, place in zip(sums, places, strict=True):
             total += place
     for grad, total in zip(grads, (dq, *sums), strict=True):
@@ -286,12 +296,17 @@ def write_query_and_narrow(
 
 def _write(
     problem: Problem, reach: tuple[int, int], statistics: Statistics, grads: Sequence[Tensor],
-    config: Config,
+    config: Config, scaled: Scaled | None,
 ) -> None:  # fmt: skip
     """Write the gradients of a narrow window; a dq in float32 is added to."""
     some = dataclasses.replace(problem, narrow_reach=reach)
     dq, dk, dv = grads
-    backward_narrow(some, statistics, dq, config).sum_into(dk, dv, some)
+    of_parts = None
+    if scaled is not None:
+        scaled = scaled._replace(problem=dataclasses.replace(scaled.problem, narrow_reach=reach))
+        of_parts = scaled.of_parts
+    parts = backward_narrow(some, statistics, dq, config, scaled)
+    parts.sum_into(dk, dv, some, of_parts)
 
 
 def width_of(problem: Problem) -> int:

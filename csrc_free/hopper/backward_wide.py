@@ -25,9 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from csrc_free.device.forms import CODES, DETERMINANT, STRASSEN
-from csrc_free.hopper.assembly import opaque_zero, pack_bfloat16
+from csrc_free.hopper.assembly import opaque_zero, pack_as
 from csrc_free.hopper.channels import arrive, barriers, wait_empty, wait_full
 from csrc_free.hopper.describe import describe
+from csrc_free.hopper.half_range import (
+    K_BIAS,
+    OF_DK_WIDE,
+    OF_DP,
+    OF_DV_WIDE,
+    OF_LOGITS,
+    V_BIAS,
+    Scaled,
+    largest_p,
+)
 from csrc_free.hopper.key_plan import ROWS
 from csrc_free.hopper.layouts import accumulator, columns_of, operand, plain, rows_of
 from csrc_free.hopper.spans import FIELDS
@@ -145,11 +155,11 @@ def _fetch(
             coords = [batch, kv_head, tile * _KEYS + half * _HALF, 0]
             tma.async_copy_global_to_shared(
                 k_wide, coords, k_full.index(0),
-                k_tiles.index(half)._reinterpret(gl.bfloat16, shape, k_wide.layout),
+                k_tiles.index(half)._reinterpret(q.dtype, shape, k_wide.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
                 v_wide, coords, k_full.index(0),
-                v_tiles.index(half)._reinterpret(gl.bfloat16, shape, v_wide.layout),
+                v_tiles.index(half)._reinterpret(q.dtype, shape, v_wide.layout),
             )  # fmt: skip
         for a in range(tiles * blocks):
             i = query_first + a // blocks * positions
@@ -158,19 +168,19 @@ def _fetch(
             mbarrier.expect(q_full.index(0), 2 * q.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 q, [batch, kv_head, head, i, 0], q_full.index(0),
-                q_tile._reinterpret(gl.bfloat16, rows, q.layout),
+                q_tile._reinterpret(q.dtype, rows, q.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(
                 dout, [batch, kv_head, head, i, 0], q_full.index(0),
-                dout_tile._reinterpret(gl.bfloat16, rows, dout.layout),
+                dout_tile._reinterpret(q.dtype, rows, dout.layout),
             )  # fmt: skip
             tiles_done += 1
             for d in range(offsets):
                 s = step % STAGES
                 wait_empty(slot_empty, s, step // STAGES)
                 mbarrier.expect(slot_full.index(s), 4 * _ROWS * BLOCK_D)  # bytes
-                k_slot = ring.index(2 * s)._reinterpret(gl.bfloat16, panels, k_narrow.layout)
-                v_slot = ring.index(2 * s + 1)._reinterpret(gl.bfloat16, panels, v_narrow.layout)
+                k_slot = ring.index(2 * s)._reinterpret(q.dtype, panels, k_narrow.layout)
+                v_slot = ring.index(2 * s + 1)._reinterpret(q.dtype, panels, v_narrow.layout)
                 for panel in gl.static_range(BLOCK_D // _PANEL):
                     coords = [batch, kv_head, start + i - first - d - narrow_first, panel * _PANEL]
                     for copy in gl.static_range(HEADS):
@@ -216,7 +226,7 @@ def _build(
         made = x + y
     else:
         made = x * y
-    rows.store(made.to(gl.bfloat16))
+    rows.store(made.to(rows.dtype))
     fence_async_shared()
     arrive(built, s)
     place += 1
@@ -238,7 +248,7 @@ def _biased(tile, bias, HAS_BIAS: gl.constexpr):
 def _probabilities(
     s, lse2_tile, constants, i, offset, full, reach, batch, start, key_first, seq,
     kv_bounds, log2_scale, FORM: gl.constexpr, HEADS: gl.constexpr, HAS_BOUNDS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    LARGEST: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Return P of a tile [keys, rows] whose first query is i, each at its narrow key of an offset.
 
@@ -264,7 +274,7 @@ def _probabilities(
             m = start + row - offset
             visible = visible & (key >= lo - key_first) & (key < hi - key_first)
             visible = visible & (m >= lo) & (m < hi)
-        p = gl.where(visible, gl.minimum(p, 1.0), 0.0)
+        p = gl.where(visible, gl.minimum(p, LARGEST), 0.0)
     return p
 
 
@@ -274,7 +284,7 @@ def _sum_up(
     delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
     mine, statistic, constants, k_tile, v_tile, ring,
     k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
-    sizes, group, items, heads, splits, strides, scale, log2_scale, bias,
+    sizes, group, items, heads, splits, strides, scale, log2_scale, bias, factors,
     FORM: gl.constexpr, HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_BOUNDS: gl.constexpr,
     HAS_Q_START: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -282,6 +292,8 @@ def _sum_up(
     """Warpgroup r of two: half the keys of an item, and half of every step's virtual rows."""
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, _, _, _ = sizes
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n = strides
+    dtype: gl.constexpr = ring.dtype
+    IS_HALF: gl.constexpr = dtype == gl.float16
     of_logits: gl.constexpr = accumulator(_ROWS)
     of_sums: gl.constexpr = accumulator(BLOCK_D)
     of_row: gl.constexpr = columns_of(gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0]))
@@ -303,6 +315,12 @@ def _sum_up(
             item, heads, splits, sizes, spans, q_start, HAS_BOUNDS, HAS_Q_START, HEADS
         )  # fmt: skip
         is_huge = gl.load(has_huge + bh) != 0
+        of_dp = 1.0
+        if IS_HALF:  # as `half_range.scaled_rows_kernel` left them
+            log2_scale = gl.load(factors + bh * 8 + OF_LOGITS)
+            of_dp = gl.load(factors + bh * 8 + OF_DP)
+            if HAS_BIAS:
+                bias = gl.load(factors + bh * 8 + (K_BIAS if r == 0 else V_BIAS))
         key_first += r * _HALF
         # Offsets of a key in this half from a query, and of a query from its narrow key.
         lowest = start - wide_left - key_first
@@ -377,14 +395,16 @@ def _sum_up(
                 p = _probabilities(
                     s, statistics.index(0), constants.index(now), place >> _BLOCK_BITS, first + d,
                     full, reach, batch, start, key_first, seq, kv_bounds, log2_scale,
-                    FORM, HEADS, HAS_BOUNDS, of_logits,
+                    FORM, HEADS, HAS_BOUNDS, largest_p(dtype), of_logits,
                 )  # fmt: skip
                 y = warpgroup_mma(
-                    gl.convert_layout(pack_bfloat16(p), operand(BLOCK_D)), ring.index(2 * now + 1),
+                    gl.convert_layout(pack_as(p, dtype), operand(BLOCK_D)), ring.index(2 * now + 1),
                     y, is_async=True,
                 )  # fmt: skip
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds = pack_bfloat16(p * (dp - statistics.index(1).load(of_logits)))
+                if IS_HALF:
+                    dp *= of_dp
+                ds = pack_as(p * (dp - statistics.index(1).load(of_logits)), dtype)
                 x = warpgroup_mma(
                     gl.convert_layout(ds, operand(BLOCK_D)), ring.index(2 * now), x, is_async=True
                 )
@@ -434,11 +454,15 @@ def _sum_up(
         column = gl.arange(0, BLOCK_D, layout=columns_of(of_sums))
         batch = bh // kv_heads
         kv_head = (bh % kv_heads).to(gl.int64)
+        of_dk = scale
+        if IS_HALF:
+            of_dk = gl.load(factors + bh * 8 + OF_DK_WIDE)
+            y *= gl.load(factors + bh * 8 + OF_DV_WIDE)
         before = split.to(gl.int64) * heads * wide_rows
         offs = before * HEAD_DIM + batch.to(gl.int64) * stride_dk_b + kv_head * stride_dk_h
         gl.store(
             dk_wide + offs + (row.to(gl.int64) * stride_dk_n)[:, None] + column[None, :],
-            (x * scale).to(dk_wide.dtype.element_ty),
+            (x * of_dk).to(dk_wide.dtype.element_ty),
             mask=(row < wide_rows)[:, None] & (column < HEAD_DIM)[None, :],
         )  # fmt: skip
         offs = before * VALUE_DIM + batch.to(gl.int64) * stride_dv_b + kv_head * stride_dv_h
@@ -452,7 +476,7 @@ def _sum_up(
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def hopper_backward_wide_kernel(
     q, dout, k_wide, v_wide, k_narrow, v_narrow,
-    delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
+    delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start, factors,
     kv_heads, seq, wide_rows, narrow_rows, wide_left, wide_right, narrow_left, narrow_right,
     q_start_default, group, items, heads, splits,
     stride_dk_b, stride_dk_h, stride_dk_n, stride_dv_b, stride_dv_h, stride_dv_n,
@@ -472,11 +496,12 @@ def hopper_backward_wide_kernel(
     are [B, Hkv, N, G]. With several splits the gradients are float32 [splits, B, Hkv, rows, D],
     sums over the queries of one.
     """
+    dtype: gl.constexpr = q.dtype
     matrix: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    mine = gl.allocate_shared_memory(gl.bfloat16, [2, _ROWS, BLOCK_D], matrix)
-    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
-    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, BLOCK_D], matrix)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, _ROWS, BLOCK_D], matrix)
+    mine = gl.allocate_shared_memory(dtype, [2, _ROWS, BLOCK_D], matrix)
+    k_tiles = gl.allocate_shared_memory(dtype, [2, _HALF, BLOCK_D], matrix)
+    v_tiles = gl.allocate_shared_memory(dtype, [2, _HALF, BLOCK_D], matrix)
+    ring = gl.allocate_shared_memory(dtype, [2 * STAGES, _ROWS, BLOCK_D], matrix)
     statistic = gl.allocate_shared_memory(gl.float32, [2, 2, _ROWS], plain(2))
     # What stands besides in the logits of a step's virtual rows.
     constants = gl.allocate_shared_memory(
@@ -501,14 +526,16 @@ def hopper_backward_wide_kernel(
             mine.index(0), statistic.index(0), constants, k_tiles.index(0), v_tiles.index(0), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, splits, strides, scale, log2_scale, k_narrow_bias,
-            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            factors, FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES,
+            HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_sum_up, (
             1, delta, lse2, has_huge, dk_wide, dv_wide, kv_bounds, spans, q_start,
             mine.index(1), statistic.index(1), constants, k_tiles.index(1), v_tiles.index(1), ring,
             k_full, k_empty, q_full, q_empty, slot_full, slot_empty, built,
             sizes, group, items, heads, splits, strides, scale, log2_scale, v_narrow_bias,
-            FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES, HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
+            factors, FORM, HEADS, HEAD_DIM, VALUE_DIM, BLOCK_D, STAGES,
+            HAS_BOUNDS, HAS_Q_START, HAS_BIAS,
         )),
         (_fetch, (
             q, dout, k_wide, v_wide, k_narrow, v_narrow, spans, q_start,
@@ -535,9 +562,12 @@ class Config:
 
 def backward_wide(
     problem: Problem, statistics: Statistics, dk_wide: Tensor, dv_wide: Tensor,
-    spans: Tensor | None, splits: int,
+    spans: Tensor | None, splits: int, scaled: Scaled | None = None,
 ) -> None:  # fmt: skip
     """Write the wide pair's gradients; `splits` programs share the queries of a tile of keys."""
+    delta, lse2, factors = statistics.delta, statistics.lse2, None
+    if scaled is not None:
+        problem, delta, lse2, factors, _ = scaled
     batch, kv_heads, wide_rows, head_dim = problem.k_wide.shape
     value_dim = problem.v_wide.shape[3]
     columns = block(head_dim)
@@ -550,8 +580,8 @@ def backward_wide(
         *(_rows(t, problem.group, heads, columns) for t in (problem.q, statistics.dout)),
         *(describe(t, [1, 1, KEYS // 2, columns]) for t in (problem.k_wide, problem.v_wide)),
         *(describe(t, narrow) for t in (problem.k_narrow, problem.v_narrow)),
-        statistics.delta, statistics.lse2, statistics.has_huge, *sums,
-        problem.kv_bounds, spans, problem.q_start,
+        delta, lse2, statistics.has_huge, *sums,
+        problem.kv_bounds, spans, problem.q_start, factors,
         *problem.sizes(), problem.group, items, batch * kv_heads, splits,
         *(stride for t in sums for stride in t.stride()[-4:-1]),
         problem.scale, problem.log2_scale, *problem.biases()[2:],

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from csrc_free.device.forms import DETERMINANT, STRASSEN
-from csrc_free.hopper.assembly import of_rows, pack_bfloat16, thread_barrier
+from csrc_free.hopper.assembly import of_rows, pack_as, thread_barrier
 from csrc_free.hopper.layouts import accumulator, rows_of
 from csrc_free.hopper.query_items import place, spread, to_float32
 from csrc_free.hopper.threes import cross, rounded_cross
@@ -173,7 +173,7 @@ def virtual_keys(
     0 where not seen; and what else stands in its logits, a number for each row.
     """
     COLUMNS: gl.constexpr = raw.shape[1]
-    like = gl.zeros([64, COLUMNS], gl.bfloat16, accumulator(COLUMNS))
+    like = gl.zeros([64, COLUMNS], raw.dtype, accumulator(COLUMNS))
     x = narrow_rows_of(raw, newest, like, KEYS, ENTRIES, IS_SHIFTED)
     y = rows_of_entries(rows, like, ENTRIES)
     constant = 0.0
@@ -182,9 +182,9 @@ def virtual_keys(
         y = to_float32(y)
         if FORM == STRASSEN:
             constant = gl.sum(x * y, 1)
-            made = pack_bfloat16(x + y)
+            made = pack_as(x + y, raw.dtype)
         else:
-            made = pack_bfloat16(cross(x, y) if FORM == DETERMINANT else x * y)
+            made = pack_as(cross(x, y) if FORM == DETERMINANT else x * y, raw.dtype)
     else:
         made = rounded_cross(x, y) if FORM == DETERMINANT else x * y
     mask = gl.convert_layout(mask, rows_of(accumulator(COLUMNS)), assert_trivial=True)

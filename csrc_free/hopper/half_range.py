@@ -4,9 +4,9 @@ A product of two float16 numbers may be past 65504, or below what float16 can ho
 dS. Operands are therefore multiplied by powers of two, which change no bit of theirs and are
 divided out of float32 sums:
 
-    narrow keys and values  so that none of their products with the other factor reaches 2^15;
-                            their biases are added first
-    P                       by 2^15, in the key-value gradients, where it is an operand
+    narrow keys and values  so that none of their products with the other factor reaches 2^15; and
+                            their biases, which are added in float32
+    P                       by 2^15
     dS                      by the power of two that keeps P · (dP - delta) below 2^15: one for all
                             rows of a key-value head where rows are summed, else one for each
 
@@ -32,7 +32,7 @@ from csrc_free.rounding import ceil_div
 from csrc_free.steps.delta import Statistics
 from csrc_free.traits import Device, Traits
 
-# P is 2^P_EXPONENT at most where it is an operand.
+# What P is multiplied by: 2^P_EXPONENT.
 P_EXPONENT = tl.constexpr(15)
 OF_P = tl.constexpr(2.0**-15)
 _ROWS = 64
@@ -46,6 +46,15 @@ _Q = tl.constexpr(5)
 _DOUT = tl.constexpr(6)
 _BOUND = tl.constexpr(7)
 _COUNT = tl.constexpr(8)
+# Places of `Scaled.factors`: what logits, dP and sums are multiplied by, and the scaled biases.
+OF_LOGITS = tl.constexpr(0)
+OF_DP = tl.constexpr(1)
+OF_DK_WIDE = tl.constexpr(2)
+OF_DV_WIDE = tl.constexpr(3)
+OF_DK_NARROW = tl.constexpr(4)
+OF_DV_NARROW = tl.constexpr(5)
+K_BIAS = tl.constexpr(6)
+V_BIAS = tl.constexpr(7)
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,23 @@ class Ranges(NamedTuple):
 class Scaled(NamedTuple):
     """What a kernel takes in place of its own, with powers of two in it, and those."""
 
-    problem: Problem  # its narrow pair multiplied, with its biases in it
+    problem: Problem  # its narrow pair multiplied, but for the biases, which are in `factors`
     delta: Tensor  # float32 [B, Hkv, N, G]
     lse2: Tensor  # the same
     factors: Tensor  # float32 [B, Hkv, 8]
-    row_factors: Tensor  # float32 [2, B, Hkv, N, G]
+    # float32 [2, B, Hkv, N, G], of dP and of sums of dS · k; none where all rows have one power
+    row_factors: Tensor
+
+    @property
+    def of_parts(self) -> Tensor:
+        """Return what the narrow pair's sums are multiplied by [B, Hkv, 2]."""
+        return self.factors[..., OF_DK_NARROW.value : OF_DV_NARROW.value + 1].contiguous()
+
+
+@triton.constexpr_function
+def largest_p(dtype):
+    """Return the largest P of a kernel whose operands have a dtype."""
+    return 2.0**P_EXPONENT.value if dtype == tl.float16 else 1.0
 
 
 @triton.jit
@@ -129,8 +150,10 @@ def largest_of_keys_kernel(
     _raise_to(largest, _V_WIDE, tl.max(tl.max(v, 1), 0))
     _raise_to(largest, _LENGTH, tl.sqrt(tl.max(tl.sum(v * v, 1), 0)))
     k, v = load_pair(narrow, row, row < narrow_rows, dims)
-    _raise_to(largest, _K_NARROW, tl.max(tl.max(_finite(k + k_bias), 1), 0))
-    _raise_to(largest, _V_NARROW, tl.max(tl.max(_finite(v + v_bias), 1), 0))
+    k_size = tl.maximum(_finite(k), _finite(k + k_bias))
+    v_size = tl.maximum(_finite(v), _finite(v + v_bias))
+    _raise_to(largest, _K_NARROW, tl.max(tl.max(k_size, 1), 0))
+    _raise_to(largest, _V_NARROW, tl.max(tl.max(v_size, 1), 0))
 
 
 @triton.jit
@@ -183,7 +206,7 @@ def _exponents(largest, IS_OF_KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def scaled_narrow_kernel(
-    k, v, largest, scaled_k, scaled_v, kv_heads, rows, k_bias, v_bias,
+    k, v, largest, scaled_k, scaled_v, kv_heads, rows,
     stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
     IS_OF_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -195,25 +218,24 @@ def scaled_narrow_kernel(
     k_exponent, v_exponent = _exponents(largest + bh * _COUNT, IS_OF_KEYS)
     k += batch * stride_k_b + kv_head * stride_k_h
     x = load_rows(k, row, stride_k_n, tl.arange(0, BLOCK_D), mask, HEAD_DIM)
-    x = ((x + k_bias) * _power(k_exponent)).to(tl.float16)
+    x = (x * _power(k_exponent)).to(tl.float16)
     store_rows(scaled_k, (bh * rows + row) * HEAD_DIM, x, mask, HEAD_DIM)
     v += batch * stride_v_b + kv_head * stride_v_h
     x = load_rows(v, row, stride_v_n, tl.arange(0, BLOCK_DV), mask, VALUE_DIM)
-    x = ((x + v_bias) * _power(v_exponent)).to(tl.float16)
+    x = (x * _power(v_exponent)).to(tl.float16)
     store_rows(scaled_v, (bh * rows + row) * VALUE_DIM, x, mask, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["seq", "row_count"])
 def scaled_rows_kernel(
     delta, lse2, largest, bound, scaled_delta, scaled_lse2, factors, row_factors,
-    kv_heads, seq, row_count, scale, log2_scale,
-    IS_OF_KEYS: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
+    kv_heads, seq, row_count, scale, log2_scale, k_bias, v_bias,
+    IS_OF_KEYS: tl.constexpr, IS_BY_ROW: tl.constexpr, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies the statistics of BLOCK_Q rows (position, head).
 
-    factors are what logits are multiplied by, and then, of the key side, dP, the sums of the wide
-    keys' gradient, of the wide values', the narrow keys' and the narrow values'; of the query side
-    dP and dq have factors of their own in each row.
+    By row, dP and sums of dS · k have factors of their own in each row: times the latter a sum is
+    what dq is made of with scaled narrow keys, and the narrow keys' own gradient without them.
     """
     bh, _batch, _kv_head, rows, offs = _place_of_rows(seq, kv_heads, GROUP, BLOCK_Q)
     _i, _head, mask = rows
@@ -221,25 +243,29 @@ def scaled_rows_kernel(
     factors += bh * _COUNT
     k_exponent, v_exponent = _exponents(largest, IS_OF_KEYS)
     row_delta = tl.load(delta + offs, mask=mask, other=0.0)
-    tl.store(factors, log2_scale * _power(-k_exponent))
-    if IS_OF_KEYS:
-        # One more, for what rounding adds to the bound.
-        of_ds = -1 - _exponent(tl.load(largest + _BOUND).to(tl.float32, bitcast=True))
-        tl.store(factors + 1, _power(of_ds) * _power(-v_exponent))
-        of_sums = _power(-of_ds) * OF_P
-        tl.store(factors + 2, scale * of_sums * _power(-k_exponent))
-        tl.store(factors + 3, _power(-v_exponent) * OF_P)
-        tl.store(factors + 4, scale * of_sums)
-        tl.store(factors + 5, OF_P)
-        tl.store(scaled_delta + offs, row_delta * _power(of_ds), mask=mask)
-        row_lse2 = tl.load(lse2 + offs, mask=mask, other=float("inf"))
-        tl.store(scaled_lse2 + offs, row_lse2 - P_EXPONENT, mask=mask)
+    if IS_BY_ROW:
+        row_bound = tl.load(bound + offs, mask=mask, other=0.0)
     else:
-        of_ds = 14 - _exponent(tl.load(bound + offs, mask=mask, other=0.0))
-        tl.store(scaled_delta + offs, row_delta * _power(of_ds), mask=mask)
-        tl.store(row_factors + offs, _power(of_ds) * _power(-v_exponent), mask=mask)
-        of_dq = scale * _power(-of_ds) * _power(-k_exponent)
-        tl.store(row_factors + row_count + offs, of_dq, mask=mask)
+        row_bound = tl.load(largest + _BOUND).to(tl.float32, bitcast=True)
+    of_ds = -1 - _exponent(row_bound)  # one less, for what rounding adds to the bound
+    of_dp = _power(of_ds) * _power(-v_exponent)
+    of_sums = scale * (_power(-of_ds) * OF_P)
+    tl.store(factors + OF_LOGITS, log2_scale * _power(-k_exponent))
+    tl.store(factors + OF_DV_NARROW, OF_P)
+    tl.store(factors + K_BIAS, k_bias * _power(k_exponent))
+    tl.store(factors + V_BIAS, v_bias * _power(v_exponent))
+    if IS_BY_ROW:
+        tl.store(row_factors + offs, of_dp, mask=mask)
+        tl.store(row_factors + row_count + offs, of_sums * _power(-k_exponent), mask=mask)
+        tl.store(factors + OF_DK_NARROW, _power(k_exponent))
+    else:
+        tl.store(factors + OF_DP, of_dp)
+        tl.store(factors + OF_DK_WIDE, of_sums * _power(-k_exponent))
+        tl.store(factors + OF_DV_WIDE, _power(-v_exponent) * OF_P)
+        tl.store(factors + OF_DK_NARROW, of_sums)
+    tl.store(scaled_delta + offs, row_delta * _power(of_ds), mask=mask)
+    row_lse2 = tl.load(lse2 + offs, mask=mask, other=float("inf"))
+    tl.store(scaled_lse2 + offs, row_lse2 - P_EXPONENT, mask=mask)
 
 
 def ranges_of(problem: Problem, statistics: Statistics) -> Ranges:
@@ -270,8 +296,13 @@ def ranges_of(problem: Problem, statistics: Statistics) -> Ranges:
     return Ranges(largest, bound)
 
 
-def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_keys: bool) -> Scaled:
-    """Multiply what the kernels of one side take by its powers of two."""
+def scaled(
+    problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_keys: bool, is_by_row: bool
+) -> Scaled:
+    """Multiply what a kernel takes by its powers of two.
+
+    Those of the narrow pair are for its products with the wide pair (of keys), or with q and dout.
+    """
     batch, kv_heads, rows, head_dim = problem.k_narrow.shape
     value_dim, seq, config = problem.v_narrow.shape[3], problem.q.shape[2], Config()
     delta, lse2, largest, bound = (
@@ -280,17 +311,15 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
     k, v = problem.k_narrow, problem.v_narrow
     scaled_k, scaled_v = k.new_empty(k.shape), v.new_empty(v.shape)
     found = Scaled(
-        dataclasses.replace(
-            problem, k_narrow=scaled_k, v_narrow=scaled_v, k2_bias=0.0, v2_bias=0.0
-        ),
+        dataclasses.replace(problem, k_narrow=scaled_k, v_narrow=scaled_v),
         torch.empty_like(delta),
-        torch.empty_like(lse2) if is_of_keys else lse2,
+        torch.empty_like(lse2),
         delta.new_empty(batch, kv_heads, 8),
-        delta.new_empty(2, *(delta.shape if not is_of_keys else (0,))),
-    )  # fmt: skip
+        delta.new_empty(2, *(delta.shape if is_by_row else (0,))),
+    )
     launch(
         scaled_narrow_kernel, ceil_div(rows, config.block_q) * batch * kv_heads,
-        k, v, largest, scaled_k, scaled_v, kv_heads, rows, *problem.biases()[2:],
+        k, v, largest, scaled_k, scaled_v, kv_heads, rows,
         *k.stride()[:3], *v.stride()[:3], IS_OF_KEYS=is_of_keys,
         HEAD_DIM=head_dim, VALUE_DIM=value_dim,
         BLOCK_D=block(head_dim), BLOCK_DV=block(value_dim), config=config,
@@ -299,7 +328,7 @@ def scaled(problem: Problem, statistics: Statistics, ranges: Ranges, *, is_of_ke
         scaled_rows_kernel,
         ceil_div(seq * problem.group, config.block_q) * batch * kv_heads,
         delta, lse2, largest, bound, found.delta, found.lse2, found.factors, found.row_factors,
-        kv_heads, seq, delta.numel(), problem.scale, problem.log2_scale,
-        IS_OF_KEYS=is_of_keys, GROUP=problem.group, config=config,
+        kv_heads, seq, delta.numel(), problem.scale, problem.log2_scale, *problem.biases()[2:],
+        IS_OF_KEYS=is_of_keys, IS_BY_ROW=is_by_row, GROUP=problem.group, config=config,
     )  # fmt: skip
     return found

@@ -94,11 +94,9 @@ def _kinds(group: int, narrow: int) -> tuple[tuple[int, float], ...]:
 
 def splits_of_wide(problem: Problem, dout: torch.Tensor) -> int | str:
     """Return how many programs share a tile, or why the wide pair's kernel does not serve."""
-    reason = _why_not(problem, dout)
+    reason = _why_not(problem, dout) or why_not_half(problem)
     if reason is not None:
         return reason
-    if problem.q.dtype != torch.bfloat16:
-        return f"for bfloat16 alone, got {problem.q.dtype}"
     if problem.group > MOST_HEADS:
         return f"for 1 to {MOST_HEADS} query heads of a key-value head, got {problem.group}"
     columns, value_dim = columns_of(problem), problem.v_wide.shape[3]

@@ -106,9 +106,10 @@ def spread(rows, like, P: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def seen_only(
-    p, key, lo, hi, full_lo, full_hi, is_huge, N: gl.constexpr, LAYOUT: gl.constexpr
+    p, key, lo, hi, full_lo, full_hi, is_huge, LARGEST: gl.constexpr, N: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Return P of the N keys from `key` on: 0 beyond each row's [lo, hi), and at most 1 if huge.
+    """Return P of the N keys from `key` on: 0 beyond each row's [lo, hi); if huge, capped.
 
     Each of the three is rare. What is opaque keeps it behind its branch: LLVM would select, for
     every tile, between P and what the branch makes of it.
@@ -121,8 +122,16 @@ def seen_only(
         to_column = hi - key + opaque_zero()
         p = gl.where(column[None, :] < to_column[:, None], p, 0.0)
     if is_huge:
-        p = gl.minimum(p, 1.0 + opaque_zero().to(gl.float32))
+        p = gl.minimum(p, LARGEST + opaque_zero().to(gl.float32))
     return p
+
+
+@gluon.jit
+def gradient_of_logits(p, dp, row_delta, of_dp, IS_HALF: gl.constexpr):
+    """Return dS, for float16 multiplied by a power of two in each row, which is in row_delta."""
+    if IS_HALF:
+        dp *= of_dp[:, None]
+    return p * (dp - row_delta[:, None])
 
 
 def aligned(tensor: Tensor) -> Tensor:

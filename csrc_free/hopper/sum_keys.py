@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from csrc_free.device.forms import DETERMINANT, STRASSEN
 from csrc_free.hopper.assembly import opaque_zero, parts_of_rows
 from csrc_free.hopper.channels import arrive, wait_empty, wait_full
+from csrc_free.hopper.half_range import K_BIAS, OF_DK_WIDE, OF_DP, OF_DV_WIDE, OF_LOGITS, V_BIAS
 from csrc_free.hopper.key_items import (
     item_of,
     known,
@@ -138,31 +139,19 @@ def _in_part(
 
 
 @gluon.jit
-def _of_wide(tile, bias, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, NARROW: gl.constexpr):
-    """Load rows of wide keys [WIDE, D] for each narrow key: [64, D]."""
-    if NARROW == 1:
-        found = tile.load(LAYOUT)
-    else:
-        COLUMNS: gl.constexpr = tile.shape[1]
-        like = gl.zeros([_KEYS, COLUMNS], tile.dtype, LAYOUT)
-        x = gl.reshape(like, [NARROW, _KEYS // NARROW, COLUMNS])
-        found = gl.expand_dims(tile.load(gl.SliceLayout(0, x.type.layout)), 0)
-        found, _ = gl.broadcast(found, x)
-        found = gl.convert_layout(gl.reshape(found, like.shape), LAYOUT, assert_trivial=True)
-    return _biased(found, bias, HAS_BIAS)
+def _of_virtual(rows, bias, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr, WIDE: gl.constexpr):
+    """Load rows of WIDE wide keys, or of the narrow keys, for each virtual key: [64, D].
 
-
-@gluon.jit
-def _of_narrow(rows, bias, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Load rows of narrow keys [NARROW, D] for each of their wide keys: [64, D], or [1, D]."""
-    NARROW: gl.constexpr = rows.shape[0]
-    if NARROW == 1:
+    Of a single narrow key its one row: [1, D].
+    """
+    if WIDE == _KEYS:
         found = rows.load(LAYOUT)
     else:
         COLUMNS: gl.constexpr = rows.shape[1]
+        AXIS: gl.constexpr = 0 if rows.shape[0] == WIDE else 1
         like = gl.zeros([_KEYS, COLUMNS], rows.dtype, LAYOUT)
-        x = gl.reshape(like, [NARROW, _KEYS // NARROW, COLUMNS])
-        found = gl.expand_dims(rows.load(gl.SliceLayout(1, x.type.layout)), 1)
+        x = gl.reshape(like, [_KEYS // WIDE, WIDE, COLUMNS])
+        found = gl.expand_dims(rows.load(gl.SliceLayout(AXIS, x.type.layout)), AXIS)
         found, _ = gl.broadcast(found, x)
         found = gl.convert_layout(gl.reshape(found, like.shape), LAYOUT, assert_trivial=True)
     return _biased(found, bias, HAS_BIAS)
@@ -257,10 +246,13 @@ def sum_keys(
         of_dk = scale
         of_dv = 1.0
         if IS_HALF:  # as `half_range.scaled_rows_kernel` left them
-            log2_scale = gl.load(factors + bh * 8)
-            of_dp = gl.load(factors + bh * 8 + 1)
-            of_dk = gl.load(factors + bh * 8 + 2)
-            of_dv = gl.load(factors + bh * 8 + 3)
+            log2_scale = gl.load(factors + bh * 8 + OF_LOGITS)
+            of_dp = gl.load(factors + bh * 8 + OF_DP)
+            of_dk = gl.load(factors + bh * 8 + OF_DK_WIDE)
+            of_dv = gl.load(factors + bh * 8 + OF_DV_WIDE)
+            if HAS_BIAS:
+                k_narrow_bias = gl.load(factors + bh * 8 + K_BIAS)
+                v_narrow_bias = gl.load(factors + bh * 8 + V_BIAS)
         k_head = batch.to(INDEX) * stride_kn_b + kv_head.to(INDEX) * stride_kn_h
         v_head = batch.to(INDEX) * stride_vn_b + kv_head.to(INDEX) * stride_vn_h
         split_offset = split.to(gl.int64) * heads * wide_rows
@@ -325,8 +317,8 @@ def sum_keys(
                     dv_before = gl.load(v_ptrs, mask=v_mask, other=0.0)
                 if own_step_end > own_step:
                     of_made: gl.constexpr = of_x if FORM == DETERMINANT else by_rows
-                    wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_made, NARROW)
-                    narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_made)
+                    wide = _of_virtual(k_tile, k_wide_bias, HAS_BIAS, of_made, WIDE)
+                    narrow = _of_virtual(k_row, k_narrow_bias, HAS_BIAS, of_made, WIDE)
                     if FORM == DETERMINANT:
                         narrow, _like = gl.broadcast(narrow, wide)
                         made = rounded_cross(wide, narrow)
@@ -335,8 +327,8 @@ def sum_keys(
                     vk.store(made.to(vk.dtype))
                     vv.store(
                         (
-                            _of_wide(v_tile, v_wide_bias, HAS_BIAS, by_rows, NARROW)
-                            * _of_narrow(v_row, v_narrow_bias, HAS_BIAS, by_rows)
+                            _of_virtual(v_tile, v_wide_bias, HAS_BIAS, by_rows, WIDE)
+                            * _of_virtual(v_row, v_narrow_bias, HAS_BIAS, by_rows, WIDE)
                         ).to(vv.dtype)
                     )
                     fence_async_shared()
@@ -355,9 +347,10 @@ def sum_keys(
                     sigma = of_keys
                     if FORM == STRASSEN:
                         last = gl.minimum(last, seq - positions)
-                        wide = _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_x, NARROW)
+                        wide = _of_virtual(k_tile, k_wide_bias, HAS_BIAS, of_x, WIDE)
                         wide = wide.to(gl.float32)
-                        narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_x).to(gl.float32)
+                        narrow = _of_virtual(k_row, k_narrow_bias, HAS_BIAS, of_x, WIDE)
+                        narrow = narrow.to(gl.float32)
                         of_keys = gl.convert_layout(
                             gl.sum(wide * narrow, 1) * log2_scale, of_keys.type.layout,
                             assert_trivial=True,
@@ -427,7 +420,7 @@ def sum_keys(
                     )  # fmt: skip
                     y = warpgroup_mma_wait(1, deps=(y,))
                     dv_row = _sum_over_keys(
-                        y * _of_wide(v_tile, v_wide_bias, HAS_BIAS, of_y, NARROW).to(gl.float32),
+                        y * _of_virtual(v_tile, v_wide_bias, HAS_BIAS, of_y, WIDE).to(gl.float32),
                         dv_partials, by_columns, NARROW,
                     )  # fmt: skip
                     x = warpgroup_mma_wait(0, deps=(x,))
@@ -438,7 +431,7 @@ def sum_keys(
                         )
                     dk_row = _sum_over_keys(
                         _of_narrow_key(
-                            x, sigma, _of_wide(k_tile, k_wide_bias, HAS_BIAS, of_x, NARROW), FORM
+                            x, sigma, _of_virtual(k_tile, k_wide_bias, HAS_BIAS, of_x, WIDE), FORM
                         ),
                         dk_partials, by_columns, NARROW,
                     )  # fmt: skip
@@ -458,11 +451,11 @@ def sum_keys(
                     )  # fmt: skip
                     gl.store(k_ptrs, dk_row, mask=k_mask)
                     # The sums of the wide pair: warpgroup 0 before 1, in every turn.
-                    narrow = _of_narrow(v_row, v_narrow_bias, HAS_BIAS, of_y).to(gl.float32)
+                    narrow = _of_virtual(v_row, v_narrow_bias, HAS_BIAS, of_y, WIDE).to(gl.float32)
                     _wait_for_turn(dv_turn, r, turns_done)
                     dv_sums.store(dv_sums.load(of_y) + y * narrow)
                     arrive(dv_turn, r)
-                    narrow = _of_narrow(k_row, k_narrow_bias, HAS_BIAS, of_x)
+                    narrow = _of_virtual(k_row, k_narrow_bias, HAS_BIAS, of_x, WIDE)
                     _wait_for_turn(dk_turn, r, turns_done)
                     dk_sums.store(_plus_of_wide_keys(dk_sums.load(of_x), x, sigma, narrow, FORM))
                     arrive(dk_turn, r)

@@ -6,12 +6,11 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from csrc_free.device.forms import STRASSEN
 from csrc_free.hopper.assembly import pack_as, parts_of_rows
-from csrc_free.hopper.half_range import P_EXPONENT
+from csrc_free.hopper.half_range import largest_p
 from csrc_free.hopper.key_plan import KEYS, ROWS
 
 _KEYS = gl.constexpr(KEYS)
 _ROWS = gl.constexpr(ROWS)
-_LARGEST_HALF = gl.constexpr(2.0**P_EXPONENT.value)
 
 
 @gluon.jit
@@ -92,7 +91,7 @@ def weigh(
     )  # fmt: skip
     p = _probabilities(
         s, of_keys, lse2_tile, i, whole, m, window, batch, seq, kv_bounds, log2_scale,
-        FORM, HEADS, HAS_BOUNDS, IS_PLAIN, _LARGEST_HALF if IS_HALF else 1.0, LAYOUT, WIDE,
+        FORM, HEADS, HAS_BOUNDS, IS_PLAIN, largest_p(dtype), LAYOUT, WIDE,
     )  # fmt: skip
     y = warpgroup_mma(gl.convert_layout(pack_as(p, dtype), A_OF_Y), dout_tile, y, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))

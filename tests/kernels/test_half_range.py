@@ -60,34 +60,53 @@ def _most(x):
     return x.double().abs().unflatten(1, (2, -1)).amax((2, 3, 4))
 
 
+# Powers of the products with the wide pair or with q and dout; of dS one for each row, or one.
+SIDES = {"keys": (True, False), "wide": (False, False), "narrow and query": (False, True)}
+
+
 @interpreted
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", SIZES)
-def test_operands_stay_in_range_and_powers_are_divided_out(name):
+def test_operands_stay_in_range_and_powers_are_divided_out(name, side):
     bias = 1.0 if name == "as drawn" else 0.0
+    is_of_keys, is_by_row = SIDES[side]
     problem, statistics = _problem(SIZES[name], bias)
     ranges = half_range.ranges_of(problem, statistics)
     size = _gradients_of_logits(problem, statistics, bias)
     assert (size <= ranges.bound.double() * (1 + 1e-5) + 1e-30).all()
-    true = [t.double() + bias for t in (problem.k_narrow, problem.v_narrow)]
-    for is_of_keys in (True, False):
-        found = half_range.scaled(problem, statistics, ranges, is_of_keys=is_of_keys)
-        assert found.problem.biases() == (0.0,) * 4
-        of_keys = (problem.k_wide, problem.v_wide)
-        others = of_keys if is_of_keys else (problem.q, statistics.dout)
-        scaled = (found.problem.k_narrow, found.problem.v_narrow)
-        for got, wanted, other in zip(scaled, true, others, strict=True):
-            assert got.isfinite().all()
-            assert (_most(got) * _most(other)).max() < 2**15
-            power = (_most(got) / _most(wanted).clamp(min=1e-30)).log2().round().exp2()
-            rounded = (wanted * power[..., None, None]).to(HALF)
-            assert torch.equal(got, rounded) or not wanted.any()
-        of_logits = (found.factors[..., 0].double() / problem.log2_scale).log2()
-        assert torch.allclose(of_logits, of_logits.round(), atol=1e-5)
-        is_some = statistics.delta.abs() > 1e-30
-        of_ds = (found.delta / statistics.delta)[is_some].double()
-        assert (size[is_some] * of_ds <= (1.0 if is_of_keys else 2.0**14)).all()
-        if is_of_keys:
-            assert torch.equal(found.lse2, statistics.lse2 - half_range.P_EXPONENT.value)
+    found = half_range.scaled(
+        problem, statistics, ranges, is_of_keys=is_of_keys, is_by_row=is_by_row
+    )
+    assert found.problem.biases() == problem.biases()
+    factors, exact = found.factors.double(), {}
+    others = (problem.k_wide, problem.v_wide) if is_of_keys else (problem.q, statistics.dout)
+    for given, other, place in zip(
+        ("k_narrow", "v_narrow"), others, (half_range.K_BIAS, half_range.V_BIAS), strict=True
+    ):
+        got, true = (getattr(p, given).double() for p in (found.problem, problem))
+        power = (_most(got) / _most(true).clamp(min=1e-30)).log2().round().exp2()
+        by_row = power[..., None, None]
+        assert torch.equal(got.to(HALF), (true * by_row).to(HALF)) or not true.any()
+        assert (_most(got + bias * by_row) * _most(other)).max() < 2**15
+        assert torch.equal(factors[..., place.value], bias * power)
+        exact[given] = power if true.any() else torch.full_like(power, torch.nan)
+    of_logits = factors[..., half_range.OF_LOGITS.value] * exact["k_narrow"]
+    _assert_one(of_logits / problem.log2_scale)
+    is_some = statistics.delta.abs() > 1e-30
+    of_ds = torch.where(is_some, found.delta / statistics.delta, torch.nan).double()
+    assert (size * of_ds <= 1.0)[is_some].all()
+    assert torch.equal(found.lse2, statistics.lse2 - half_range.P_EXPONENT.value)
+    if is_by_row:
+        of_dp, of_t = found.row_factors.double()
+        of_k, of_v = (exact[given][..., None, None] for given in ("k_narrow", "v_narrow"))
+        _assert_one(of_dp / of_ds * of_v)
+        _assert_one(of_t * of_ds * of_k * 2.0**15 / problem.scale)
+        _assert_one(factors[..., half_range.OF_DK_NARROW.value] / exact["k_narrow"])
+
+
+def _assert_one(tensor):
+    """Hold all numbers but NaN to 1."""
+    assert torch.allclose(tensor.nan_to_num(1.0), torch.ones_like(tensor), rtol=1e-6)
 
 
 def _gradients_of_logits(problem, statistics, bias):
@@ -109,8 +128,15 @@ def test_what_is_not_finite_does_not_change_the_powers():
         torch.testing.assert_close(one, other, rtol=0.2, atol=1)
 
 
+@pytest.fixture(params=[3, 65])
+def keys_from(request, monkeypatch):
+    """Let `keys` serve groups of so many heads and more."""
+    monkeypatch.setattr(backward, "_KEYS_FROM", request.param)
+    return request.param
+
+
 @pytest.fixture
-def served(monkeypatch):
+def served(monkeypatch, keys_from):
     """Note who serves the backward, however few rows there are."""
     noted = []
     inner = backward.choose
@@ -134,6 +160,8 @@ CASES = {
     "documents": Case(group=8, seq=150, head_dim=64, w1=60, w2=9, bounds="documents"),
     "not causal": Case(group=32, seq=80, head_dim=40, value_dim=128, w1=20, w2=5, is_causal=False),
     "large logits": Case(group=8, seq=90, head_dim=64, w1=40, w2=9, amplitude=30.0),
+    "1 head": Case(kv_heads=3, group=1, seq=150, head_dim=128, w1=70, w2=40, through="both"),
+    "2 heads, biases": Case(group=2, seq=120, head_dim=64, w1=50, w2=9, k2_bias=1.0, v2_bias=-1.0),
     "lse alone": Case(group=8, seq=90, head_dim=64, w1=40, w2=9, through="lse"),
 }
 FACTORS = {
@@ -164,20 +192,25 @@ def _multiplied(case, factors):
 @pytest.mark.gpu
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_in_float16_are_within_the_budget(name, factors, served, poisoned_memory):
+def test_gradients_in_float16_are_within_the_budget(
+    name, factors, keys_from, served, poisoned_memory
+):
     if CASES[name].k2_bias and factors != "as drawn":
         pytest.skip("a bias is not multiplied")
     assert_matches_reference(_multiplied(CASES[name], FACTORS[factors]), attn, device="cuda")
     assert served
-    assert all("keys" in by for by in served), served
-    if name != "not causal":  # whose D and Dv take tiles of two sizes
-        assert all("query" in by for by in served), served
+    by = "keys, query" if CASES[name].group >= keys_from else "wide, narrow"
+    if name == "not causal":  # whose D and Dv take tiles of two sizes
+        by = "keys), portable"
+    assert all(f"hopper ({by}" in each for each in served), served
 
 
 @pytest.mark.gpu
-def test_rows_of_small_gradients_keep_their_own(served):
+@pytest.mark.parametrize("name", ["64 heads", "8 heads", "1 head"])
+def test_rows_of_small_gradients_keep_their_own(name, served):
     """One power of two for all rows of a tensor would lose those beside a row of large ones."""
-    problem = _multiplied(CASES["64 heads"], FACTORS["as drawn"])
+    case = dataclasses.replace(CASES[name], through="out")
+    problem = _multiplied(case, FACTORS["as drawn"])
     assert problem.dout is not None
     small = 2.0**-12
     dout = problem.dout.clone()
@@ -193,7 +226,7 @@ def test_rows_of_small_gradients_keep_their_own(served):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["64 heads", "8 heads", "exchanged"])
+@pytest.mark.parametrize("name", ["64 heads", "8 heads", "exchanged", "1 head"])
 def test_gradients_in_float16_repeat_bit_for_bit(name, served):
     problem = _multiplied(CASES[name], FACTORS["as drawn"])
     first = run_attn(attn, problem)

@@ -234,4 +234,4 @@ def test_the_bench_names_who_serves(hopper):
     assert said["mha", "backward"] == "hopper (wide, narrow)"
     unserved = "portable: they take bfloat16 and float16, and q is float32"
     assert said["fp32", "forward"] == said["fp32", "backward"] == unserved
-    assert said["fp16", "backward"] == "hopper (keys, query)"
+    assert said["fp16", "backward"] == "hopper (wide, narrow)"

@@ -94,16 +94,28 @@ def test_a_slower_kernel_is_not_chosen():
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 12, 16, 31, 32, 64])
-@pytest.mark.parametrize("form", ["trilinear", "strassen", "determinant"])
-def test_pairs_are_weighed_as_the_forward_did(group, form):
+@pytest.mark.parametrize(
+    ("form", "dtype"), [
+        ("trilinear", torch.bfloat16), ("trilinear", torch.float16),
+        ("strassen", torch.bfloat16), ("determinant", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_pairs_are_weighed_as_the_forward_did(group, form, dtype):
     """As the portable kernels do, but of 32 heads and more in the trilinear form."""
-    some = dataclasses.replace(GROUP8, batch=1, heads=8 * group, form=form)
+    some = dataclasses.replace(GROUP8, batch=1, heads=8 * group, form=form, dtype=dtype)
     for change in ({}, {"w2": 64}, {"w1": 128, "w2": 128}, {"seq": 300}):
         choice = backward.choose(*_problem(dataclasses.replace(some, **change)))
         if form == "trilinear" and group >= 32:
             assert isinstance(choice.keys, Plan)
         else:
             assert choice.served_by == "hopper (wide, narrow)"
+
+
+@pytest.mark.parametrize("group", [2, 8, 64])
+def test_other_forms_of_float16_are_left_to_the_portable_kernels(group):
+    some = dataclasses.replace(GROUP8, heads=8 * group, dtype=torch.float16, form="strassen")
+    choice = backward.choose(*_problem(some))
+    assert set(choice.reasons.values()) == {"in float16 for the trilinear form alone, got strassen"}
 
 
 def test_few_tiles_are_shared():
@@ -228,10 +240,15 @@ def test_it_compiles_for_hopper_and_spills_little(workload, most_spills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
+@pytest.mark.parametrize(
+    ("group", "dtype"), [
+        *((group, torch.bfloat16) for group in (1, 2, 4, 8)),
+        (1, torch.float16), IN_THE_TABLE(8, torch.float16),
+    ],
+)  # fmt: skip
+def test_the_kernel_of_small_groups_compiles_and_spills_little(group, dtype):
     with recorded(HOPPER) as launches:
-        problem, dout = _problem(dataclasses.replace(GROUP8, heads=8 * group))
+        problem, dout = _problem(dataclasses.replace(GROUP8, heads=8 * group, dtype=dtype))
         shape = (problem.q.shape[0], 8, GROUP8.seq, group)
         given = Statistics(
             dout, torch.empty(shape, device="meta"), torch.empty(shape, device="meta"),
@@ -241,10 +258,10 @@ def test_the_kernel_of_small_groups_compiles_and_spills_little(group):
         assert choice.wide == 1
         wide = torch.empty_like(problem.k_wide), torch.empty_like(problem.v_wide)
         backward.write_gradients(problem, given, choice, None, wide, (None, None))
-    (launch,) = launches
+    launch = launches[-1]
     assert launch.kernel.__name__ == "hopper_backward_wide_kernel"
     usage = usage_of(launch, HOPPER)
-    assert usage.spills <= 300
+    assert usage.spills <= 320
     assert usage.shared <= HOPPER.shared_limit
 
 
@@ -360,6 +377,22 @@ SMALL = {
     ),
 }
 SMALL |= {
+    f"{name}, float16": dataclasses.replace(SMALL[name], dtype=torch.float16)
+    for name in (
+        "1 head",
+        "1 head, biases and starts",
+        "1 head, wild bounds",
+        "1 head, no windows",
+        "2 heads, logits of thousands",
+        "4 heads, D 64, both sides",
+        "5 heads",
+        "8 heads",
+        "8 heads, wild bounds, starts",
+        "12 heads, documents",
+        "31 heads, fused",
+        "64 heads",
+    )
+} | {
     name: case
     for name, case in CASES.items()
     if case.form != "trilinear" and "first pair narrow" not in name  # a bias of the wide pair
@@ -488,13 +521,12 @@ def test_the_second_warpgroup_may_be_any_way_behind(group, lag, bounds, monkeypa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 64])
-def test_gradients_repeat_bit_for_bit(group, used):
+def test_gradients_repeat_bit_for_bit(group, dtype, used):
     kv_heads = 12 if group < 3 else 2
     inputs = [
-        torch.randn(2, 700, heads, 128, device="cuda", dtype=torch.bfloat16)
-        .transpose(1, 2)
-        .requires_grad_()
+        torch.randn(2, 700, heads, 128, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
         for heads in (kv_heads * group, *[kv_heads] * 4)
     ]
     out, _lse = attn(*inputs, 300, 20)

@@ -24,8 +24,10 @@ SLACK = 1.1  # times the portable kernels' error
 # Heads to a key-value head, and how many of these.
 SIZES = {64: 1, 12: 2, 8: 2, 4: 2, 1: 2}
 SEQ = {64: 96, 12: 136, 8: 136, 4: 136, 1: 136}
-# A step of bfloat16 here and there, which is luck.
-LUCK = torch.finfo(torch.bfloat16).eps / 4
+# float16 of 64 heads is served by `keys`, which rounds k1∘k2.
+OF_DTYPES = [(group, torch.bfloat16) for group in SIZES] + [
+    (group, torch.float16) for group in SIZES if group < 32
+]
 
 
 @pytest.fixture(autouse=True)
@@ -78,21 +80,28 @@ SAFE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("group", SIZES)
+@pytest.mark.parametrize(("group", "dtype"), OF_DTYPES)
+@pytest.mark.parametrize("bias", [0.0, 1.0])
 @pytest.mark.parametrize("name", SAFE)
-def test_gradients_err_as_the_portable_kernels_do(group, name):
-    problem = _problem(group)
+def test_gradients_err_as_the_portable_kernels_do(name, bias, group, dtype):
+    problem = _problem(group, dtype=dtype, k2_bias=bias, v2_bias=bias)
     SAFE[name](*problem.inputs)
     ours, portable = both(problem)
+    luck = torch.finfo(dtype).eps / 4  # a step here and there
     for tensor, error in ours.of.items():
-        assert error <= SLACK * portable.of[tensor] + LUCK, tensor
+        assert error <= SLACK * portable.of[tensor] + luck, tensor
 
 
-@pytest.mark.parametrize("group", SIZES)
-@pytest.mark.parametrize("size", [100, 1000, 1e6])
-def test_gradients_of_large_scores_are_finite(size, group):
+@pytest.mark.parametrize(
+    ("size", "group", "dtype"), [
+        (size, group, dtype)
+        for size in (100, 1000, 1e6) for group, dtype in OF_DTYPES
+        if size < 1e6 or dtype == torch.bfloat16
+    ],
+)  # fmt: skip
+def test_gradients_of_large_scores_are_finite(size, group, dtype):
     """Which pair is the first is then a matter of rounding; see `python -m tools.precision`."""
-    problem = _problem(group)
+    problem = _problem(group, dtype=dtype)
     problem.inputs[0].mul_(size)
     for name, value in run_attn(torch.ops.simplex.attn, problem).items():
         assert value.isfinite().all(), name
@@ -117,12 +126,12 @@ def test_values_of_any_size_give_the_same_bits(group):
         assert torch.equal(after[name], value * factors.get(name, 1.0)), name
 
 
-@pytest.mark.parametrize("group", SIZES)
+@pytest.mark.parametrize(("group", "dtype"), OF_DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", range(6))
-def test_what_is_not_finite_stays_in_its_head(which, bad, group):
+def test_what_is_not_finite_stays_in_its_head(which, bad, group, dtype):
     """In its batch row and key-value head; `which` is one of the inputs, or dout."""
-    problem = _problem(group)
+    problem = _problem(group, dtype=dtype)
     before = run_attn(torch.ops.simplex.attn, problem)
     assert problem.dout is not None
     tensor = (*problem.inputs, problem.dout)[which]
@@ -135,9 +144,9 @@ def test_what_is_not_finite_stays_in_its_head(which, bad, group):
         assert torch.equal(after[name][1, :others], value[1, :others]), name
 
 
-@pytest.mark.parametrize("group", SIZES)
-def test_queries_that_see_nothing_have_no_gradient(group):
-    problem = _problem(group, bounds="padding")
+@pytest.mark.parametrize(("group", "dtype"), OF_DTYPES)
+def test_queries_that_see_nothing_have_no_gradient(group, dtype):
+    problem = _problem(group, dtype=dtype, bounds="padding")
     start, end = problem.options["kv_bounds"].unbind(-1)
     start[:], end[:] = 0, SEQ[group]
     start[0, 20:40], end[0, 20:40] = 5, 5
