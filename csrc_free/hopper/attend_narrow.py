@@ -119,6 +119,8 @@ def attend_narrow(
     of_operand: gl.constexpr = operand(BLOCK_D)
     of_rows: gl.constexpr = rows_of(of_logits)
     by_column: gl.constexpr = gl.BlockedLayout([32, 1], [1, 32], [1, 4], [1, 0])
+    if IS_HALF:
+        scale = 1.0  # the rows' factors have it
     vq = vq_tiles.index(r)
     vdo = vdo_tiles.index(r)
     q_row = q_rows.index(r)
@@ -339,11 +341,9 @@ def attend_narrow(
                 heads = (items // chunks).to(gl.int64)
                 part = (((item % chunks) * heads + bh) * 2 + r) * slots
                 of_entry = to_float32(rows_of_entries(q_row, t.to(dtype), ENTRIES))
-                to_key = of_narrow_key(t, sigma, of_entry, FORM)
-                if not IS_HALF:  # else the sum of the parts sees to it
-                    to_key *= scale
                 add_to_part(
-                    dk_parts + part * HEAD_DIM, base, slots, to_key,
+                    dk_parts + part * HEAD_DIM, base, slots,
+                    of_narrow_key(t, sigma, of_entry, FORM) * scale,
                     r * ENTRIES, HEADS, HEAD_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 of_entry = rows_of_entries(do_row, u.to(dtype), ENTRIES)
@@ -352,14 +352,13 @@ def attend_narrow(
                     r * ENTRIES, HEADS, VALUE_DIM, KEYS, ENTRIES, IS_SHIFTED,
                 )  # fmt: skip
                 n += 1
-            if not IS_HALF:
-                total *= scale
-                second_total *= scale
             ptrs = dq + batch.to(gl.int64) * dq_strides[0]
-            _store_sums(ptrs, total, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS)
+            _store_sums(
+                ptrs, total * scale, entry, kv_head, seq, dq_strides, GROUP, HEADS, HEAD_DIM, PAIRS
+            )
             if ENTRIES > 1:
                 _store_sums(
-                    ptrs, second_total, entry + 1, kv_head, seq, dq_strides,
+                    ptrs, second_total * scale, entry + 1, kv_head, seq, dq_strides,
                     GROUP, HEADS, HEAD_DIM, PAIRS,
                 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from tools.fuzz import hopper
 from tools.fuzz.branches import BRANCHES
 from tools.fuzz.families import FAMILIES, LAYOUTS, any_constants, member
 
-MOST_COMPILATIONS = 60
+MOST_COMPILATIONS = 70
 BF16 = {"dtype": torch.bfloat16, "head_dim": 128}
 FORWARD = {"grad_mask": (False,) * 5}
 

@@ -52,6 +52,7 @@ NAMED = ("llama-mqa", "gqa8-2k", "mha", "fp16", "determinant")
 _LIKE = WORKLOADS["gqa8-2k"]
 OTHERS = (
     replace(_LIKE, name="strassen", form="strassen"),
+    WORKLOADS["mqa-fp16"],
     WORKLOADS["fp32"],
     replace(_LIKE, name="d256", head_dim=256),
     replace(_LIKE, name="d256-fp32", head_dim=256, dtype=torch.float32),

@@ -96,7 +96,7 @@ FAMILIES = (
     ),
     Family(
         "8 heads, float16, biases", 8, (128, 128), (8, 20), (94, 101), (17, 31), (120, 140),
-        (20, 40), dtype=torch.float16, has_bias=True,
+        (60, 80), dtype=torch.float16, has_bias=True,
     ),
     Family("8 heads, tail", 8, (128, 128), (74, 90), (58, 73), (17, 31)),
     Family("8 heads, long", 8, (128, 128), (8, 20), (378, 393), (17, 31), (393, 410), (60, 80)),
