@@ -113,7 +113,15 @@ def test_a_written_table_says_what_was_measured_when_and_with_what(table):
     assert found["figures"][-1]["value"] == round(one.rate("num_stages 4"))
     assert found["figures"][-1]["cudnn fwd"] == round(one.rate("cudnn fwd"))
     again = tune.written(found, [one], FACTS)
-    assert len(again["figures"]) == len(found["figures"]), "a line has one figure"
+    assert again == found, "a line has one figure"
+
+
+def test_figures_that_are_kept_say_of_what_device_and_day_they_are(table):
+    here = {"device": "another", "date": "2026-01-01"}
+    table = {**table, "figures": [{"value": 1}, {"value": 2, **here}]}
+    first, second = tune.written(table, [], FACTS)["figures"]
+    assert first == {name: table[name] for name in ("device", "versions", "date")} | {"value": 1}
+    assert second == {"value": 2, "versions": table["versions"], **here}
 
 
 def test_a_table_is_written_as_it_is_kept():
