@@ -20,7 +20,7 @@ from simplex_ops.marking.saved import SavedMark
 from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark
 from simplex_ops.marking.watching import watching
-from simplex_ops.marking.windows_in_graphs import compare_windows
+from simplex_ops.marking.windows_in_graphs import as_scheduled, windows_of
 
 
 class Marked(nn.Module):
@@ -66,8 +66,9 @@ class Marked(nn.Module):
         if mask is not None:
             given[mask_name] = None
         if torch.compiler.is_compiling() and not _is_run_to_export():
+            w1, w2 = windows_of(setting)
             given[x_name] = MARK_OP(
-                x, pair.k2, pair.v2, mask, setting.w1, setting.w2, pair.q_start,
+                x, pair.k2, pair.v2, mask, w1, w2, pair.q_start,
                 is_causal=setting.is_causal, form=setting.form,
                 k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
                 without_dropout=setting.without_dropout, **_of_a_cache(pair),
@@ -95,7 +96,7 @@ class Marked(nn.Module):
                 "by: unmark() it, change its class, then mark it again"
             )
         if isinstance(value, Mark) and name == "simplex_mark" and "simplex_ops" in self._modules:
-            compare_windows(self.simplex_ops.mark, value)
+            value = as_scheduled(self.simplex_ops.mark, value)
             self.simplex_ops.hold(value)
             config_entry.note(self, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
