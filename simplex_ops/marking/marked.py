@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +13,12 @@ from simplex_ops.marking.cached import SecondPair, put_into
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
-from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
+from simplex_ops.marking.instance_forward import (
+    call_watched,
+    hides,
+    marked_forward_runs,
+    watched,
+)
 from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.naming import described
 from simplex_ops.marking.saved import SavedMark
@@ -35,6 +40,11 @@ class Marked(nn.Module):
     simplex_v2: SecondProjection
     simplex_k2_norm: SecondNorm | None  # where the module norms its keys
     simplex_ops: SavedMark
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):  # of a class derived later: it may never come to this one's
+            cls.__call__ = watched(cls.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Marked):  # torch.compile(module) holds this method beyond unmark()
@@ -150,7 +160,19 @@ def _made(base: type[nn.Module], family: Family, forward: Any) -> type[Marked]:
         "simplex_arguments": names[1:],
         "simplex_takes_is_causal": takes_is_causal(parameters),
     }
+    if base.__call__ is not nn.Module.__call__:
+        space["__call__"] = _through(base)
     return type(f"Simplex{base.__name__}", (Marked, base), space)
+
+
+def _through(base: type[nn.Module]) -> Callable[..., Any]:
+    """Return the `__call__` of a class that has one of its own, for `Marked` to watch."""
+
+    @functools.wraps(base.__call__)
+    def call(self: Marked, *args: Any, **kwargs: Any) -> Any:
+        return Marked.__call__(self, *args, **kwargs)
+
+    return call
 
 
 def takes_is_causal(parameters: Iterable[inspect.Parameter]) -> bool:
