@@ -1,5 +1,6 @@
 """What a refusal names is the cause, and what it advises works; no call is passed by."""
 
+import gc
 import re
 
 import pytest
@@ -196,6 +197,16 @@ def test_a_mark_whose_module_attends_from_elsewhere_alone_is_refused():
             super().__init__(softcapped)
 
     assert "its attention scores pass through tanh" in refusal_of(mark(Elsewhere()), states())
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_module_compiled_alone_is_named_as_in_its_model(is_frozen):
+    model = Residual(mark(Attention(softcapped)))
+    if is_frozen:
+        gc.freeze()
+    assert "blocks.0: its attention scores pass through tanh" in refusal_of(
+        model.blocks[0], states()
+    )
 
 
 def test_a_graph_that_the_pass_does_not_understand_is_refused_and_not_raised_from(monkeypatch):
