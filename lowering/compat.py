@@ -166,7 +166,10 @@ def share_memory(a: torch.fx.Node, b: torch.fx.Node) -> bool:
     of = [example(node) for node in (a, b)]
     if not all(isinstance(tensor, torch.Tensor) for tensor in of):
         return True
-    return of[0].untyped_storage()._cdata == of[1].untyped_storage()._cdata
+    try:
+        return of[0].untyped_storage()._cdata == of[1].untyped_storage()._cdata
+    except NotImplementedError:  # of what vmap batches, as in flex_attention's mask
+        return True
 
 
 def is_symbolic(value: Any) -> bool:

@@ -1,11 +1,12 @@
 """The name of the module that a node was traced in, as its model calls it."""
 
 import functools
-import gc
+from typing import Any
 
 from torch import fx, nn
 
 from lowering import compat
+from simplex_ops.marking.living import frozen, living
 from simplex_ops.marking.marked import is_marked
 from simplex_ops.marking.naming import running
 
@@ -54,12 +55,16 @@ class Names:
         Where Dynamo noted no module, the weight that k2 was made with tells it.
         """
         wanted = _innermost(mark) or self._within
-        if not self._running.get(wanted):
-            held = _holders()
-            k2: fx.Node = mark.args[1]  # pyright: ignore[reportAssignmentType]
-            wanted = wanted or _holder_of_weight(k2, held)
-            return self._running.get(wanted) or _name(wanted, held) or _path_of(mark)
-        return self._running[wanted]
+        if self._running.get(wanted):
+            return self._running[wanted]
+        k2: fx.Node = mark.args[1]  # pyright: ignore[reportAssignmentType]
+        for search in (living, frozen):
+            held = _holders(search((nn.Module,)))
+            found = wanted or _holder_of_weight(k2, held)
+            name = self._running.get(found) or _name(found, held)
+            if name:
+                return name
+        return _path_of(mark)
 
 
 def _without_wrappers(name: str) -> str:
@@ -85,11 +90,11 @@ def _innermost(node: fx.Node) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _holders() -> dict[int, tuple[int, str]]:
-    """Map the id of every live module and weight to that of the module which holds it, and how."""
+def _holders(modules: list[Any]) -> dict[int, tuple[int, str]]:
+    """Map the id of every module and weight to that of the module which holds it, and how."""
     held: dict[int, tuple[int, str]] = {}
-    for module in gc.get_objects():
-        if issubclass(type(module), nn.Module) and "_modules" in module.__dict__:
+    for module in modules:
+        if "_modules" in module.__dict__:
             children = {**module.__dict__["_modules"], **module.__dict__["_parameters"]}
             children.pop("_orig_mod", None)  # torch.compile's wrapper is no part of the model
             held.update(

@@ -38,6 +38,7 @@ from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.no_attention import attends_again, why_no_attention
 from lowering.report import Refused, Report, Rewritten
 from simplex_ops.contract.schema import ATTN_OP
+from simplex_ops.marking import windows_in_graphs
 from simplex_ops.marking.call import Expected, SdpaCall, refusal, with_mask
 from simplex_ops.marking.ranges import RANGES_OP
 from simplex_ops.rules import lowered
@@ -117,10 +118,11 @@ def _serve(
     if reason is not None:
         raise _Unserved(str(reason))
     inputs = (given.query, given.key, k2, given.value, v2, w1, w2)
+    told1, told2 = (windows_in_graphs.told(compat.hint(compat.example(w))) for w in (w1, w2))
     done = Rewritten(
         name,
-        compat.hint(compat.example(w1)),
-        compat.hint(compat.example(w2)),
+        told1,
+        told2,
         options.get("form", "trilinear"),
     )
     if q_start is not None:

@@ -1,7 +1,5 @@
 """By what else a marked module attends: why no call pairs with its mark, or what is beside one."""
 
-from typing import Any
-
 from torch import fx
 
 from lowering import compat
@@ -9,10 +7,10 @@ from lowering.graphs.pairing import is_softmax, marks_behind, spelled_out_output
 from lowering.graphs.spelled import scores_of
 from lowering.graphs.subgraphs import Subgraphs
 from lowering.passes.spelled_out import why_not
+from simplex_ops.marking.another import is_attention, name_of, weighs
 from simplex_ops.marking.call import SDPA
 
-_FUSED = ("multi_head_attention_forward", "flex_attention")
-_OTHER_WAYS = ("softmax", *_FUSED)
+_OTHER_WAYS = ("softmax", "multi_head_attention_forward", "flex_attention")
 
 
 def why_no_attention(mark: fx.Node, subgraphs: Subgraphs) -> str:
@@ -53,10 +51,10 @@ def attends_again(mark: fx.Node) -> str | None:
     """Return by what a mark's module attends beside its call; None where by nothing."""
     stops = spelled_out_outputs(mark.graph)
     for node in _made_from(mark):
-        if _name(node) in _FUSED or _is_exported(node):
+        if is_attention(node.target, (*node.args, *node.kwargs.values()), fx.Node):
             source = node
         else:
-            source = scores_of(node) if is_softmax(node) else None
+            source = scores_of(node) if weighs(node.target) else None
         if source is not None and all(
             mark in marks_behind(operand, node, stops) for operand in source.all_input_nodes[:2]
         ):
@@ -69,9 +67,7 @@ def _is_exported(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.partition(".")[0]  # of an operator: its overload
+    return name_of(node.target)
 
 
 def _made_from(mark: fx.Node) -> list[fx.Node]:

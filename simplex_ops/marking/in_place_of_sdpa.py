@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from simplex_ops.marking.another import Another
 from simplex_ops.marking.cached import SecondPair
 from simplex_ops.marking.call import SDPA, SdpaCall, UnservedMarkError, refusal, with_mask
 from simplex_ops.marking.multi_head import named, refuse_unserved, spelled_out
@@ -33,7 +34,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
         self.unrepeated = Unrepeated()
         self.calls = 0
         self.sizes: tuple[int, ...] = ()  # of the scores, had it any
-        self.weights: set[tuple[int, ...]] = set()  # sizes of what came out of a softmax
+        self.another = Another()
 
     def refuse_another(self) -> None:
         """Raise where the module attended otherwise than by the one call that was taken over."""
@@ -43,9 +44,10 @@ class InPlaceOfSdpa(TorchFunctionMode):
                 f"{self.calls} times in one forward, and a mark takes over exactly one call: "
                 'load the model with attn_implementation="sdpa", or compile it'
             )
-        if _are_numbers(self.sizes) and self.sizes in self.weights and self.sizes[2] > 1:
+        name = self.another.beside(self.sizes)
+        if name is not None:
             raise UnservedMarkError(
-                f"a marked module, {running_as(self.module)}, cannot run: it attends by softmax "
+                f"a marked module, {running_as(self.module)}, cannot run: it attends by {name} "
                 "too, and a mark takes over exactly one attention: mark a module that attends once"
             )
 
@@ -59,8 +61,7 @@ class InPlaceOfSdpa(TorchFunctionMode):
         if func is not SDPA:
             out = func(*args, **(kwargs or {}))
             self.unrepeated.note(func, args, kwargs or {}, out)
-            if getattr(func, "__name__", "") == "softmax" and _are_numbers(out.shape):
-                self.weights.add(tuple(out.shape))
+            self.another.note(func, args, kwargs or {}, out)
             return out
         self.calls += 1
         setting, pair = self.setting, self.pair
@@ -97,7 +98,3 @@ class InPlaceOfSdpa(TorchFunctionMode):
             raise UnservedMarkError(
                 f"a marked module, {running_as(self.module)}, cannot run: {error}"
             ) from None
-
-
-def _are_numbers(sizes: tuple[int, ...]) -> bool:
-    return all(isinstance(size, int) for size in sizes)  # traced, they may be symbols

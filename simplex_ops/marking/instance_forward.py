@@ -10,11 +10,13 @@ module alone. A mark lives in the class: nothing may pass it by.
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from simplex_ops.marking.call import UnservedMarkError
@@ -49,7 +51,11 @@ def put_back(module: nn.Module, marked: Any, old: Any) -> None:
 
 
 def call_watched(
-    module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    method: str = "forward",  # that may pass the mark by
 ) -> Any:
     """Call a marked module and raise where its marked forward was passed by."""
     outer = getattr(_awaiting, "module", None)
@@ -58,22 +64,42 @@ def call_watched(
         result = call(*args, **kwargs)
         if _awaiting.module is module:
             raise UnservedMarkError(
-                f"a marked module, {running_as(module)}, has a forward {_where(module)}"
+                f"a marked module, {running_as(module)}, has a {method} {_where(module, method)}"
             )
     finally:
         _awaiting.module = outer
     return result
 
 
-def _where(module: nn.Module) -> str:
-    if "forward" in vars(module):
+def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `__call__` of marked modules that raises where it passes their mark by.
+
+    Compiled, one that calls another `__call__` is trusted: it may do so in a checkpoint, which
+    allows no watch.
+    """
+    code = getattr(inspect.unwrap(call), "__code__", None)
+    is_trusted = code is not None and "__call__" in code.co_names
+
+    @functools.wraps(call)
+    def call_and_watch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "simplex_mark"):  # torch.compile(module) holds this beyond unmark()
+            return self(*args, **kwargs)
+        if is_trusted and torch.compiler.is_compiling():
+            return call(self, *args, **kwargs)
+        return call_watched(self, functools.partial(call, self), args, kwargs, "__call__")
+
+    return call_and_watch
+
+
+def _where(module: nn.Module, method: str) -> str:
+    if method in vars(module):
         return (
             "on the instance that passes the mark by. Take it away (`del module.forward`), or put "
             "there one that calls the marked forward"
         )
     return (
         f"of its own, as a {type(module).__name__}, that passes the mark by: let that class call "
-        "super().forward, or unmark() the module before it becomes one, and mark it then"
+        f"super().{method}, or unmark() the module before it becomes one, and mark it then"
     )
 
 

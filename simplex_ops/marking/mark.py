@@ -36,6 +36,7 @@ def mark(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     dtype: torch.dtype | None = None,
+    window_schedule: bool = False,
 ) -> nn.Module:
     """Make an attention module 2-simplicial, in place, and return it.
 
@@ -91,6 +92,10 @@ def mark(
         head_dim: size of its heads, of keys and values alike.
         dtype: of k2 and v2; None is that of the module's projection, or, where that is quantised,
             the one in which it or its model's config says to compute.
+        window_schedule: the windows will change (`module.simplex_mark` is replaced), so compiled
+            code takes them as numbers from the first call on and is compiled once; without it, they
+            are constants at first and the first change compiles once more. It is no setting of the
+            model and is saved with none.
 
     Raises:
         TypeError: the module is not of a shape that marking knows; the message says what it lacks.
@@ -120,6 +125,7 @@ def mark(
         _drops(attention_dropout),
         init,
         found.kv_heads,
+        window_schedule,
     )
     return mark_as(module, setting, family, found, dtype)
 

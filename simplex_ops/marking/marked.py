@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -13,14 +13,19 @@ from simplex_ops.marking.cached import SecondPair, put_into
 from simplex_ops.marking.call import UnservedMarkError
 from simplex_ops.marking.families.family import Family
 from simplex_ops.marking.in_place_of_sdpa import InPlaceOfSdpa
-from simplex_ops.marking.instance_forward import call_watched, hides, marked_forward_runs
+from simplex_ops.marking.instance_forward import (
+    call_watched,
+    hides,
+    marked_forward_runs,
+    watched,
+)
 from simplex_ops.marking.mark_op import MARK_OP
 from simplex_ops.marking.naming import described
 from simplex_ops.marking.saved import SavedMark
 from simplex_ops.marking.second import SecondNorm, SecondProjection
 from simplex_ops.marking.setting import Mark
 from simplex_ops.marking.watching import watching
-from simplex_ops.marking.windows_in_graphs import compare_windows
+from simplex_ops.marking.windows_in_graphs import as_scheduled, windows_of
 
 
 class Marked(nn.Module):
@@ -35,6 +40,11 @@ class Marked(nn.Module):
     simplex_v2: SecondProjection
     simplex_k2_norm: SecondNorm | None  # where the module norms its keys
     simplex_ops: SavedMark
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):  # of a class derived later: it may never come to this one's
+            cls.__call__ = watched(cls.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Marked):  # torch.compile(module) holds this method beyond unmark()
@@ -66,8 +76,9 @@ class Marked(nn.Module):
         if mask is not None:
             given[mask_name] = None
         if torch.compiler.is_compiling() and not _is_run_to_export():
+            w1, w2 = windows_of(setting)
             given[x_name] = MARK_OP(
-                x, pair.k2, pair.v2, mask, setting.w1, setting.w2, pair.q_start,
+                x, pair.k2, pair.v2, mask, w1, w2, pair.q_start,
                 is_causal=setting.is_causal, form=setting.form,
                 k2_bias=setting.k2_bias, v2_bias=setting.v2_bias,
                 without_dropout=setting.without_dropout, **_of_a_cache(pair),
@@ -95,7 +106,7 @@ class Marked(nn.Module):
                 "by: unmark() it, change its class, then mark it again"
             )
         if isinstance(value, Mark) and name == "simplex_mark" and "simplex_ops" in self._modules:
-            compare_windows(self.simplex_ops.mark, value)
+            value = as_scheduled(self.simplex_ops.mark, value)
             self.simplex_ops.hold(value)
             config_entry.note(self, value)
         super().__setattr__(name, value)  # pyright: ignore[reportArgumentType]
@@ -149,7 +160,19 @@ def _made(base: type[nn.Module], family: Family, forward: Any) -> type[Marked]:
         "simplex_arguments": names[1:],
         "simplex_takes_is_causal": takes_is_causal(parameters),
     }
+    if base.__call__ is not nn.Module.__call__:
+        space["__call__"] = _through(base)
     return type(f"Simplex{base.__name__}", (Marked, base), space)
+
+
+def _through(base: type[nn.Module]) -> Callable[..., Any]:
+    """Return the `__call__` of a class that has one of its own, for `Marked` to watch."""
+
+    @functools.wraps(base.__call__)
+    def call(self: Marked, *args: Any, **kwargs: Any) -> Any:
+        return Marked.__call__(self, *args, **kwargs)
+
+    return call
 
 
 def takes_is_causal(parameters: Iterable[inspect.Parameter]) -> bool:

@@ -24,6 +24,7 @@ _MERGED = ("reshape", "flatten", "view")
 _WRITING = {
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__",
     "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__idiv__",
+    "numpy", "data_ptr", "__dlpack__", "untyped_storage", "storage",  # memory that others write to
 }  # fmt: skip
 _COPIED = ("contiguous", "clone")
 _ALIKE = (
@@ -94,11 +95,17 @@ class Unrepeated:
 def _writes(func: Any, name: str, kwargs: dict[str, Any]) -> bool:
     """Say whether a call may write into a tensor that it is given."""
     by_name = name in _WRITING or (name.endswith("_") and not name.startswith("__"))
-    return by_name or "out" in kwargs or bool(kwargs.get("inplace")) or _is_mutable(func)
+    return by_name or "out" in kwargs or bool(kwargs.get("inplace")) or _is_mutable(func, kwargs)
 
 
-def _is_mutable(func: Any) -> bool:
-    return isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable
+def _is_mutable(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Say so of an operator, by the schemas of all its overloads where none was named."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        overloads = [getattr(func, name) for name in func.overloads()]
+    else:
+        overloads = [func] if isinstance(func, torch._ops.OpOverload) else []
+    arguments = (argument for overload in overloads for argument in overload._schema.arguments)
+    return any(a.is_write and (not a.kwarg_only or a.name in kwargs) for a in arguments)
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:

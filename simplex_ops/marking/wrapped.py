@@ -4,13 +4,13 @@ What wraps a model takes its parameters then. Those of k2 and v2, made later, wo
 no ranks and sharded over none: each rank would train its own, and nothing would say so.
 """
 
-import gc
 import sys
 from typing import Any
 
 import torch
 from torch import nn
 
+from simplex_ops.marking.living import frozen, living
 from simplex_ops.marking.naming import described
 
 
@@ -38,12 +38,11 @@ def refuse_wrapped(module: nn.Module, name: str, weight: Any) -> None:
 
 
 def _wrappers() -> list[nn.Module]:
-    # A module does not know who wraps it, and marking is rare: look through all that lives. By
-    # type(), since isinstance() asks objects, and among all that live are dead weak proxies.
+    # A module does not know who wraps it, and marking is rare: look through all that lives.
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     kinds = [nn.parallel.DistributedDataParallel]
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         kinds.append(fsdp.FullyShardedDataParallel)
-    return [o for o in gc.get_objects() if issubclass(type(o), tuple(kinds))]
+    return living(tuple(kinds)) + frozen(tuple(kinds))

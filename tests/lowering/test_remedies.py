@@ -1,5 +1,8 @@
 """What a refusal names is the cause, and what it advises works; no call is passed by."""
 
+import gc
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,6 @@ from tiny_llama import (
     attention,
     llama,
     mark_layers,
-    matrix_products,
     randomize,
     sdpa,
     softcapped,
@@ -19,6 +21,7 @@ from tiny_llama import (
 )
 from torch import nn
 from torch._dynamo.backends.debugging import eager
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import simplex_ops
@@ -108,25 +111,65 @@ def test_a_second_call_from_another_query_is_not_left_ordinary():
         module(states())
 
 
-def _by_softmax_too(q, k, v, **options):
-    return sdpa(q, k, v, **options) + matrix_products(q, k, v)
+@torch.library.custom_op("simplex_test::flash_attn_fwd", mutates_args=())
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
 
 
-def _by_the_operator_too(q, k, v, **options):
-    again = torch.ops.aten.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    return sdpa(q, k, v, **options) + again
+@_flash.register_fake
+def _(q, k, v):
+    return torch.empty_like(q)
 
 
-@pytest.mark.parametrize(
-    ("attend", "name"),
-    [(_by_softmax_too, "softmax"), (_by_the_operator_too, "scaled_dot_product_attention")],
-)
-def test_a_second_attention_of_another_spelling_is_not_left_ordinary(attend, name):
-    module = mark(Attention(attend))
-    assert f"its module attends by {name} too" in refusal_of(module, states())
-    if name == "softmax":
-        with pytest.raises(UnservedMarkError, match="it attends by softmax too"):
-            module(states())
+def _weighed(weights):
+    return lambda q, k, v: weights(q @ k.mT) @ v
+
+
+def _by_hand(scores):
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+ATEN = torch.ops.aten
+SECOND = {
+    "softmax": _weighed(lambda s: torch.softmax(s, -1)),
+    "softmax.int": _weighed(lambda s: ATEN.softmax.int(s, -1)),
+    "_softmax": _weighed(lambda s: ATEN._softmax(s, -1, False)),
+    "special_softmax": _weighed(lambda s: torch.special.softmax(s, -1)),
+    "exp": _weighed(_by_hand),
+    "exp of log_softmax": _weighed(lambda s: s.log_softmax(-1).exp()),
+    "scaled_dot_product_attention": ATEN.scaled_dot_product_attention,
+    "scaled_dot_product_attention.default": ATEN.scaled_dot_product_attention.default,
+    "_scaled_dot_product_flash_attention_for_cpu": lambda *given: (
+        ATEN._scaled_dot_product_flash_attention_for_cpu(*given)[0]
+    ),
+    "_scaled_dot_product_attention_math": lambda *given: torch._scaled_dot_product_attention_math(
+        *given
+    )[0],
+    "flash_attn_fwd": _flash,
+    "flex_attention": flex_attention,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_attention_of_another_spelling_is_not_left_ordinary(name):
+    def attend(q, k, v, **options):
+        wide = (t.repeat_interleave(2, 1) for t in (k, v))
+        return sdpa(q, k, v, **options) + SECOND[name](q, *wide)
+
+    module, said = mark(Attention(attend)), name.split(".")[0].split(" ")[0]
+    with pytest.raises(UnservedMarkError, match=rf"Attention, cannot run: it attends by {said} to"):
+        module(states())
+    assert re.search(r"its module attends by \w*(soft|exp|att)", refusal_of(module, states()))
+
+
+def test_an_exponential_of_another_size_than_scores_is_no_second_attention():
+    def attend(q, k, v, **options):
+        return sdpa(q * torch.exp(q.mean(-1, keepdim=True)), k, v, **options)
+
+    module, x = randomize(mark(Attention(attend), window=(5, 3))), states(8)  # as head_dim
+    torch.testing.assert_close(passed_alone(module)(x), module(x))
 
 
 def test_a_softmax_that_weighs_no_keys_is_no_second_attention():
@@ -154,6 +197,16 @@ def test_a_mark_whose_module_attends_from_elsewhere_alone_is_refused():
             super().__init__(softcapped)
 
     assert "its attention scores pass through tanh" in refusal_of(mark(Elsewhere()), states())
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_module_compiled_alone_is_named_as_in_its_model(is_frozen):
+    model = Residual(mark(Attention(softcapped)))
+    if is_frozen:
+        gc.freeze()
+    assert "blocks.0: its attention scores pass through tanh" in refusal_of(
+        model.blocks[0], states()
+    )
 
 
 def test_a_graph_that_the_pass_does_not_understand_is_refused_and_not_raised_from(monkeypatch):

@@ -21,6 +21,7 @@ from tiny_llama import (
 )
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lowering.backend import serve_marks
@@ -266,6 +267,52 @@ def test_a_class_whose_forward_passes_the_mark_by_is_refused(where, how, monkeyp
     if where == "a derived class":
         module.__class__ = type("Other", (marked,), {"forward": through})
         assert torch.equal(run(x), expected)
+
+
+def past_its_call(self, hidden_states, attention_mask=None):
+    return Attention.forward(self, hidden_states, attention_mask)
+
+
+def through_its_call(self, *args, **kwargs):
+    return nn.Module.__call__(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("where", ["a derived class", "the class of before"])
+def test_a_class_whose_call_passes_the_mark_by_is_refused(where, how):
+    def marked(call):
+        own = type("Other", (Attention,), {"__call__": call})
+        module = mark(own() if where == "the class of before" else Attention(), window=(6, 3))
+        if where == "a derived class":
+            module.__class__ = type("Other", (type(module),), {"__call__": call})
+        return randomize(module)
+
+    passing, through, x = marked(past_its_call), marked(through_its_call), states()
+    run = torch.compile(passing, backend=passed) if how == "compiled" else passing
+    with pytest.raises(UnservedMarkError, match=r"has a __call__ of its own.*super\(\).__call__"):
+        run(x)
+    served = mark(Attention(), window=(6, 3))
+    served.load_state_dict(through.state_dict())
+    assert torch.equal(run_of(through, how)(x), served(x))
+    with pytest.raises(UnservedMarkError, match=r"has a __call__ of its own"):
+        copy.deepcopy(passing)(x)
+    if where == "the class of before":
+        run = run_of(through, how)
+        run(x)
+        unmark(through)  # which a compiled module notices
+        assert torch.equal(run(x), through(x))
+        assert not torch.equal(run(x), served(x))
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_class_whose_call_is_a_checkpoint_is_served(how):
+    class Checkpointed(Attention):
+        def __call__(self, *args, **kwargs):
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+
+    module, served = (randomize(mark(c(), window=(6, 3))) for c in (Checkpointed, Attention))
+    served.load_state_dict(module.state_dict())
+    assert torch.equal(run_of(module, how)(states()), served(states()))
 
 
 def test_an_ensemble_by_vmap_is_served():

@@ -1,6 +1,7 @@
 """What is refused, and why: the cause is true, nothing is left behind, the remedy works."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import numpy as np
@@ -163,9 +164,12 @@ def marked_alone() -> tuple[Any, dict[str, torch.Tensor]]:
     return model, train_step(model, model, tokens())
 
 
-def test_marking_after_ddp_is_refused_and_goes_with_its_remedy(ranks):
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_marking_after_ddp_is_refused_and_goes_with_its_remedy(ranks, is_frozen):
     model = llama()
     wrapped = DistributedDataParallel(model)
+    if is_frozen:
+        gc.freeze()
     state = attention(model, 1).state_dict()
     text = r"part of a model in DistributedDataParallel.*mark the model before Distributed"
     with pytest.raises(ValueError, match=text):

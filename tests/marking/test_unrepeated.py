@@ -86,7 +86,26 @@ def _out_written(t):
     return torch.mul(repeated, 2, out=repeated)
 
 
+@torch.library.custom_op("simplex_test::halve", mutates_args=("t",))
+def _halve(t: torch.Tensor) -> None:
+    t.mul_(0.5)
+
+
+def _operator_written(t):
+    wide = t.detach().repeat_interleave(2, 1)
+    torch.ops.simplex_test.halve(wide)
+    return wide
+
+
+def _numpy_written(t):
+    wide = t.detach().repeat_interleave(2, 1)
+    wide.numpy()[:] *= 0.5
+    return wide
+
+
 UNKNOWN = {
+    "written into by an operator": _operator_written,
+    "written into as an array": _numpy_written,
     "tiles": lambda t: t.repeat(1, 2, 1, 1),
     "permuted heads": lambda t: t[:, [1, 0], None].expand(-1, -1, 2, -1, -1).flatten(1, 2)[:, 1:],
     "scaled after": lambda t: t.repeat_interleave(2, 1) * 2,
