@@ -66,15 +66,17 @@ def attended_pairs(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `simplicial_attention`.
-        ValueError: top is below 1.
+        ValueError: top is no int, or below 1.
 
     Example::
 
         j, k, weight = attended_pairs(q, k1, k2, window=(64, 16), top=3)
         j[0, 2, -1]  # the rows of k1 in the three heaviest pairs of head 2's last query
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1 (pairs to return for each query), got {top}")
+    if not isinstance(top, int) or top < 1:
+        raise ValueError(
+            f"top must be an int, at least 1 (pairs to return for each query), got {top!r}"
+        )
     w1, w2 = window_pair(window)
     given = {"scale": scale, "is_causal": is_causal, "form": form, "k2_bias": k2_bias}
     positions = {"kv_bounds": kv_bounds, "q_start": q_start}

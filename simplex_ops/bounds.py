@@ -11,8 +11,12 @@ and the windows and causality of the operator narrow it further. No function rea
 tensor on a device, so none synchronises, and all can be compiled with fullgraph=True.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def kv_bounds_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -34,17 +38,18 @@ def kv_bounds_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
             synchronise.
 
     Raises:
-        TypeError: `cu_seqlens` is not of an integer dtype.
-        ValueError: `cu_seqlens` has no value, or not 1 or 2 dimensions.
+        TypeError: `cu_seqlens` is no tensor of an integer dtype.
+        ValueError: `cu_seqlens` has no value, or not 1 or 2 dimensions; `length` is below 0.
     """
     _check_integers("cu_seqlens", cu_seqlens)
+    _check_length("length", length)
     if cu_seqlens.dim() not in {1, 2} or cu_seqlens.shape[-1] < 1:
         raise ValueError(
             "cu_seqlens must have shape [documents + 1] or [batch, documents + 1], "
             f"got {list(cu_seqlens.shape)}"
         )
     edges = cu_seqlens if cu_seqlens.dim() == 2 else cu_seqlens[None]
-    edges = edges.to(torch.int32).contiguous()
+    edges = edges.long().clamp(0, length).to(torch.int32).contiguous()  # of int64 nothing wraps
     token = torch.arange(length, dtype=torch.int32, device=edges.device)
     token = token.expand(edges.shape[0], length).contiguous()
     after = torch.searchsorted(edges, token, right=True)  # [B, length], the edge that ends it
@@ -67,7 +72,7 @@ def kv_bounds_from_document_ids(document_ids: Tensor) -> Tensor:
             and no document sees them.
 
     Raises:
-        TypeError: `document_ids` is not of an integer dtype.
+        TypeError: `document_ids` is no tensor of an integer dtype.
         ValueError: not 2 dimensions; or an id that comes back after another one, which a range
             cannot say. This last is checked where looking costs no synchronisation, in eager
             code on CPU tensors; elsewhere each run counts as a document of its own.
@@ -112,13 +117,15 @@ def kv_bounds_from_padding_mask(mask: Tensor, queries: int | None = None) -> Ten
         queries: N; None is M.
 
     Raises:
-        TypeError: `mask` is neither bool nor of an integer dtype.
-        ValueError: not 2 dimensions; or padding between real tokens, which a range cannot say.
-            This last is checked where looking costs no synchronisation, in eager code on CPU
-            tensors; elsewhere such padding is seen.
+        TypeError: `mask` is no tensor of bool or an integer dtype.
+        ValueError: not 2 dimensions; `queries` is below 0; or padding between real tokens, which
+            a range cannot say. This last is checked where looking costs no synchronisation, in
+            eager code on CPU tensors; elsewhere such padding is seen.
     """
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or of an integer dtype, got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, *_INTEGERS):
+        raise TypeError(f"mask must be bool or of an integer dtype, got {_kind(mask)}")
+    if queries is not None:
+        _check_length("queries", queries)
     if mask.dim() != 2:
         raise ValueError(f"mask must have shape [batch, keys], got {list(mask.shape)}")
     real = mask != 0
@@ -142,8 +149,17 @@ def kv_bounds_from_padding_mask(mask: Tensor, queries: int | None = None) -> Ten
 
 def _check_integers(name: str, tensor: Tensor) -> None:
     # A plain raise: Dynamo refuses a torch._check whose message looks at a tensor.
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} must be of an integer dtype, got {tensor.dtype}")
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be of an integer dtype, got {_kind(tensor)}")
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_length(name: str, length: int) -> None:
+    if length < 0:
+        raise ValueError(f"{name} must be at least 0, got {length}")
 
 
 def _values_are_at_hand(tensor: Tensor) -> bool:

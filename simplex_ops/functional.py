@@ -5,6 +5,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from simplex_ops.contract.checks import check_numbers
+
 Window = tuple[int | None, int | None] | None
 """(w1, w2) in keys, each counting the query's own position; None is unbounded."""
 
@@ -119,7 +121,8 @@ def simplicial_attention(
         float64 inputs).
 
     Raises:
-        TypeError: an integer or unknown dtype, or tensors of different dtypes.
+        TypeError: an integer or unknown dtype, tensors of different dtypes, None in place of a
+            tensor, or a scale or bias that requires a gradient (none goes there).
         ValueError: a wrong rank or shape, a window below 1, an unknown form.
         RuntimeError: tensors on different devices.
 
@@ -127,6 +130,9 @@ def simplicial_attention(
     7 and appendix B; Clift et al. 2019, "Logic and the 2-Simplicial Transformer".
     """
     w1, w2 = window_pair(window)
+    check_numbers(scale=scale, k2_bias=k2_bias, v2_bias=v2_bias)
+    if q is None or k1 is None or k2 is None or v1 is None or v2 is None:
+        _refuse_none(q=q, k1=k1, k2=k2, v1=v1, v2=v2)
     out, lse = torch.ops.simplex.attn(
         q,
         k1,
@@ -144,6 +150,12 @@ def simplicial_attention(
         q_start=q_start,
     )
     return (out, lse) if return_lse else out
+
+
+def _refuse_none(**tensors: Tensor | None) -> None:
+    """Raise TypeError for the first None, which the dispatcher takes in place of any tensor."""
+    name = next(name for name, tensor in tensors.items() if tensor is None)
+    raise TypeError(f"{name} must be a tensor, got None")
 
 
 def window_pair(window: Any) -> tuple[int | None, int | None]:

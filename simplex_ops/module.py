@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from simplex_ops.contract.checks import check_form, check_numbers, check_window
 from simplex_ops.functional import Window, simplicial_attention, window_pair
 
 
@@ -40,7 +41,9 @@ class SimplicialAttention(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: sizes that do not divide, or an odd head_dim with a rotary embedding.
+        ValueError: a size below 1, sizes that do not divide, an odd head_dim with a rotary
+            embedding, a rope_theta that is not positive, a window below 1 or an unknown form.
+        TypeError: a scale or bias that requires a gradient, which none goes to.
 
     Example::
 
@@ -69,7 +72,8 @@ class SimplicialAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        _check_sizes(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
             )
@@ -79,13 +83,21 @@ class SimplicialAttention(nn.Module):
                 f"got {embed_dim} and {num_heads}"
             )
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        _check_sizes(head_dim=head_dim)
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"head_dim must be even for a rotary embedding, got {head_dim}")
+        if rope_theta is not None and not rope_theta > 0:
+            raise ValueError(f"rope_theta must be positive, got {rope_theta}")
+        w1, w2 = window_pair(window)
+        check_window("w1", w1)
+        check_window("w2", w2)
+        check_form(form)
+        check_numbers(scale=scale, k2_bias=k2_bias, v2_bias=v2_bias)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.window = window_pair(window)
+        self.window = w1, w2
         self.form = form
         self.is_causal = is_causal
         self.scale = scale
@@ -140,7 +152,12 @@ class SimplicialAttention(nn.Module):
 
         Returns:
             [B, N, embed_dim].
+
+        Raises:
+            ValueError: x or position_offset of another shape.
+            TypeError, ValueError, RuntimeError: kv_bounds, as `simplicial_attention` does.
         """
+        _check_input(x, self.embed_dim, position_offset)
         # [B, N, heads, head_dim] until the operator, so that its output flattens as a view.
         q, k1, k2, v1, v2 = (
             project(x).unflatten(-1, (-1, self.head_dim))
@@ -168,6 +185,23 @@ class SimplicialAttention(nn.Module):
         shown += ["k2_bias", "v2_bias"]
         shown += [name for name in ("scale", "rope_theta") if getattr(self, name) is not None]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+@torch.fx.wrap  # else `torch.fx.symbolic_trace` would have to decide
+def _check_input(x: Tensor, embed_dim: int, position_offset: int | Tensor) -> None:
+    if x.dim() != 3 or x.shape[2] != embed_dim:
+        raise ValueError(f"x must have shape [batch, seq, {embed_dim}], got {list(x.shape)}")
+    if isinstance(position_offset, Tensor) and position_offset.shape != x.shape[:1]:
+        raise ValueError(
+            f"position_offset must be an int or have shape [x's batch] = {list(x.shape[:1])}, "
+            f"got {list(position_offset.shape)}"
+        )
 
 
 def _rotation(

@@ -73,8 +73,23 @@ def test_what_the_table_of_places_points_at_is_there() -> None:
     assert not lost, "README points at what is not there"
 
 
-def test_what_contributing_points_at_is_there() -> None:
-    page = (ROOT / "CONTRIBUTING.md").read_text()
+@pytest.mark.parametrize(
+    ("document", "one"),
+    [
+        ("CONTRIBUTING.md", "tests/op/test_laws.py"),
+        ("DESIGN.md", "simplex_ops/functional.py"),
+        ("CHANGELOG.md", "lowering/README.md"),
+    ],
+)
+def test_what_a_document_points_at_is_there(document: str, one: str) -> None:
+    page = (ROOT / document).read_text()
     named = set(re.findall(rf"\b((?:{'|'.join(ROOMS)})/[\w/.]*\w/?)", page))
-    assert "tests/op/test_laws.py" in named
+    assert one in named
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_contents_of_design_are_its_chapters() -> None:
+    page = (ROOT / "DESIGN.md").read_text()
+    asked = set(re.findall(r"\]\(#([\w-]+)\)", page))
+    titles = re.findall(r"^##+ (.*)$", page, re.MULTILINE)
+    assert asked == {title.lower().replace(" ", "-") for title in titles}

@@ -24,6 +24,7 @@ import simplex_ops  # noqa: F401  (registers the operators)
 from simplex_ops import reference
 from simplex_ops.env import environment
 from simplex_ops.testing import Case, Problem, run_attn
+from tools.device import device_named
 
 SCALES = (1.0, 8.0, 30.0, 100.0, 1000.0)
 # Heads to a key-value head: how many of these, and queries. Each G has kernels or tiles of its own.
@@ -179,12 +180,12 @@ def roundings(name: str, device: str, say: Callable[[Table], None]) -> Iterator[
 
 def main(
     problem: Annotated[list[str] | None, typer.Option(help="by name; default: all")] = None,
-    device: Annotated[str, typer.Option(help="where")] = "cuda",
+    device: Annotated[str, typer.Option(help="a GPU")] = "cuda",
     json_file: Annotated[Path | None, typer.Option("--json", help="append JSON lines")] = None,
 ) -> None:
     """Print how far the kernels are from float64, by group and by score scale."""
     console = Console(width=150)
-    facts = environment(torch.device(device))
+    facts = environment(device_named(device, kinds=("cuda",)))
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
     names = problem or list(PROBLEMS)
     unknown = set(names) - set(PROBLEMS)

@@ -36,6 +36,7 @@ from tools.bench.anchors import cudnn_forward
 from tools.bench.contest import ours
 from tools.bench.peers import agreement
 from tools.bench.timing import Times, time_in_turn
+from tools.device import device_named
 from tools.workloads import WORKLOADS, Direction, Workload, meta_inputs, nominal_flops
 
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {
@@ -280,9 +281,7 @@ def main(
     unknown = sorted(set(kernel or ()) - set(SPACES))
     if unknown:
         raise typer.BadParameter(f"no kernel {', '.join(unknown)}; there are: {', '.join(SPACES)}")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device {device}: this PyTorch sees no GPU")
+    where = device_named(device, kinds=("cuda",))
     known = device_of(torch.device("cuda", torch.cuda.current_device()))
     table = measured.table(known.name) or measured.table(like)
     if table is None:

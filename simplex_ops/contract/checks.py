@@ -12,6 +12,11 @@ from torch import Tensor
 
 # Marks that were saved hold a form's place among these: add at the end.
 FORMS = ("trilinear", "determinant", "strassen")
+_IN_PLACE_OF_NUMBERS = {
+    "scale": "multiply q by it",
+    "k2_bias": "add it to k2",
+    "v2_bias": "add it to v2",
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -93,6 +98,19 @@ def check_window(name: str, window: Any) -> None:
         window is None or window >= 1,
         lambda: f"{name} must be at least 1 (a window counts the query itself), got {window}",
     )
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Raise TypeError where one of these is a tensor that requires a gradient.
+
+    The dispatcher makes a number of it before any kernel sees it, and its gradient would be lost.
+    """
+    for name, number in numbers.items():
+        if number.__class__ is not float and isinstance(number, Tensor) and number.requires_grad:
+            raise TypeError(
+                f"{name} must be a number, got a tensor that requires a gradient, which none goes "
+                f"to: {_IN_PLACE_OF_NUMBERS[name]} instead"
+            )
 
 
 def _check(error: type[Exception], condition: Any, message: Callable[[], str]) -> None:

@@ -129,9 +129,10 @@ def test_no_more_logits_stand_in_memory_than_a_limit(monkeypatch):
     assert sum(logits.numel() for logits in made) > 320**3 // 4
 
 
-def test_top_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"top must be at least 1 .*, got 0"):
-        attended_pairs(*_problem(), top=0)
+@pytest.mark.parametrize("top", [0, 1.5, "8"])
+def test_a_top_that_counts_no_pairs_is_refused(top):
+    with pytest.raises(ValueError, match=rf"top must be an int, at least 1 .*, got {top!r}"):
+        attended_pairs(*_problem(), top=top)
 
 
 def test_a_wrong_k2_is_refused_as_the_operator_does():

@@ -286,3 +286,34 @@ def test_a_window_that_is_no_pair_raises(window):
     text = f"window must be None or a pair (w1, w2), each an int or None, got {window!r}"
     with pytest.raises(ValueError, match=re.escape(text)):
         simplex_ops.simplicial_attention(*positional[:5], window=window)
+
+
+@pytest.mark.parametrize("name", ["q", "k1", "k2", "v1", "v2"])
+def test_none_in_place_of_a_tensor_raises(name):
+    positional, _ = _call({name: None})
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor, got None$"):
+        simplex_ops.simplicial_attention(*positional[:5])
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("scale", lambda t, q, k2, v2: {"q": q * t, "scale": 1.0}),
+        ("k2_bias", lambda t, q, k2, v2: {"k2": k2 + t}),
+        ("v2_bias", lambda t, q, k2, v2: {"v2": v2 + t}),
+    ],
+)
+def test_a_number_that_would_lose_its_gradient_raises_and_its_remedy_keeps_it(name, remedy):
+    """The dispatcher makes a number of a tensor, so that a learnable scale would never learn."""
+    inputs = {n: torch.randn(1, 2, 5, 4) for n in ("q", "k1", "k2", "v1", "v2")}
+    learnt = torch.nn.Parameter(torch.tensor(0.5))
+    instead = {"scale": "multiply q by it", "k2_bias": "add it to k2", "v2_bias": "add it to v2"}
+    text = f"{name} must be a number, got a tensor that requires a gradient, which none goes to: "
+    with pytest.raises(TypeError, match=f"^{text}{instead[name]} instead$"):
+        simplex_ops.simplicial_attention(**inputs, **{name: learnt})
+    expected = simplex_ops.simplicial_attention(**inputs, **{name: 0.5})
+    given = inputs | remedy(learnt, inputs["q"], inputs["k2"], inputs["v2"])
+    got = simplex_ops.simplicial_attention(**given)
+    torch.testing.assert_close(got, expected)
+    (grad,) = torch.autograd.grad(got.square().sum(), learnt)
+    assert grad != 0

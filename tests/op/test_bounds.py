@@ -113,6 +113,17 @@ def test_both_ways_of_saying_documents_agree(device):
     assert torch.equal(from_edges(edges), from_ids(ids))
 
 
+@pytest.mark.parametrize("far", [9, 2**31, 2**33])
+def test_an_edge_beyond_the_row_ends_with_it(far):
+    bounds = kv_bounds_from_cu_seqlens(torch.tensor([0, 3, far]), 5)
+    assert bounds.tolist() == [[[0, 3]] * 3 + [[3, 5]] * 2]
+
+
+def test_edges_of_a_byte_serve_a_row_longer_than_255():
+    bounds = kv_bounds_from_cu_seqlens(torch.tensor([0, 3, 255], dtype=torch.uint8), 300)
+    assert bounds[0, [2, 254, 255]].tolist() == [[0, 3], [3, 255], [255, 255]]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -132,6 +143,18 @@ def test_both_ways_of_saying_documents_agree(device):
          r"mask must have shape \[batch, keys\], got \[3\]"),
         (lambda: kv_bounds_from_padding_mask(torch.tensor([[0, 1, 1], [1, 0, 1]])), ValueError,
          "mask must have its real tokens in one run, got padding between real tokens in batch row"),
+        (lambda: kv_bounds_from_cu_seqlens([0, 3], 4), TypeError,
+         "cu_seqlens must be of an integer dtype, got list"),
+        (lambda: kv_bounds_from_cu_seqlens(torch.tensor([0, 3]), -1), ValueError,
+         "length must be at least 0, got -1"),
+        (lambda: kv_bounds_from_document_ids([[0, 1]]), TypeError,
+         "document_ids must be of an integer dtype, got list"),
+        (lambda: kv_bounds_from_document_ids(torch.zeros(1, 3, dtype=torch.uint16)), TypeError,
+         "document_ids must be of an integer dtype, got torch.uint16"),
+        (lambda: kv_bounds_from_padding_mask([[1, 0]]), TypeError,
+         "mask must be bool or of an integer dtype, got list"),
+        (lambda: kv_bounds_from_padding_mask(torch.ones(1, 3, dtype=torch.bool), -1), ValueError,
+         "queries must be at least 0, got -1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, error, text):

@@ -1,5 +1,8 @@
 """The layer: it starts as ordinary attention, and leaves it as it learns."""
 
+import math
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,8 +177,49 @@ def test_it_says_what_it_is():
         ((26, 4), {}, "embed_dim must be a multiple of num_heads where head_dim is not given"),
         ((24, 8), {"rope_theta": 10.0}, "head_dim must be even for a rotary embedding, got 3"),
         ((24, 8), {"window": 3}, "window must be None or a pair"),
+        ((24, 8), {"window": (0, 3)}, "w1 must be at least 1 .*, got 0"),
+        ((24, 8), {"window": (None, -2)}, "w2 must be at least 1 .*, got -2"),
+        ((0, 8), {}, "embed_dim must be at least 1, got 0"),
+        ((24, 0), {}, "num_heads must be at least 1, got 0"),
+        ((24, 8), {"num_kv_heads": -1}, "num_kv_heads must be at least 1, got -1"),
+        ((24, 8), {"head_dim": 0}, "head_dim must be at least 1, got 0"),
+        ((24, 8), {"form": "bilinear"}, "form must be one of .*, got 'bilinear'"),
+        ((24, 4), {"rope_theta": 0.0}, "rope_theta must be positive, got 0.0"),
+        ((24, 4), {"rope_theta": math.nan}, "rope_theta must be positive, got nan"),
     ],
 )  # fmt: skip
-def test_bad_sizes_are_named(arguments, options, text):
+def test_bad_settings_are_named_when_a_layer_is_made(arguments, options, text):
     with pytest.raises(ValueError, match=text):
         SimplicialAttention(*arguments, **options)
+
+
+@pytest.mark.parametrize("name", ["scale", "k2_bias", "v2_bias"])
+def test_a_setting_that_would_lose_its_gradient_is_refused(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got a tensor that requires"):
+        SimplicialAttention(24, 4, **{name: torch.nn.Parameter(torch.ones(()))})
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((7, 24), "x must have shape [batch, seq, 24], got [7, 24]"),
+        ((2, 7, 23), "x must have shape [batch, seq, 24], got [2, 7, 23]"),
+    ],
+)
+def test_input_of_another_shape_is_named(shape, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        SimplicialAttention(24, 4, rope_theta=100.0)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7), ()])
+def test_offsets_that_are_not_one_for_each_row_are_refused(shape):
+    text = f"position_offset must be an int or have shape [x's batch] = [2], got {list(shape)}"
+    layer = SimplicialAttention(24, 4, rope_theta=100.0)
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        layer(torch.zeros(2, 7, 24), position_offset=torch.zeros(shape))
+
+
+def test_it_can_be_traced_symbolically():
+    layer = SimplicialAttention(24, 4, rope_theta=100.0, window=(5, 3))
+    x = torch.randn(2, 9, 24)
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))

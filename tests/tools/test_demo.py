@@ -164,7 +164,7 @@ def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_a_device_that_is_not_there_is_said_plainly() -> None:
     done = demo("--device", "abacus")
     assert done.returncode == 2
-    assert "device must be cpu or cuda, got abacus" in done.stderr
+    assert "--device must be cpu or cuda, got 'abacus'" in done.stderr
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from tools.bench.anchors import copy_rate
 from tools.bench.contest import ANCHORS, OURS, Result, Row, field_of, measure
 from tools.bench.curves import BANDWIDTH
 from tools.bench.plot import Bar, plot_rates
+from tools.device import device_named
 from tools.workloads import SWEEPS, WORKLOADS, useful_flops
 
 
@@ -199,9 +200,7 @@ def main(
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device cuda: this PyTorch sees no GPU")
+    where = device_named(device)
     if direction not in ("forward", "backward", "both"):
         raise typer.BadParameter(f"--direction is forward, backward or both, got {direction!r}")
     rows = _rows(workload, direction, where, quick, sweep)

@@ -101,6 +101,9 @@ def main(
     """Run every GPU kernel on small problems under NVIDIA's compute-sanitizer."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no GPU")
+    strangers = [number for number in only or () if number not in range(len(CASES))]
+    if strangers:
+        raise typer.BadParameter(f"--only: problems are 0 to {len(CASES) - 1}, got {strangers}")
     if bare >= 0:
         run_case(bare)
         return

@@ -42,6 +42,7 @@ from tools.demo import corpus, two_hops
 from tools.demo.curves import plot_curves
 from tools.demo.llama import CPU, CUDA, Setting, build, parameter_count
 from tools.demo.train import VALIDATION_BATCHES, Curve, Trainer
+from tools.device import device_named
 
 PLAIN, MARKED = "as it is", "marked"
 # backend="simplex" is the same function by its entry point, which only an installed package has.
@@ -209,12 +210,9 @@ def _device(name: str, *, compiles: bool) -> torch.device:
     Raises:
         typer.BadParameter: no such device, or torch.compile lacks what it needs to serve it.
     """
-    if name not in {"cpu", "cuda"}:
-        raise typer.BadParameter(f"device must be cpu or cuda, got {name}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here: use --device cpu")
+    device = device_named(name)
     if not compiles:
-        return torch.device(name)
+        return device
     compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
     if not any(map(shutil.which, compilers)):
         raise typer.BadParameter("torch.compile needs a C++ compiler: install g++, or set CXX")
@@ -222,7 +220,7 @@ def _device(name: str, *, compiles: bool) -> torch.device:
         raise typer.BadParameter(
             "torch.compile needs Python's headers: install python3-dev, or another Python"
         )
-    return torch.device(name)
+    return device
 
 
 if __name__ == "__main__":

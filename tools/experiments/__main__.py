@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simplex_ops.env import environment
+from tools.device import device_named
 from tools.experiments import cost, hops, language, lines, match3, train
 
 EXPERIMENTS: dict[str, Any] = {"hops": hops, "match3": match3, "language": language, "cost": cost}
@@ -64,7 +65,7 @@ def main(
     if unknown:
         parts = ", ".join(experiment.PARTS)
         raise typer.BadParameter(f"{name.value} has the parts {parts}, got {', '.join(unknown)}")
-    file, where = folder / f"{name.value}.jsonl", _device(device)
+    file, where = folder / f"{name.value}.jsonl", device_named(device)
     asked = _stacks(_asked(experiment, seeds, quick, part), where)[slice(*_shard(shard))]
     left = _without_lines(asked, file, where)
     last = time.monotonic() + 60 * minutes
@@ -160,14 +161,6 @@ def _shard(text: str) -> tuple[int, None, int]:
     if not (first.isdigit() and of.isdigit() and int(first) < int(of)):
         raise typer.BadParameter(f"--shard is n/of with n below of, as 0/4, got {text!r}")
     return int(first), None, int(of)
-
-
-def _device(name: str) -> torch.device:
-    if name not in {"cpu", "cuda"}:
-        raise typer.BadParameter(f"--device is cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"torch {torch.__version__} finds no GPU here: use --device cpu")
-    return torch.device(name)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,24 @@ from typing import Any
 from tools.experiments import hops, plots
 from tools.experiments.intervals import of_mean
 from tools.experiments.lines import Line
+from tools.experiments.small_models import (
+    accuracies,
+    layers_of,
+    learned,
+    of_parts,
+    shape_of,
+    sizes,
+    steps,
+    used,
+)
 from tools.experiments.tables import (
     by,
     dates,
-    extremes,
-    layers_of,
-    learned,
     mean_with_interval,
     of_one_device,
     seeds_in_both,
     side_of_zero,
-    steps,
     table,
-    used,
     where,
     without_seed,
 )
@@ -53,11 +58,8 @@ def sections(found: list[Line]) -> list[str]:
         if mapped:
             parts.append(f"Hops at width 64, heads {heads}: mean accuracy, runs that learned\n")
             parts.append(_map(mapped))
-    for part in hops.PARTS:
-        of_part = [line for line in found if line["part"] == part]
-        if of_part:
-            groups = sorted(by(of_part, without_seed).values(), key=_place)
-            parts += [f"### {part}\n", table(_HEADINGS, [_row(group) for group in groups])]
+    for said in of_parts(found, hops.PARTS, _HEADINGS, _row, _place).values():
+        parts += said
     return parts
 
 
@@ -79,7 +81,7 @@ def expectations(found: list[Line]) -> list[tuple[str, str]]:
     beyond = [line for line, within in judged if within is False]
     between = [line for line, within in judged if within and _beyond_ordinary(line)]
     farther = [line for line in beyond if not _within_both_ways(line)]
-    of_one_head = [line for line in beyond if _shape(line)["heads"] == 1 and line not in farther]
+    of_one_head = [line for line in beyond if shape_of(line)["heads"] == 1 and line not in farther]
     return [
         (_AHEAD, _tally(beyond)),
         (_HEADS_BACK, _tally(farther + of_one_head)),
@@ -102,7 +104,7 @@ def draw(found: list[Line], folder: Path) -> None:
         ]
     )
     if two:
-        arms = by(two, lambda line: "{0[layers][0]}, width {0[width]}".format(_shape(line)))
+        arms = by(two, lambda line: "{0[layers][0]}, width {0[width]}".format(shape_of(line)))
         plots.curves(
             {arm: [line["result"]["curve"] for line in group] for arm, group in arms.items()},
             folder / "two_hops.png",
@@ -123,7 +125,7 @@ def draw(found: list[Line], folder: Path) -> None:
 
 def within_reach(line: Line) -> bool | None:
     """Say whether the argument of `hops` lets a run reach its hops; None where windows are cut."""
-    shape = _shape(line)
+    shape = shape_of(line)
     if shape["w1"] is not None or shape["w2"] is not None:
         return None
     return line["setting"]["task"]["hops"] <= hops.reach(tuple(shape["layers"]))
@@ -131,18 +133,18 @@ def within_reach(line: Line) -> bool | None:
 
 def _within_both_ways(line: Line) -> bool:
     """Say the same of whole windows, where heads may look back."""
-    return line["setting"]["task"]["hops"] <= hops.reach_both_ways(tuple(_shape(line)["layers"]))
+    return line["setting"]["task"]["hops"] <= hops.reach_both_ways(tuple(shape_of(line)["layers"]))
 
 
 def _beyond_ordinary(line: Line) -> bool:
     """Say whether ordinary layers, as many as the run's, are out of reach of its hops."""
-    layers: tuple[hops.Kind, ...] = ("ordinary",) * len(_shape(line)["layers"])
+    layers: tuple[hops.Kind, ...] = ("ordinary",) * len(shape_of(line)["layers"])
     return line["setting"]["task"]["hops"] > hops.reach(layers)
 
 
 def _is_of_map(line: Line, heads: int) -> bool:
     """Say whether a run is of the map, whatever part it was first asked for."""
-    shape, task = _shape(line), line["setting"]["task"]
+    shape, task = shape_of(line), line["setting"]["task"]
     return (
         task["graph"] == "permutation"
         and (shape["width"], shape["heads"]) == (64, heads)
@@ -156,8 +158,8 @@ def _cells(found: list[Line]) -> dict[str, dict[tuple[int, int], list[Line]]]:
     """Return the runs of each kind of layer, by depth and hops, ordinary first."""
     kinds: dict[str, dict[tuple[int, int], list[Line]]] = {}
     for line in sorted(found, key=lambda line: line["setting"]["task"]["hops"]):
-        cell = (len(_shape(line)["layers"]), line["setting"]["task"]["hops"])
-        kinds.setdefault(_shape(line)["layers"][0], {}).setdefault(cell, []).append(line)
+        cell = (len(shape_of(line)["layers"]), line["setting"]["task"]["hops"])
+        kinds.setdefault(shape_of(line)["layers"][0], {}).setdefault(cell, []).append(line)
     return dict(sorted(kinds.items(), reverse=True))
 
 
@@ -193,12 +195,12 @@ def _tally(found: list[Line]) -> str:
 
 def _frozen(found: list[Line]) -> str:
     """Return the accuracy of frozen layers minus that of ordinary ones, seed by seed."""
-    frozen = [line for line in found if _shape(line)["layers"] == ["frozen"]]
+    frozen = [line for line in found if shape_of(line)["layers"] == ["frozen"]]
     alike = [_but_layers(line) for line in frozen]
     ordinary = [
         line
         for line in found
-        if _shape(line)["layers"] == ["ordinary"] and _but_layers(line) in alike
+        if shape_of(line)["layers"] == ["ordinary"] and _but_layers(line) in alike
     ]
     values = [
         a["result"]["accuracy"] - b["result"]["accuracy"]
@@ -210,30 +212,24 @@ def _frozen(found: list[Line]) -> str:
 
 
 def _but_layers(line: Line) -> list[Any]:
-    shape = {k: v for k, v in _shape(line).items() if k != "layers"}
+    shape = {k: v for k, v in shape_of(line).items() if k != "layers"}
     return [line["setting"]["task"], line["setting"]["training"], shape]
 
 
 def _place(group: list[Line]) -> tuple[Any, ...]:
     """Return where a row stands: by graph, depth, heads and hops, 2-simplicial last."""
-    shape, task = _shape(group[0]), group[0]["setting"]["task"]
+    shape, task = shape_of(group[0]), group[0]["setting"]["task"]
     kinds = [kind == hops.SIMPLICIAL for kind in shape["layers"]]
     sizes = (shape["width"], shape["w1"] or 0, shape["w2"] or 0)
     return task["graph"], len(kinds), shape["heads"], task["hops"], kinds, *sizes
 
 
 def _row(group: list[Line]) -> list[str]:
-    line = group[0]
-    shape, task = _shape(line), line["setting"]["task"]
-    accuracies = [of_seed["result"]["accuracy"] for of_seed in group]
+    task = group[0]["setting"]["task"]
     return [
         f"{task['hops']}" + (", function" if task["graph"] == "function" else ""),
-        layers_of(line),
-        str(shape["heads"]),
-        str(shape["width"]),
-        f"{line['result']['parameters']:,}",
-        mean_with_interval(accuracies, 3, least=0.0, most=1.0),
-        extremes(accuracies, ".3f"),
+        *sizes(group[0]),
+        *accuracies(group),
         learned(group),
         steps(group),
         _expected(group),
@@ -249,7 +245,3 @@ def _expected(group: list[Line]) -> str:
     refuted = "; refuted" if any(line["result"]["learned"] for line in group) else ""
     back = "; in reach looking back" if _within_both_ways(group[0]) else ""
     return "out of reach" + refuted + back
-
-
-def _shape(line: Line) -> dict[str, Any]:
-    return line["setting"]["shape"]

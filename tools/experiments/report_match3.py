@@ -8,19 +8,24 @@ from typing import Any
 from tools.experiments import match3, plots
 from tools.experiments.intervals import of_mean
 from tools.experiments.lines import Line
+from tools.experiments.small_models import (
+    accuracies,
+    learned,
+    of_parts,
+    shape_of,
+    sizes,
+    steps,
+    used,
+)
 from tools.experiments.tables import (
     by,
     dates,
     extremes,
-    layers_of,
-    learned,
     mean_with_interval,
     of_one_device,
     seeds_in_both,
     side_of_zero,
-    steps,
     table,
-    used,
     where,
     without_seed,
 )
@@ -40,9 +45,9 @@ _AXES: dict[str, tuple[str, Callable[[Line], int]]] = {
         "numbers, about as many pairs as residues",
         lambda line: line["setting"]["task"]["length"],
     ),
-    "heads": ("heads, 8 numbers mod 37", lambda line: _shape(line)["heads"]),
-    "width": ("width, 8 numbers mod 37", lambda line: _shape(line)["width"]),
-    "width-of-four": ("width, 4 numbers mod 11", lambda line: _shape(line)["width"]),
+    "heads": ("heads, 8 numbers mod 37", lambda line: shape_of(line)["heads"]),
+    "width": ("width, 8 numbers mod 37", lambda line: shape_of(line)["width"]),
+    "width-of-four": ("width, 4 numbers mod 11", lambda line: shape_of(line)["width"]),
 }
 _WIDTH_PARTS = ("width", "width-of-four")
 FIGURE = "match3.png"
@@ -51,12 +56,9 @@ FIGURE = "match3.png"
 def sections(found: list[Line]) -> list[str]:
     """Return the section of one device."""
     parts = [f"{dates(found)}. {used(found)}\n"]
-    for part in match3.PARTS:
-        of_part = [line for line in found if line["part"] == part]
-        if of_part:
-            groups = sorted(by(of_part, without_seed).values(), key=_place)
-            parts += [f"### {part}\n", table(_HEADINGS, [_row(group) for group in groups])]
-        if of_part and part in _WIDTH_PARTS:
+    for part, said in of_parts(found, match3.PARTS, _HEADINGS, _row, _place).items():
+        parts += said
+        if part in _WIDTH_PARTS:
             parts.append(f"{widths_that_learned(found, part)}.\n")
     rows = differences(found)
     if rows:
@@ -71,7 +73,7 @@ def figures(found: list[Line]) -> list[str]:
 
 def draw(found: list[Line], folder: Path) -> None:
     """Draw the accuracy of one layer by modulus, length, heads and width, a panel each."""
-    single = [line for line in of_one_device(found) if len(_shape(line)["layers"]) == 1]
+    single = [line for line in of_one_device(found) if len(shape_of(line)["layers"]) == 1]
     if not single:
         return
     pilot = [line for line in single if line["part"] == "pilot"]  # is of all but the last panel
@@ -82,7 +84,7 @@ def draw(found: list[Line], folder: Path) -> None:
         groups = by(lines, without_seed).values()
         curves: dict[str, dict[int, list[float]]] = {}
         for group in sorted(groups, key=lambda group: read(group[0])):
-            kind, at = _shape(group[0])["layers"][0], read(group[0])
+            kind, at = shape_of(group[0])["layers"][0], read(group[0])
             curves.setdefault(kind, {})[at] = [line["result"]["accuracy"] for line in group]
             curves.setdefault(_MAJORITY, {})[at] = [group[0]["result"]["majority"]]
         if curves:
@@ -111,11 +113,11 @@ def widths_that_learned(found: list[Line], part: str) -> str:
         for line in found
         if (line["setting"]["task"], line["setting"]["training"])
         == (first["setting"]["task"], first["setting"]["training"])
-        and (len(_shape(line)["layers"]), _shape(line)["heads"]) == (1, 1)
+        and (len(shape_of(line)["layers"]), shape_of(line)["heads"]) == (1, 1)
     ]
     said = []
-    for kind, lines in sorted(by(alike, lambda line: _shape(line)["layers"][0]).items()):
-        widths = by(lines, lambda line: str(_shape(line)["width"]))
+    for kind, lines in sorted(by(alike, lambda line: shape_of(line)["layers"][0]).items()):
+        widths = by(lines, lambda line: str(shape_of(line)["width"]))
         tried = sorted(map(int, widths))
         succeed = [w for w in tried if all(a["result"]["learned"] for a in widths[str(w)])]
         at = f"at {succeed[0]}" if succeed else "at none"
@@ -129,18 +131,18 @@ def widths_that_learned(found: list[Line], part: str) -> str:
 
 def differences(found: list[Line]) -> list[list[str]]:
     """Return a row for each task, width and heads that both kinds of one layer ran at."""
-    single = [line for line in found if len(_shape(line)["layers"]) == 1]
+    single = [line for line in found if len(shape_of(line)["layers"]) == 1]
     rows = []
     for lines in sorted(by(single, _without_kind).values(), key=_place):
-        kinds = by(lines, lambda line: _shape(line)["layers"][0])
+        kinds = by(lines, lambda line: shape_of(line)["layers"][0])
         pairs = seeds_in_both(kinds.get(match3.SIMPLICIAL, []), kinds.get(match3.ORDINARY, []))
         values = [a["result"]["accuracy"] - b["result"]["accuracy"] for a, b in pairs]
         if values:
             rows.append(
                 [
                     *_task(lines[0]),
-                    str(_shape(lines[0])["heads"]),
-                    str(_shape(lines[0])["width"]),
+                    str(shape_of(lines[0])["heads"]),
+                    str(shape_of(lines[0])["width"]),
                     str(len(values)),
                     mean_with_interval(values, 3, sign="+"),
                     extremes(values, "+.3f"),
@@ -151,24 +153,19 @@ def differences(found: list[Line]) -> list[list[str]]:
 
 
 def _place(group: list[Line]) -> tuple[Any, ...]:
-    shape, task = _shape(group[0]), group[0]["setting"]["task"]
+    shape, task = shape_of(group[0]), group[0]["setting"]["task"]
     kinds = [kind == match3.SIMPLICIAL for kind in shape["layers"]]
     return task["length"], task["modulus"], shape["heads"], shape["width"], len(kinds), kinds
 
 
 def _row(group: list[Line]) -> list[str]:
-    shape = _shape(group[0])
-    accuracies = [line["result"]["accuracy"] for line in group]
+    majority = group[0]["result"]["majority"]
     return [
         *_task(group[0]),
-        layers_of(group[0]),
-        str(shape["heads"]),
-        str(shape["width"]),
-        f"{group[0]['result']['parameters']:,}",
-        f"{group[0]['result']['majority']:.3f}",
-        mean_with_interval(accuracies, 3, least=0.0, most=1.0),
-        extremes(accuracies, ".3f"),
-        learned(group) if group[0]["result"]["majority"] < ENOUGH else "as the majority",
+        *sizes(group[0]),
+        f"{majority:.3f}",
+        *accuracies(group),
+        learned(group) if majority < ENOUGH else "as the majority",
         steps(group),
     ]
 
@@ -179,9 +176,5 @@ def _task(line: Line) -> tuple[str, str]:
 
 
 def _without_kind(line: Line) -> str:
-    shape = {k: v for k, v in _shape(line).items() if k != "layers"}
+    shape = {k: v for k, v in shape_of(line).items() if k != "layers"}
     return json.dumps([line["setting"]["task"], shape, line["setting"]["training"]])
-
-
-def _shape(line: Line) -> dict[str, Any]:
-    return line["setting"]["shape"]

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 
-from tools.experiments.intervals import Interval, of_mean, of_share
+from tools.experiments.intervals import Interval, of_mean
 from tools.experiments.lines import Line
 
 
@@ -69,40 +69,5 @@ def of_one_device(found: list[Line]) -> list[Line]:
     return max(by(found, where).values(), key=len, default=[])
 
 
-def layers_of(line: Line) -> str:
-    """Return a small model's layers, as "2 ordinary", and their windows where they are cut."""
-    shape = line["setting"]["shape"]
-    layers = shape["layers"]
-    same = len(set(layers)) == 1
-    said = f"{len(layers)} {layers[0]}" if same else ", ".join(layers)
-    if (shape["w1"], shape["w2"]) == (None, None):
-        return said
-    return f"{said}, windows {shape['w1'] or 'all'} and {shape['w2'] or 'all'}"
-
-
-def learned(group: Sequence[Line], of: str = "") -> str:
-    """Return "3 of 3 [0.29, 1.00]"."""
-    count = sum(line["result"]["learned"] for line in group)
-    share = of_share(count, len(group))
-    return f"{count} of {len(group)} {of}[{share.low:.2f}, {share.high:.2f}]"
-
-
-def steps(group: Sequence[Line]) -> str:
-    """Return the steps at which runs ended, and their cap."""
-    ended = [line["result"]["steps"] for line in group]
-    cap = group[0]["setting"]["training"]["steps"]
-    if set(ended) == {cap}:
-        return f"cap {cap}"
-    return f"{', '.join(map(str, ended))}; cap {cap}"
-
-
 def extremes(values: Sequence[float], form: str) -> str:
     return f"{min(values):{form}} to {max(values):{form}}"
-
-
-def used(found: Sequence[Line]) -> str:
-    """Say how many runs were capped, and what all took."""
-    results = [line["result"] for line in found]
-    capped = sum(not result["learned"] for result in results)
-    minutes = sum(result["seconds"] for result in results) / 60
-    return f"{len(results)} runs in {minutes:.1f} minutes; {capped} stopped at their cap of steps."

@@ -38,6 +38,7 @@ from simplex_ops.contract.checks import FORMS
 from simplex_ops.env import environment
 from simplex_ops.rules.cache_key import sources
 from simplex_ops.testing import Case
+from tools.device import device_named
 from tools.fuzz.worker import Message, Settings, describe, quieten, run_case, work
 
 GRACE_SECONDS = 60.0  # for the case in hand, a first compilation included
@@ -194,31 +195,37 @@ def _hear(
 
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu; a GPU where there is one")] = "",
-    minutes: Annotated[float, typer.Option(help="how long to draw cases")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0, help="how long to draw cases")] = 1.0,
     seed: Annotated[
         int | None, typer.Option(help="draw the same cases again; default: new")
     ] = None,
     backend: Annotated[
         str, typer.Option(help="eager, or a torch.compile backend: aot_eager, inductor, simplex")
     ] = "eager",
-    workers: Annotated[int, typer.Option(help="processes; 0 is as many as are useful")] = 0,
-    max_seq: Annotated[int, typer.Option(help="longest sequence; 0 is 160 on a GPU, else 24")] = 0,
-    max_failures: Annotated[int, typer.Option(help="stop after so many")] = 20,
-    shrink_seconds: Annotated[float, typer.Option(help="for each kind of failure")] = 20.0,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0 is as many as are useful")] = 0,
+    max_seq: Annotated[
+        int, typer.Option(min=0, help="longest sequence; 0 is 160 on a GPU, else 24")
+    ] = 0,
+    max_failures: Annotated[int, typer.Option(min=1, help="stop after so many")] = 20,
+    shrink_seconds: Annotated[float, typer.Option(min=0, help="for each kind of failure")] = 20.0,
     case: Annotated[str, typer.Option(help="run this one case, a Case(...) expression")] = "",
     hopper: Annotated[str, typer.Option(help="families or constants: see above")] = "",
-    most_cases: Annotated[int, typer.Option("--cases", help="stop when so many passed")] = 0,
-    at_least: Annotated[int, typer.Option(help="cases that must take each branch")] = 0,
+    most_cases: Annotated[
+        int, typer.Option("--cases", min=0, help="stop when so many passed; 0 is never")
+    ] = 0,
+    at_least: Annotated[int, typer.Option(min=0, help="cases that must take each branch")] = 0,
     record: Annotated[Path | None, typer.Option(help="what earlier runs counted, and this")] = None,
 ) -> None:
     """Fuzz the operator on a device: hypothesis draws problems over the whole contract."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_cpu = torch.device(where).type == "cpu"
-    if not is_cpu and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device {where}: this PyTorch sees no GPU")
+    where = str(device_named(device))
+    is_cpu = where == "cpu"
+    if hopper not in ("", "families", "constants"):
+        raise typer.BadParameter(f"--hopper is families or constants, got {hopper!r}")
+    if backend != "eager" and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise typer.BadParameter(f"--backend {backend}: torch.compile knows no such backend")
     if case:
         _run_one(case, where, backend, console)
         return
@@ -274,7 +281,10 @@ def main(
 
 def _run_one(expression: str, device: str, backend: str, console: Console) -> None:
     quieten()
-    case = eval(expression, {"Case": Case, "torch": torch})  # noqa: S307  (the user's own words)
+    try:
+        case = eval(expression, {"Case": Case, "torch": torch})  # noqa: S307  (the user's own words)
+    except Exception as error:
+        raise typer.BadParameter(f"--case {expression}: {type(error).__name__}: {error}") from error
     try:
         run_case(case, device, backend)
     except Exception as error:

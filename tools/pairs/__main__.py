@@ -23,6 +23,7 @@ from torch import nn
 
 import simplex_ops
 from simplex_ops import AttendedPairs
+from tools.device import device_named
 from tools.experiments.hops import SHOWN, SIMPLICIAL, Hops
 from tools.experiments.model import Shape
 from tools.experiments.train import Setting, train
@@ -54,7 +55,7 @@ def main(
     console = Console(highlight=False)
     if (model is None) == bool(text):
         raise typer.BadParameter("--model and --text go together: a saved model, and what it reads")
-    where = torch.device(device)
+    where = device_named(device)
     if model is not None:
         labels, found = _of_text(model, text, where)
         title = f"{model.name}: {text!r}"

@@ -22,10 +22,10 @@ from tools.support.table import README, markdown, written
 
 
 def main(
-    tier: Annotated[int, typer.Option(help="1: what CI holds; 2: all models")] = 1,
+    tier: Annotated[int, typer.Option(min=1, max=2, help="1: what CI holds; 2: all models")] = 1,
     only: Annotated[str, typer.Option(help="models whose name contains this")] = "",
     then: Annotated[str, typer.Option(help="what compiles after the pass")] = "eager",
-    jobs: Annotated[int, typer.Option(help="processes, each with a torch of its own")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="processes, each with a torch of its own")] = 2,
     write: Annotated[bool, typer.Option(help="into lowering/README.md")] = False,
 ) -> None:
     """Print the table; exit with 1 where a cell fails, which is neither served nor refused."""
@@ -35,6 +35,8 @@ def main(
         raise typer.BadParameter("--write keeps the whole table: give --tier 2, and no --only")
     console = Console()
     names = [row.name for row in ROWS if row.tier <= tier and only.lower() in row.name.lower()]
+    if not names:
+        raise typer.BadParameter(f"no model of tier {tier} has {only!r} in its name")
     found: dict[str, list[Outcome]] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
         waiting = [processes.submit(outcomes, name, then) for name in names]

@@ -31,6 +31,7 @@ from tools.bench.model.contestants import (
 )  # fmt: skip
 from tools.bench.model.llama import TOY, Shape
 from tools.bench.timing import Times
+from tools.device import device_named
 
 Line = dict[str, Any]
 
@@ -155,7 +156,7 @@ def main(
 ) -> None:
     """Measure a Llama-like model, unmarked and with every fourth layer marked."""
     console = Console(width=200, soft_wrap=True)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_named(device)
     unknown = sorted(set(part or ()) - set(PARTS))
     if unknown:
         raise typer.BadParameter(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
