@@ -5,8 +5,8 @@ checkpoints and averages of weights. Its name in a state dict ends in `simplex_o
 loads it into a model without that mark is told by PyTorch and by transformers of a key they did not
 expect, and the key says which call to make.
 
-Private names: torch._C._functorch's is_batchedtensor, get_unwrapped and maybe_get_bdim, seen in 2.11
-and 2.13: a tensor that vmap made of several models' settings.
+Private names: torch._C._functorch's is_batchedtensor, get_unwrapped and maybe_get_bdim, seen in
+2.11 and 2.13: a tensor that vmap made of several models' settings.
 """
 
 import struct
@@ -109,7 +109,7 @@ class SavedMark(nn.Module):
 
 def _unstacked(saved: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what vmap made a tensor of, and the settings there [models, 20]; else itself."""
-    functorch: Any = torch._C._functorch
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     rows = saved
     while functorch.is_batchedtensor(rows):
         dim = functorch.maybe_get_bdim(rows)
