@@ -4,9 +4,11 @@ The tensor is small and of integers, so that it survives `.to(dtype)`, safetenso
 checkpoints and averages of weights. Its name in a state dict ends in `simplex_ops.mark_like`: who
 loads it into a model without that mark is told by PyTorch and by transformers of a key they did not
 expect, and the key says which call to make.
+
+Private names: torch._C._functorch's is_batchedtensor, get_unwrapped and maybe_get_bdim, seen in
+2.11 and 2.13: a tensor that vmap made of several models' settings.
 """
 
-import contextlib
 import struct
 from typing import Any
 
@@ -49,11 +51,15 @@ class SavedMark(nn.Module):
         now = self._buffers[KEY]
         if torch.compiler.is_compiling():  # torch.export runs eager code too, on no numbers
             return
-        if now is None or now is self.__dict__.get("_compared") or now.is_meta:
+        if now is None:
             return
-        # What differs is a ValueError. A tensor that vmap made of several models' cannot be read.
-        with contextlib.suppress(RuntimeError):
-            self._compare(now)
+        now, stacked = _unstacked(now)
+        if now is self.__dict__.get("_compared") or now.is_meta:
+            return
+        text = difference(self.mark, now) if stacked is None else _differs(self.mark, stacked)
+        if text is not None:
+            raise ValueError(text)
+        self.__dict__["_compared"] = now
 
     def extra_repr(self) -> str:
         """Return the settings."""
@@ -63,12 +69,6 @@ class SavedMark(nn.Module):
         now = self._buffers[KEY]
         assert now is not None
         self._buffers[KEY] = self.__dict__["_compared"] = encoded(self.mark, now.device)
-
-    def _compare(self, loaded: Tensor) -> None:
-        text = difference(self.mark, loaded)
-        if text is not None:
-            raise ValueError(text)
-        self.__dict__["_compared"] = self._buffers[KEY]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -105,6 +105,28 @@ class SavedMark(nn.Module):
             value._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
             self.__dict__["_compared"] = value
         super().__setattr__(name, value)
+
+
+def _unstacked(saved: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what vmap made a tensor of, and the settings there [models, 20]; else itself."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    rows = saved
+    while functorch.is_batchedtensor(rows):
+        dim = functorch.maybe_get_bdim(rows)
+        rows, saved = functorch.get_unwrapped(rows).movedim(dim, 0), functorch.get_unwrapped(saved)
+    return saved, None if rows.dim() < 2 else rows.flatten(0, -2)
+
+
+def _differs(mark: Mark, stacked: Tensor) -> str | None:
+    """Return how settings of models that vmap stacks differ from the mark that runs them."""
+    for number, saved in enumerate(stacked.cpu()):
+        if difference(mark, saved) is not None:
+            return (
+                f"model {number} of those that vmap stacks is marked with {told(decoded(saved))}, "
+                f"and the module that is called for all with {told(mark)}: stack models that are "
+                "marked alike, and call one of them"
+            )
+    return None
 
 
 def encoded(mark: Mark, device: torch.device) -> Tensor:

@@ -24,9 +24,16 @@ def assert_within_budget(
         AssertionError: another shape, a value that is not finite, or an error over the budget.
         ValueError: `rounded` is not finite where `exact` is, so that there is no budget.
     """
-    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
+    reason = _wrong(got, exact, rounded, name, slack)
+    if reason is not None:  # from one line, so that hypothesis takes all for one failure
+        raise AssertionError(f"{name}: {reason}")
+
+
+def _wrong(got: Tensor, exact: Tensor, rounded: Tensor, name: str, slack: float) -> str | None:
+    if got.shape != exact.shape:
+        return f"shape {list(got.shape)}, not {list(exact.shape)}"
     if exact.numel() == 0:
-        return
+        return None
     got, exact, rounded, eps = (
         got.detach(),
         exact.detach().double(),
@@ -35,10 +42,12 @@ def assert_within_budget(
     )
     finite = exact.isfinite()
     wrong = got.isnan() | (got.isfinite() != finite)
-    assert not wrong.any(), f"{name}: {_first(wrong, got)} where exact is {exact[wrong][0].item()}"
-    assert (got[~finite] == exact[~finite]).all(), f"{name}: another infinity"
+    if wrong.any():
+        return f"{_first(wrong, got)} where exact is {exact[wrong][0].item()}"
+    if (got[~finite] != exact[~finite]).any():
+        return "another infinity"
     if not finite.any():
-        return
+        return None
     got, exact, rounded = got.double()[finite], exact[finite], rounded[finite]
     if not rounded.isfinite().all():
         raise ValueError(f"{name}: plain PyTorch in this dtype overflows here: there is no budget")
@@ -46,8 +55,10 @@ def assert_within_budget(
     step = eps * exact.abs().max().item()
     budget = slack * ((rounded - exact).abs().max().item() + step)
     error = errors.max().item()
-    assert error <= budget, (
-        f"{name}: error {error:.2e} is over its budget {budget:.2e} "
+    if error <= budget:
+        return None
+    return (
+        f"error {error:.2e} is over its budget {budget:.2e} "
         f"({got[errors.argmax()].item():.6g} where exact is {exact[errors.argmax()].item():.6g})"
     )
 

@@ -325,6 +325,21 @@ def test_an_ensemble_by_vmap_is_served():
     torch.testing.assert_close(out, torch.stack([model(x) for model in models]))
 
 
+@pytest.mark.parametrize("other", [{"window": (5, 3)}, {"window": (6, 3), "form": "strassen"}])
+def test_an_ensemble_by_vmap_of_models_that_are_not_marked_alike_is_refused(other):
+    models = [mark(Attention(), **how) for how in ({"window": (6, 3)}, other)]
+    held, x = torch.func.stack_module_state(models), states()
+
+    def run(base, dim):
+        call = torch.func.vmap(lambda *held: torch.func.functional_call(base, held, (x,)), dim)
+        return call(*({n: t.movedim(0, dim) for n, t in part.items()} for part in held))
+
+    for base, number in ((models[0], 1), (models[1], 0), (copy.deepcopy(models[0]).to("meta"), 1)):
+        for dim in (0, -1):
+            with pytest.raises(ValueError, match=rf"model {number} of those that vmap stacks is"):
+                run(base, dim)
+
+
 def test_parametrized_projections_are_served():
     model = mark_layers(llama(), 1, window=(6, 3))
     expected = model(tokens()).logits
