@@ -52,6 +52,9 @@ class Case:
         grad_mask: which of q, k1, k2, v1, v2 ask for a gradient.
         amplitude: multiplies q, and so the logits.
         seed: of the values.
+
+    Raises:
+        ValueError: a kind that is none of those named, a size below 0, a grad_mask of other length.
     """
 
     batch: int = 1
@@ -91,6 +94,15 @@ class Case:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        sizes = {"batch": self.batch, "group": self.group, "seq": self.seq}
+        sizes |= {"keys1": self.m1, "keys2": self.m2}
+        for name, size in sizes.items():
+            if size < 0:
+                raise ValueError(f"{name} must be at least 0, got {size}")
+        if len(self.grad_mask) != 5:
+            raise ValueError(
+                f"grad_mask must have 5 entries, for q, k1, k2, v1 and v2, got {self.grad_mask}"
+            )
 
     def __repr__(self) -> str:
         said = (

@@ -90,12 +90,22 @@ def run_attn(attn: Attn, problem: Problem) -> dict[str, Tensor]:
 
     A gradient that was not asked for is not there; one that does not flow (to v1 from lse alone)
     is zero.
+
+    Raises:
+        TypeError: `attn` returned no pair of tensors.
     """
     leaves = tuple(
         t.detach().requires_grad_(needed)
         for t, needed in zip(problem.inputs, problem.grad_mask, strict=True)
     )
-    out, lse = attn(*leaves, *problem.windows, **problem.options)
+    results = attn(*leaves, *problem.windows, **problem.options)
+    if not (
+        isinstance(results, (tuple, list))
+        and len(results) == 2
+        and all(isinstance(t, Tensor) for t in results)
+    ):
+        raise TypeError(f"attn must return a pair of tensors (out, lse), got {type(results)}")
+    out, lse = results
     asked = [t for t in leaves if t.requires_grad]
     given = [
         (t, g)

@@ -156,6 +156,25 @@ def test_an_unknown_layout_is_refused():
         Case(layout_of_gradients="fused")
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seq": -1}, "seq must be at least 0, got -1"),
+        ({"keys2": -3}, "keys2 must be at least 0, got -3"),
+        ({"grad_mask": (True,)}, "grad_mask must have 5 entries, .*, got .True,."),
+    ],
+)
+def test_a_case_of_no_problem_is_refused(change, text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        Case(**change)
+
+
+@pytest.mark.parametrize("results", [None, torch.zeros(1, 1, 8, 8), (torch.zeros(1), None)])
+def test_an_implementation_that_gives_no_lse_is_told_so(results):
+    with pytest.raises(TypeError, match=r"^attn must return a pair of tensors \(out, lse\), got"):
+        assert_matches_reference(Case(), lambda *_, **__: results)
+
+
 def test_a_device_without_float64_is_judged_on_the_cpu(monkeypatch):
     """The meta device stands for it, with copies that stand for its values."""
     problem = Problem.of(WHOLE)

@@ -250,8 +250,22 @@ def main(
     tally = fuzz(settings, workers, max_failures, console, read(record), most_cases)
     if record is not None:
         write(record, tally)
+    few = too_few(tally, at_least) if at_least else []
+    _say(console, tally, settings)
+    for name in few:
+        count = (tally.branches + tally.features)[name]
+        console.print(f"FAILED {name}: {count} cases, fewer than {at_least}")
+    if tally.failures or few:
+        raise typer.Exit(1)
+    if not tally.passed:
+        console.print("no case passed")
+        raise typer.Exit(1)
+
+
+def _say(console: Console, tally: Tally, settings: Settings) -> None:
+    """Print what the cases took, how many there were, and a line that reproduces each failure."""
     console.print(_counts("cases that passed, by feature", tally.features))
-    if hopper:
+    if settings.hopper:
         console.print(_counts("cases that passed, by branch of the Hopper kernels", tally.branches))
         kernels = Counter(program.split()[0] for program in tally.compiled)
         counts = ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
@@ -264,19 +278,10 @@ def main(
     for failure in tally.failures.values():
         console.print(
             f"FAILED {failure.count} times, {failure.text}; the smallest case:\n"
-            f"python -m tools.fuzz --device {where} --backend {backend} "
+            f"python -m tools.fuzz --device {settings.device} --backend {settings.backend} "
             f'--case "{failure.case!r}"',
             highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip
-    few = too_few(tally, at_least) if at_least else []
-    for name in few:
-        count = (tally.branches + tally.features)[name]
-        console.print(f"FAILED {name}: {count} cases, fewer than {at_least}")
-    if tally.failures or few:
-        raise typer.Exit(1)
-    if not tally.passed:
-        console.print("no case passed")
-        raise typer.Exit(1)
 
 
 def _run_one(expression: str, device: str, backend: str, console: Console) -> None:
