@@ -135,6 +135,11 @@ class _Reader:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def read(self) -> Spelled:
+        """Read the scores, the softmax and the values, in that order.
+
+        Raises:
+            NotSpelled: one of them is not attention's, or more stands between them.
+        """
         start = scores_of(self.softmax)
         first = None if start is None else read_product(start)
         if start is None or first is None:
@@ -153,21 +158,7 @@ class _Reader:
         keys = self._softmax_axis(axes)
         names = {"l": "i", "r": "j"} if keys == "r" else {"r": "i", "l": "j"}
         query, key = (left, right) if keys == "r" else (right, left)
-        weights, value = last.left, last.right
-        if weights.node is not (between[-1] if between else self.softmax):
-            weights, value = value, weights
-        value = _peeled(value)
-        after = self._through(between, axes)
-        held_last = {a: axis for a, axis in zip(weights.axes, after, strict=True) if a}
-        if held_last.get(self._summed(weights, last)) != (keys,):
-            raise NotSpelled(
-                "its softmax does not run over the keys whose values are summed",
-                "take the softmax over those, or unmark() the module",
-            )
-        own = [a for a in value.axes if a and a not in held_last]
-        if len(own) != 1 or own[0] not in last.axes:
-            raise self._no_product()
-        held_last[own[0]] = ("d",)
+        value, held_last = self._values(last, between, axes, keys)
 
         def laid(operand: Operand, held: dict[str, Axis]) -> Laid:
             axes = tuple(held[a] if a else () for a in operand.axes)
@@ -190,6 +181,31 @@ class _Reader:
         )
         _check_heads(found)
         return found
+
+    def _values(
+        self, last: Product, between: list[fx.Node], axes: list[Axis], keys: str
+    ) -> tuple[Operand, dict[str, Axis]]:
+        """Return the values, and what each letter of the product with the weights holds.
+
+        `between` are the nodes from the softmax to that product, `axes` what those of the softmax
+        hold, `keys` the name of the keys there.
+        """
+        weights, value = last.left, last.right
+        if weights.node is not (between[-1] if between else self.softmax):
+            weights, value = value, weights
+        value = _peeled(value)
+        after = self._through(between, axes)
+        held = {a: axis for a, axis in zip(weights.axes, after, strict=True) if a}
+        if held.get(self._summed(weights, last)) != (keys,):
+            raise NotSpelled(
+                "its softmax does not run over the keys whose values are summed",
+                "take the softmax over those, or unmark() the module",
+            )
+        own = [a for a in value.axes if a and a not in held]
+        if len(own) != 1 or own[0] not in last.axes:
+            raise self._no_product()
+        held[own[0]] = ("d",)
+        return value, held
 
     @staticmethod
     def _summed(weights: Operand, last: Product) -> str:
