@@ -66,6 +66,11 @@ def attn(
     inputs = (q, k1, k2, v1, v2)
     _refuse_tangents(inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "simplex::attn has no rule for torch.func's grad, vjp, jacrev or hessian: "
+                "differentiate by torch.autograd, or simplex_ops.reference.attn by torch.func"
+            )
         return _Attn.apply(w1, w2, options, *inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return ATTN_OP(*inputs, w1, w2, **options)

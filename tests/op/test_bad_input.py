@@ -317,3 +317,36 @@ def test_a_number_that_would_lose_its_gradient_raises_and_its_remedy_keeps_it(na
     torch.testing.assert_close(got, expected)
     (grad,) = torch.autograd.grad(got.square().sum(), learnt)
     assert grad != 0
+
+
+def _nested(t, layout):
+    rows = [row.transpose(0, 1).contiguous() for row in t]
+    return torch.nested.nested_tensor(rows, layout=layout).transpose(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta state).*")
+@pytest.mark.parametrize("name", ["q", "k1", "v2"])
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (torch.Tensor.to_sparse, "got torch.sparse_coo: give {}.to_dense()"),
+        (torch.Tensor.to_mkldnn, "got torch._mkldnn: give {}.to_dense()"),
+        (lambda t: _nested(t, torch.strided), "got a nested one: pack its rows into one"),
+    ],
+    ids=["sparse", "mkldnn", "nested"],
+)
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_a_tensor_that_is_not_strided_raises_before_any_work(name, made, text, wants_grad):
+    inputs = {n: torch.randn(2, 2, 5, 4) for n in ("q", "k1", "k2", "v1", "v2")}
+    inputs["k2"].requires_grad_(wants_grad)
+    inputs[name] = made(inputs[name])
+    text = f"{name} must be a dense tensor, {text.format(name)}"
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}"):
+        torch.ops.simplex.attn(**inputs)
+
+
+def test_sparse_bounds_raise():
+    positional, _ = _call({})
+    text = "kv_bounds must be a dense tensor, got torch.sparse_coo"
+    with pytest.raises(TypeError, match=text):
+        torch.ops.simplex.attn(*positional, kv_bounds=_int32(2, 8, 2).to_sparse())

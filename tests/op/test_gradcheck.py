@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from simplex_ops import reference
 from simplex_ops.testing import Case, Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -102,3 +103,23 @@ def test_forward_mode_is_refused_and_not_lost(device):
         torch.func.jvp(
             lambda q: torch.ops.simplex.attn(q, *inputs[1:], 3, 2)[0], (inputs[0],), (tangent,)
         )
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev"])
+def test_gradients_by_torch_func_are_refused_by_name_and_the_reference_has_them(transform):
+    q, *keys = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(5))
+
+    def by_torch_func(attn):
+        def loss(q):
+            return attn(q, *keys, 3, 2)[0].square().sum()
+
+        if transform == "vjp":
+            value, pull = torch.func.vjp(loss, q)
+            return pull(torch.ones_like(value))[0]
+        return getattr(torch.func, transform)(loss)(q)
+
+    with pytest.raises(NotImplementedError, match=r"simplex::attn has no rule for torch\.func's"):
+        by_torch_func(torch.ops.simplex.attn)
+    leaf = q.clone().requires_grad_()
+    torch.ops.simplex.attn(leaf, *keys, 3, 2)[0].square().sum().backward()
+    torch.testing.assert_close(by_torch_func(reference.attn), leaf.grad)
