@@ -26,7 +26,11 @@ _NARROW_FROM = 4
 # forms: at 0.59 2.6 and 3.6 (groups of 3 and 5; H200, torch 2.11.0+cu130, Triton 3.6.0, 2026-11-29
 # and 30).
 USEFUL_FROM = {"trilinear": 0.7, "strassen": 0.5, "determinant": 0.5}
-# Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same).
+# In float16 the portable kernel took 7.6 times as long where 0.87 was of use (525 TFLOP/s for 69, 8
+# heads to one): as long, were time as that share, where 0.12 is (the same).
+USEFUL_FROM_IN_FLOAT16 = 0.25
+# Of 64 columns, tiles of 64 positions took 3.72 ms, portable 3.50; of 16, 5.97 and 6.94 (the same;
+# bfloat16, and so not said of float16).
 MOST_POSITIONS_OF_64_COLUMNS = 16
 
 
@@ -88,11 +92,15 @@ def _why_not_tiles(problem: Problem) -> str | None:
     if seq < config.p:
         return f"a tile is {config.p} positions of {config.heads} heads, and q has {seq}"
     useful = group * width / (config.heads * config.covered(width))
-    if useful < USEFUL_FROM[problem.form]:
+    is_half = problem.q.dtype == torch.float16
+    least = USEFUL_FROM[problem.form]
+    if is_half:
+        least = min(least, USEFUL_FROM_IN_FLOAT16)
+    if useful < least:
         return (
             f"a tile has {config.heads} rows for each of {config.p} positions, of which a group "
             f"fills {group}, and meets {config.covered(width)} keys, of which a query sees {width}"
         )
-    if block_d == block_dv == 64 and config.p > MOST_POSITIONS_OF_64_COLUMNS:
+    if block_d == block_dv == 64 and config.p > MOST_POSITIONS_OF_64_COLUMNS and not is_half:
         return f"tiles of 64 columns and {config.p} positions are no faster"
     return None
