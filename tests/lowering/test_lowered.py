@@ -1,6 +1,8 @@
 """The lowerings, compiled for an H100 that is not there: what is launched, and in which order."""
 
+import functools
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,6 +16,7 @@ import simplex_ops  # noqa: F401  (registers the operators)
 from csrc_free import attn
 from csrc_free.traits import DEVICES
 from simplex_ops.devices import gpu
+from simplex_ops.marking.windows_in_graphs import past
 from tools.compiled.launches import recorded
 
 BF16 = torch.bfloat16
@@ -157,6 +160,26 @@ def test_lengths_and_windows_stay_arguments():
     symbols = set(re.findall(r"\bs\d+\b", launch))
     assert len(symbols) == 4, launch  # queries, keys, and two windows
     assert "32," not in launch.replace(" ", "").split("-1,-1")[1].split("0.")[0]
+
+
+def test_a_schedule_of_windows_is_compiled_once_for_each_of_their_roles():
+    held = SimpleNamespace()
+
+    def run(*inputs):
+        return both(held.past_w1 - 1, held.past_w2 - 1)(*inputs)
+
+    def make(w1, w2):
+        held.past_w1, held.past_w2 = past(w1), past(w2)
+        return make_inputs(4, 2, 64)
+
+    def wrappers(*schedule):
+        with torch.compiler.config.patch(dynamic_sources=r".*\.past_w[12]$"):
+            makes = [functools.partial(make, *windows) for windows in schedule]
+            return compiled_for_gpu(run, *makes).wrappers
+
+    wider = ((32, 8), (64, 8), (None, 8), (64, 1), (8, 8), (None, 40))
+    assert len(wrappers(*wider)) == 1
+    assert len(wrappers(*wider, (4, 8), (8, None), (1, 2), (32, 8))) == 2
 
 
 @pytest.mark.parametrize(
