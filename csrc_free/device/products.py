@@ -31,13 +31,12 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def rounded_operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Return x as `product` takes it, in TF32 rounded to nearest.
 
-    The tensor core cuts off, and q∘k2 cut off makes every score smaller: by 7% of P where scores
-    are of 150. The Hopper kernels round, and one may run the forward and another the backward.
+    The tensor core cuts off, and q∘k2 cut off makes every score smaller.
     """
     if PRECISION == "tf32":
-        # With or without a fused multiply-add; what may overflow here is left to the tensor core.
-        shifted = x * 8193.0
-        x = tl.where(tl.abs(x) < 2.0**100, shifted - (shifted - x), x)
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN whose bits are all ones would become 0.
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return operand(x, DTYPE, PRECISION)
 
 
