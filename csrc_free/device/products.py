@@ -28,6 +28,19 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded_operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return x as `product` takes it, in TF32 rounded to nearest.
+
+    The tensor core cuts off, and q∘k2 cut off makes every score smaller.
+    """
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # A NaN whose bits are all ones would become 0.
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return operand(x, DTYPE, PRECISION)
+
+
+@triton.jit
 def transposed(x, PRECISION: tl.constexpr):
     """Return an operand's transpose."""
     if PRECISION == "bf16x6":

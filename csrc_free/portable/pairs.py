@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from csrc_free import measured, tracing
 from csrc_free.device.descriptors import describe, load_described
 from csrc_free.device.pair import biases_of, load_pair, pairs_of
-from csrc_free.device.products import operand, product, transposed
+from csrc_free.device.products import operand, product, rounded_operand, transposed
 from csrc_free.device.tiles import heads_of, key_ranges, place, query_rows, sizes_of, windows_of
 from csrc_free.portable.gradients import PairGradients, inputs_of, launch_backward, sum_parts
 from csrc_free.portable.rows import load_dout, load_queries, load_stats, queries_of
@@ -134,8 +134,8 @@ def _virtual_keys(
     """Return k_j ∘ k_m [BLOCK_N, BLOCK_D] and v_j ∘ v_m [BLOCK_N, BLOCK_DV]."""
     k, v = _wide_tile(wide, row, key_mask, dims)
     k_row, v_row = _narrow_key(narrow, narrow_row, has_key, dims)
-    vk = operand(k * k_row[None, :], dot[0], dot[1])
-    vv = operand(v * v_row[None, :], dot[0], dot[1])
+    vk = rounded_operand(k * k_row[None, :], dot[0], dot[1])
+    vv = rounded_operand(v * v_row[None, :], dot[0], dot[1])
     return vk, vv
 
 

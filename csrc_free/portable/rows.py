@@ -19,7 +19,7 @@ from csrc_free.device.pair import (
     load_narrow_values,
     load_values,
 )
-from csrc_free.device.products import operand, product, transposed
+from csrc_free.device.products import operand, product, rounded_operand, transposed
 from csrc_free.device.tiles import rows_in
 
 
@@ -106,7 +106,7 @@ def virtual_queries(
     k, k_prev = load_narrow_keys(narrow, key_row, key_mask, form, dims)
     vq = virtual_query(query, query_prev, k, k_prev, columns, FORM, SIGN, HEAD_DIM)
     constant = row_constant(query, k, vq, wide, log2_scale, form)
-    return operand(vq, dot[0], dot[1]), constant
+    return rounded_operand(vq, dot[0], dot[1]), constant
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def virtual_rows(
     vdo = do * load_narrow_values(narrow, key_row, key_mask, form, dims)
     shift = tl.where(sees_key, lse2, float("inf")) - constant
     row_dp = row_dp_of(vdo, delta, wide, form)
-    vdo = operand(vdo, dot[0], dot[1])
+    vdo = rounded_operand(vdo, dot[0], dot[1])
     return vq, vdo, shift, row_dp
 
 

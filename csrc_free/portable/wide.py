@@ -9,7 +9,7 @@ import triton.language as tl
 from csrc_free import measured
 from csrc_free.device.forms import store_rows, virtual_query
 from csrc_free.device.pair import load_narrow_keys, load_narrow_values, load_pair, pairs_of
-from csrc_free.device.products import operand, product, transposed
+from csrc_free.device.products import operand, product, rounded_operand, transposed
 from csrc_free.device.tiles import (
     heads_of,
     look,
@@ -175,8 +175,8 @@ def backward_wide_kernel(
             shift = tl.where(sees_key, row_lse2, float("inf"))
             shift -= row_constant(query, kn, vq, wide, log2_scale, form)
             row_dp = row_dp_of(vdo, row_delta, wide, form)
-            vq = operand(vq, DOT_DTYPE, PRECISION)
-            vdo = operand(vdo, DOT_DTYPE, PRECISION)
+            vq = rounded_operand(vq, DOT_DTYPE, PRECISION)
+            vdo = rounded_operand(vdo, DOT_DTYPE, PRECISION)
             s = product(k, transposed(vq, PRECISION), None, PRECISION)  # [BLOCK_N, BLOCK_Q]
             dp = product(v, transposed(vdo, PRECISION), None, PRECISION)
             p = tl.exp2(s * log2_scale - shift[None, :])

@@ -11,7 +11,11 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+import triton
+import triton.language as tl
+
 from csrc_free import attn as entries
+from csrc_free.device.products import rounded_operand
 from csrc_free.hopper import backward, half_range, key_plan
 from csrc_free.problem import problem_of
 from csrc_free.steps.delta import Statistics
@@ -126,6 +130,26 @@ def test_what_is_not_finite_does_not_change_the_powers():
     problem.v_narrow[0, 0, 4] = torch.nan
     for one, other in zip(ranges, half_range.ranges_of(problem, statistics), strict=True):
         torch.testing.assert_close(one, other, rtol=0.2, atol=1)
+
+
+@triton.jit
+def _rounded_kernel(x, y):
+    offs = tl.arange(0, 64)
+    tl.store(y + offs, rounded_operand(tl.load(x + offs), tl.float32, "tf32"))
+
+
+@interpreted
+def test_virtual_rows_are_rounded_to_the_nearest_of_tf32():
+    """As a Hopper kernel rounds them to float16, whatever their size."""
+    torch.manual_seed(0)
+    x = torch.randn(64) * 2.0 ** torch.randint(-30, 32, (64,))
+    x[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])
+    x[3:4].view(torch.int32).fill_(2**31 - 1)
+    got = torch.full_like(x, 0.0)
+    _rounded_kernel[(1,)](x, got)
+    mantissa, exponent = torch.frexp(x[4:].double())
+    assert torch.equal(got[4:].double(), torch.ldexp((mantissa * 2**11).round(), exponent - 11))
+    torch.testing.assert_close(got[:4], x[:4], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture(params=[3, 65])

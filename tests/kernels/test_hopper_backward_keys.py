@@ -118,19 +118,6 @@ def test_other_forms_of_float16_are_left_to_the_portable_kernels(group):
     assert set(choice.reasons.values()) == {"in float16 for the trilinear form alone, got strassen"}
 
 
-def test_float16_follows_the_forward():
-    """Whose rounding it shares: a portable forward has another."""
-    half = dataclasses.replace(GROUP8, dtype=torch.float16)
-    for change in ({}, {"heads": 40}, {"heads": 72}, {"w1": 40}, {"heads": 8, "head_dim": 64}):
-        choice = backward.choose(*_problem(dataclasses.replace(half, **change)))
-        assert choice.served_by == "hopper (wide, narrow)", change
-    (reason,) = set(backward.choose(*_problem(dataclasses.replace(half, w2=3))).reasons.values())
-    assert reason == (
-        "in float16 after a forward of these kernels alone: "
-        "a narrow window of fewer than 4 keys is no faster, got 3"
-    )
-
-
 def test_few_tiles_are_shared():
     def splits(**change):
         return backward.choose(*_problem(dataclasses.replace(GROUP8, **change))).wide
