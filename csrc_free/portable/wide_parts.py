@@ -48,7 +48,7 @@ def _write_parts(
     )
     mask = (row < rows)[:, None] & (columns < HEAD_DIM)[None, :]
     ptrs = parts + (bh * 3 * rows + row)[:, None] * part_stride_n + columns[None, :]
-    step = rows.to(tl.int64) * part_stride_n
+    step = tl.cast(rows, tl.int64) * part_stride_n
     tl.store(ptrs, first, mask=mask)
     tl.store(ptrs + step, second, mask=mask)
     tl.store(ptrs + 2 * step, third, mask=mask)

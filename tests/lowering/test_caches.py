@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("csrc_free", "simplex_ops", "lowering")
@@ -31,7 +32,12 @@ def run(sources: Path, cache: Path, device: str, *changes: str) -> dict[str, lis
         "PYTHONPATH": str(sources),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
+        # One assembler for all: PyTorch's worker processes take its own, and its main process
+        # Triton's, where it has asked for the version before it compiles (DESIGN.md, known limits).
+        "TRITON_PTXAS_PATH": str(Path(torch.__file__).parent / "bin" / "ptxas"),
     }
+    if not Path(environment["TRITON_PTXAS_PATH"]).exists():
+        del environment["TRITON_PTXAS_PATH"]
     done = subprocess.run(
         command, cwd=sources, env={**os.environ, **environment}, capture_output=True, text=True,
         check=False, timeout=250,

@@ -5,6 +5,7 @@ Inductor writes its code for sm_90; Triton compiles it, down to the binary, wher
 
 import contextlib
 import dataclasses
+import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +46,7 @@ def compiled_for_gpu(
     """Compile a function for the inputs that each of `makes` makes on a device called cuda.
 
     They are made in a fake mode, where tensors have no memory. `inductor` has Inductor's options.
+    Raises where Inductor could not tell what a kernel writes to, and took it for all it is given.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -58,6 +60,7 @@ def compiled_for_gpu(
 
     torch._dynamo.reset()
     with (
+        _every_kernel_analysed(),
         pretended_gpu(found, to_binary=to_binary),
         config.patch({**INDUCTOR, **inductor}),
         torch.no_grad(),
@@ -68,6 +71,29 @@ def compiled_for_gpu(
             run(*make())
     torch._dynamo.reset()
     return found
+
+
+class _Unanalysed(logging.Handler):
+    """Notes what Dynamo says of kernels that it could not analyse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "identify_mutated_tensors" in record.getMessage():
+            self.said.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def _every_kernel_analysed() -> Iterator[None]:
+    logger, handler = logging.getLogger("torch._dynamo"), _Unanalysed()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not handler.said, handler.said[0]
 
 
 @contextlib.contextmanager
