@@ -88,6 +88,26 @@ def test_peers_are_beside_ours_with_what_was_worked_around(tmp_path):
     assert "| flash fwd (equal FLOPs, dense) | 400 | 640 | 1.60 |" in found
 
 
+def test_sweeps_are_a_run_of_their_own_with_a_picture(tmp_path):
+    swept = [
+        dict(line, workload="sweep-g2", date="2026-03-04T00:00Z")
+        for direction, rate in (("forward", 500), ("backward", 300))
+        for line in lines("gqa8", direction, {OURS: rate, CUDNN: 600, "matmul": 700})
+    ]
+    folder = written(tmp_path / "results", named=NAMED, sweeps=swept)
+    found = report.text(folder)
+    head, _, tail = found.partition("## Sweeps")
+    assert "sweep-g2" not in head
+    assert "2026-03-04" in tail
+    assert "![rates of the sweeps](sweeps.png)" in tail
+    assert "| sweep-g2: B4 N4096 H64 Hkv8 | 500 |" in tail
+    document = tmp_path / "README.md"
+    document.write_text(f"{BEGIN}{END}")
+    report.main(folder, document)
+    assert "sweeps.png" in document.read_text()
+    assert (tmp_path / "sweeps.png").stat().st_size > 1000
+
+
 def test_a_row_that_did_not_run_is_no_row(tmp_path):
     none = [dict(line, ms=None, nominal_tflops=None) for line in NAMED if "gqa4" in str(line)]
     run = Run.read(written(tmp_path / "results", named=[*NAMED, *none]) / "named.jsonl")

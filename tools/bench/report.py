@@ -2,9 +2,9 @@
 
     python -m tools.bench.report
 
-`results` has one file a run: `named` of named workloads, of what the sweeps have besides, and of
-peers that were there, and `compiled` of the main ones by `--compiled`. Ratios compare what one run
-timed in turn. README's rows stand between its marks.
+`results` has one file a run: `named` of named workloads and of peers that were there, `sweeps` by
+`--sweep`, and `compiled` of the main workloads by `--compiled`. Ratios compare what one run timed
+in turn. README's rows stand between its marks.
 """
 
 import json
@@ -87,16 +87,15 @@ class Run:
 
 def text(folder: Path) -> str:
     """Return RESULTS.md."""
-    named, compiled = _runs(folder)
-    known = [name for name in named.names() if name in WORKLOADS]
-    swept = [name for name in named.names() if name not in WORKLOADS]
+    named, sweeps, compiled = _runs(folder)
+    known = named.names()
     parts, said = [_INTRODUCTION], ""
     for title, run, names, made in (
         ("Named workloads", named, known, _of_workloads),
-        ("Sweeps", named, swept, _of_workloads),
         ("Steps", named, known, _of_steps),
-        ("Through torch.compile", compiled, compiled.names(), _of_compiled),
         ("Peers", named, known, _of_peers),
+        ("Through torch.compile", compiled, compiled.names(), _of_compiled),
+        ("Sweeps", sweeps, sweeps.names(), _of_workloads),
     ):
         if names:
             picture = "![rates of the sweeps](sweeps.png)\n\n" if title == "Sweeps" else ""
@@ -108,7 +107,7 @@ def text(folder: Path) -> str:
 
 def main_rows(folder: Path) -> str:
     """Return what README says: the main workloads, what of all aims is reached, and the rest."""
-    named, compiled = _runs(folder)
+    named, sweeps, compiled = _runs(folder)
     names = [name for name in named.names() if name in MAIN]
     parts = [f"{named.made_with}.", _of_workloads(named, names).rstrip()]
     kept = list(_kept(named))
@@ -122,13 +121,16 @@ def main_rows(folder: Path) -> str:
         "[Every workload](tools/bench/RESULTS.md): other windows, columns, dtypes, forms and "
         "lengths, steps,\nmemory, and which kernels served."
     )
-    if any(name not in WORKLOADS for name in named.names()):
+    if sweeps.lines:
         parts.append("![rates against length, group and window](tools/bench/sweeps.png)")
     return "\n\n".join(parts)
 
 
-def _runs(folder: Path) -> tuple[Run, Run]:
-    return Run.read(folder / "named.jsonl"), Run.read(folder / "compiled.jsonl")
+def _runs(folder: Path) -> tuple[Run, Run, Run]:
+    named, sweeps, compiled = (
+        Run.read(folder / f"{name}.jsonl") for name in ("named", "sweeps", "compiled")
+    )
+    return named, sweeps, compiled
 
 
 def _of_workloads(run: Run, names: Sequence[str]) -> str:
@@ -333,8 +335,8 @@ def main(
     (folder.parent / "RESULTS.md").write_text(text(folder))
     readme.write_text(placed(main_rows(folder), readme.read_text()))
     typer.echo(f"wrote {folder.parent / 'RESULTS.md'} and {readme}")
-    if any(name not in WORKLOADS for name in Run.read(folder / "named.jsonl").names()):
-        curves.main([folder / "named.jsonl"], folder.parent / "sweeps.png")
+    if (folder / "sweeps.jsonl").exists():
+        curves.main([folder / "sweeps.jsonl"], folder.parent / "sweeps.png")
 
 
 if __name__ == "__main__":
