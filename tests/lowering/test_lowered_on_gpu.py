@@ -170,9 +170,7 @@ def all_kernels_as_users_have_them(small_problems_as_users_have_them, monkeypatc
 
 
 @pytest.mark.parametrize("are_all_there", [False, True], ids=["portable alone", "all kernels"])
-def test_a_small_layer_takes_less_host_time_than_the_operator(
-    monkeypatch, request, are_all_there
-):
+def test_a_small_layer_takes_less_host_time_than_the_operator(monkeypatch, request, are_all_there):
     from lowering.inductor import launcher
 
     if are_all_there:
