@@ -59,12 +59,13 @@ class Names:
             return self._running[wanted]
         k2: fx.Node = mark.args[1]  # pyright: ignore[reportAssignmentType]
         for search in (living, frozen):
-            held = _holders(search((nn.Module,)))
+            modules = search((nn.Module,))
+            held = _holders(modules)
             found = wanted or _holder_of_weight(k2, held)
             name = self._running.get(found) or _name(found, held)
-            if name:
-                return name
-        return _path_of(mark)
+            if name or any(id(module) == found for module in modules):
+                break  # where it is not frozen, what holds it need not be looked for there
+        return name or _path_of(mark)
 
 
 def _without_wrappers(name: str) -> str:
