@@ -1,6 +1,7 @@
 """Whole numbers on the host.
 
-Triton has functions of these names, which kernels may call too: a launcher pays 5 us a call there.
+Triton's cdiv and next_power_of_2 serve kernels too, and cost a launcher, which calls them a dozen
+times, more than they need.
 """
 
 

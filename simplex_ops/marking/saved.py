@@ -6,7 +6,7 @@ loads it into a model without that mark is told by PyTorch and by transformers o
 expect, and the key says which call to make.
 
 Private names: torch._C._functorch's is_batchedtensor, get_unwrapped and maybe_get_bdim, seen in
-2.11 and 2.13: a tensor that vmap made of several models' settings.
+2.11 to 2.15: a tensor that vmap made of several models' settings.
 """
 
 import struct

@@ -14,7 +14,7 @@ torch.compiler.config.dynamic_sources, which it reads when it compiles:
 Until then they are constants, and always where a program is exported: torch.export(strict=True)
 knows no number that comes from a module.
 
-Private name: torch.compiler._is_exporting_flag, seen in 2.11 and 2.13; is_exporting() is true
+Private name: torch.compiler._is_exporting_flag, seen in 2.11 to 2.15; is_exporting() is true
 of all that Dynamo traces in 2.11.
 """
 

@@ -6,7 +6,6 @@ So a call with strided tensors pays for no check.
 from typing import Any
 
 import torch
-from torch import Tensor
 
 KEYS = (
     "SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU",
@@ -14,20 +13,11 @@ KEYS = (
 )  # fmt: skip
 
 
-def attn(
-    q: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    v1: Tensor,
-    v2: Tensor,
-    *_: Any,
-    kv_bounds: Tensor | None = None,
-    q_start: Tensor | None = None,
-    **__: Any,
-) -> Any:
+def attn(*inputs: Any, **options: Any) -> Any:
     """Raise TypeError for the first tensor that is not dense and strided."""
-    tensors = {"q": q, "k1": k1, "k2": k2, "v1": v1, "v2": v2}
-    for name, tensor in {**tensors, "kv_bounds": kv_bounds, "q_start": q_start}.items():
+    tensors = dict(zip(("q", "k1", "k2", "v1", "v2"), inputs, strict=False))
+    positions = {name: options.get(name) for name in ("kv_bounds", "q_start")}
+    for name, tensor in {**tensors, **positions}.items():
         if tensor is None:
             continue
         if tensor.is_nested:
